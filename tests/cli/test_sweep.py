@@ -756,6 +756,28 @@ def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_p
             assert [point.step for point in points] == list(range(1, 10))
 
 
+def test_a_search_whose_process_that_ships_was_killed_is_shipped_whole(
+    stoker: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "killing.py").write_text(
+        "import json, os, signal, time, stoker\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Config:\n    x: float = 0.0\n"
+        "def train(run, config: Config):\n"
+        "    ledger = run.directory.sinks / 'tensorboard.json'\n"
+        "    run.log(val_loss=config.x, step=1)\n"
+        "    while not ledger.exists():\n        time.sleep(0.1)\n"
+        "    os.kill(json.loads(ledger.read_text())['pid'], signal.SIGKILL)\n"
+        "    run.log(val_loss=config.x, step=2)\n"
+    )
+    sinks = {"STOKER_SINKS": "tensorboard"}
+    done = stoker("sweep", "killing.py", "x=[0.5]", "--sampler", "grid", "--name", "s", env=sinks)
+    assert done.code == 0, done.err
+    assert "not everything is shipped" not in done.err
+    (ledger,) = (tmp_path / "runs" / "s").glob("*/sinks/tensorboard.json")
+    assert json.loads(ledger.read_text())["concluded"]
+
+
 @pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, by MLflow
 def test_mlflow_has_a_parent_for_each_search_of_one_name(stoker: Command, tmp_path: Path) -> None:
     """Two searches of one server, or one whose folder was deleted and another in its place."""

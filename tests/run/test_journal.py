@@ -59,7 +59,7 @@ def test_where_a_reader_comes_to_is_known_without_reading(
         file.write(last)
     assert len(list(journal.read(tmp_path, cursor))) == 3
     monkeypatch.delattr(journal, "_parse")
-    assert sum(journal.ends(tmp_path).values()) == feed.end(tmp_path) == feed.position(cursor)
+    assert feed.position(feed.end(tmp_path)) == feed.position(cursor)
 
 
 def test_a_cursor_continues_where_a_limit_stopped(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stop
             file.write(b'{"type": "metr')
     whole = feed.Feed(run.journal, feed.Cursor())
     taken = []
-    while feed.position(whole.cursor) < feed.end(run.journal):
+    while not feed.reached(whole.cursor, feed.end(run.journal)):
         resumed = feed.Feed(run.journal, whole.cursor)
         batch = whole.take()
         assert resumed.take() == batch
@@ -433,7 +433,7 @@ def test_a_feed_gives_the_fold_of_what_was_there_when_it_was_rebuilt_and_first_p
             trainer.log(step, loss=attempt)
         trainer.die()
     whole, taken, shown = feed.Feed(run.journal, feed.Cursor(), folded), [], []
-    while feed.position(whole.cursor) < feed.end(run.journal):
+    while not feed.reached(whole.cursor, feed.end(run.journal)):
         resumed_feed = feed.Feed(run.journal, whole.cursor, folded)
         batch = whole.take()
         assert resumed_feed.take() == batch
@@ -525,7 +525,7 @@ def test_what_is_shipped_is_on_the_disk_before(tmp_path: Path, monkeypatch: pyte
         trainer = Trainer(run)
         for step in range(2):
             trainer.log(2 * loss + step, loss=loss)
-            written.append(feed.end(run.journal))
+            written.append(feed.position(feed.end(run.journal)))
             assert shipper.ship_next()
         trainer.die()
     assert sink.left == written

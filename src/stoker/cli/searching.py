@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +29,13 @@ from stoker.duration import Duration
 from stoker.errors import BadInput
 from stoker.launch.targets import LOCAL, RAY
 from stoker.machine import visible_gpus
+from stoker.periodic import Job, Periodic
 from stoker.recipes import Recipe
 from stoker.run import finding
 from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
 from stoker.tracking import follower
+from stoker.tracking.shipping import SweepShipping
 from stoker.tune import local, on_ray, peers, plan, record, schedulers
 from stoker.tune import study as studies
 from stoker.tune.executor import Executor
@@ -49,6 +50,7 @@ from stoker.words import counted
 log = logging.getLogger("stoker")
 
 _SINKS_TIMEOUT = 60.0
+_SINKS_SECONDS = 2.0  # between looks at the process that ships
 _LOOKED_AT = 10  # points sampled from a space, besides its ends
 
 
@@ -160,10 +162,8 @@ def prepare(asked: Asked) -> Prepared:
 
 
 @contextlib.contextmanager
-def begun(
-    made: Prepared, places: Places, deadline: float | None
-) -> Iterator[tuple[Search, subprocess.Popen[bytes] | None]]:
-    """The search, new or continued, and the process that ships its trials, if there are trackers.
+def begun(made: Prepared, places: Places, deadline: float | None) -> Iterator[tuple[Search, SweepShipping]]:
+    """The search, new or continued, and the process that ships its trials.
 
     The block holds the lock of the sweep's folder. Raises BadInput.
 
@@ -186,9 +186,23 @@ def begun(
                 if not there:
                     shutil.rmtree(made.folder)
                 raise
-            yield search, follower.spawn_for_sweep(made.folder) if follower.enabled() else None
+            with _shipped(made.folder) as shipping:
+                yield search, shipping
         finally:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def _shipped(folder: Path) -> Iterator[SweepShipping]:
+    """Keep a process running that ships the trials of a search to the trackers, if there are any."""
+    shipping = SweepShipping(folder, follower.enabled())
+    shipping.begin()
+    looking = Periodic([Job(_SINKS_SECONDS, shipping.look_after)])
+    try:
+        yield shipping
+    finally:
+        looking.close()
+        shipping.finish()
 
 
 @contextlib.contextmanager
@@ -217,15 +231,9 @@ def answering_signals(search: Search) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def wait_for_sinks(shipping: subprocess.Popen[bytes] | None) -> None:
+def wait_for_sinks(shipping: SweepShipping) -> None:
     """Wait at most a minute until the trackers have the whole search."""
-    if shipping is None:
-        return
-    try:
-        missing = shipping.wait(_SINKS_TIMEOUT) != 0
-    except subprocess.TimeoutExpired:
-        missing = True
-    if missing:
+    if not shipping.wait(_SINKS_TIMEOUT):
         log.warning(
             "not everything is shipped to the trackers yet; running the same search again ships the rest"
         )

@@ -49,10 +49,10 @@ class Feed:
             self._add(event, Batch())
         self.cursor = Cursor(dict(cursor.offsets))
 
-    def take(self) -> Batch:
-        """The next batch; empty if the journal holds nothing new."""
+    def take(self, until: Cursor | None = None) -> Batch:
+        """The next batch, with nothing past `until`; empty if the journal holds nothing new."""
         batch = Batch()
-        for count, event in enumerate(journal.read(self._folder, self.cursor), 1):
+        for count, event in enumerate(journal.read(self._folder, self.cursor, until=until), 1):
             self._add(event, batch)
             if len(batch.points) >= BATCH_POINTS or count >= BATCH_EVENTS:
                 break
@@ -123,13 +123,18 @@ def pending(folder: Path, cursor: Cursor) -> int:
 
 
 def position(cursor: Cursor) -> int:
-    """The number of bytes of a journal before a cursor; journals are always read in the same order."""
+    """The number of bytes of a journal before a cursor."""
     return sum(cursor.offsets.values())
 
 
-def end(folder: Path) -> int:
-    """The position at the present end of a journal."""
-    return sum(journal.ends(folder).values())
+def end(folder: Path) -> Cursor:
+    """The present end of a journal."""
+    return Cursor(journal.ends(folder))
+
+
+def reached(cursor: Cursor, goal: Cursor) -> bool:
+    """Whether everything before `goal` is also before the cursor."""
+    return all(cursor.offsets.get(name, 0) >= offset for name, offset in goal.offsets.items())
 
 
 def started(directory: RunDirectory) -> float:

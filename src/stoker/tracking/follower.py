@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -31,10 +32,13 @@ from stoker import storage
 from stoker.errors import BadInput, nearest
 from stoker.run import journal, messages
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
+from stoker.run.journal import Cursor
 from stoker.tracking import feed, ledger, store
 from stoker.tracking.ledger import Ledger
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Sink
+
+log = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds between looks at the journal
 LONGEST_BACKOFF = 30.0  # most seconds between attempts of a failing sink during training
@@ -153,13 +157,21 @@ def _begin_anew(file: Path, now: dict[str, int]) -> str | None:
     return known.run
 
 
-def follow(directory: RunDirectory, name: str, *, once: bool = False, patience: float = PATIENCE) -> bool:
+def follow(
+    directory: RunDirectory,
+    name: str,
+    *,
+    once: bool = False,
+    patience: float = PATIENCE,
+    hurry: bool = False,
+) -> bool:
     """Ship a run to a sink; returns whether all of it was shipped.
 
     Continues until the trainer is gone, or with `once` until everything in the journal now is
-    shipped. After that, a failing sink is retried for `patience` seconds.
+    shipped. After that, a failing sink is retried for `patience` seconds. With `hurry`, which is for a
+    user who waits, the sink may use more than its share of a core.
     """
-    task = _Task(directory, name, feed.end(directory.journal) if once else None, patience)
+    task = _Task(directory, name, feed.end(directory.journal) if once else None, patience, hurry)
     lock = task.take_turn()
     if lock is None:
         return task.complete()
@@ -182,12 +194,18 @@ class _Outside:
 
 
 class _Task:
-    """A follower's task: ship up to `goal` (a position in the journal), or to the end of the run."""
+    """A follower's task: ship the journal up to `goal`, or to the end of the run.
 
-    def __init__(self, directory: RunDirectory, name: str, goal: int | None, patience: float) -> None:
+    The goal is moved to the present end of the journal when the trainer is found to be gone.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, name: str, goal: Cursor | None, patience: float, hurry: bool = False
+    ) -> None:
         self._directory = directory
         self._goal = goal
         self._patience = patience
+        self._hurry = hurry
         self._file = ledger.file_of(directory, name)
         self._lock_file = ledger.lock_of(directory, name)
         self._wake_file = self._lock_file.with_suffix(".wake")
@@ -213,21 +231,24 @@ class _Task:
         if not known.concluded and (self._goal is None or not self._directory.trained_here):
             return False
         goal = feed.end(self._directory.journal) if self._goal is None else self._goal
-        return feed.position(known.cursor) >= goal
+        return feed.reached(known.cursor, goal)
 
     def ship(self, shipper: Shipper) -> bool:
         """Ship until complete; returns False if the patience ran out first, or the run was removed."""
-        failures = 0
+        failures, alive = 0, True
         while self._directory.exists():
             before = self._outside()  # checked first: a trainer that is gone logs nothing more
-            alive = before.trained
             try:
+                if self._goal is not None and alive and not before.trained:
+                    self._goal = feed.end(self._directory.journal)
+                alive = before.trained
                 began = time.thread_time()
-                if shipper.ship_next():
+                if shipper.ship_next(self._goal):
                     failures = 0
-                    if alive and self._goal is None:
+                    if alive and not self._hurry:
                         self._sleep((time.thread_time() - began) * (1 / SHARE - 1), before)
                     continue
+                alive = alive or self._directory.trained_here  # again, if the run was resumed meanwhile
                 if not alive:
                     shipper.conclude()
                 if not alive or self._goal is not None:
@@ -306,26 +327,31 @@ _WHERE: dict[str, Callable[[RunDirectory], str]] = {
 }
 
 
-def follow_all(directory: RunDirectory, *, once: bool, patience: float) -> bool:
-    """Ship a run to all sinks in parallel; returns whether everything was shipped."""
+def follow_all(directory: RunDirectory, *, once: bool, patience: float, hurry: bool = False) -> bool:
+    """Ship a run to all sinks in parallel, see `follow`; returns whether everything was shipped."""
     names = enabled()
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
-        shipping = [pool.submit(follow, directory, name, once=once, patience=patience) for name in names]
+        shipping = [
+            pool.submit(follow, directory, name, once=once, patience=patience, hurry=hurry) for name in names
+        ]
     return all(shipped.result() for shipped in shipping)
 
 
 def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
     """Ship the trials of a search one by one until it is over; returns whether everything was shipped.
 
-    After that, failing sinks are retried for `patience` seconds.
+    Each is shipped as far as it is when its turn comes, so that none waits for the end of another. After
+    the search, failing sinks are retried for `patience` seconds.
     """
     over_since: float | None = None
     while True:
         over = not storage.is_locked(folder / SWEEP_LOCK)  # checked first: nothing is added after its end
-        behind = [run for run in _runs(folder) if not all(_complete(run, name) for name in enabled())]
+        runs = _runs(folder)
+        training = any(run.trained_here for run in runs)  # checked before what they logged
+        behind = [run for run in runs if _is_behind(run)]
         for run in behind:
-            follow_all(run, once=run.trained_here, patience=0.0)
-        if over and not behind:
+            _ship_trial(run)
+        if over and not training and not behind:
             return _end_sweep(folder)
         over_since = (over_since or time.monotonic()) if over else None
         if over_since is not None and time.monotonic() - over_since > patience:
@@ -338,8 +364,25 @@ def _runs(folder: Path) -> list[RunDirectory]:
     return [run for run in found if run.exists()]
 
 
-def _complete(run: RunDirectory, name: str) -> bool:
-    return _Task(run, name, None, 0.0).complete()
+def _is_behind(run: RunDirectory) -> bool:
+    """Whether a sink lacks something of a trial as it is now; not if it was removed."""
+    try:
+        now = feed.end(run.journal)
+        return not all(_Task(run, name, now, 0.0).complete() for name in enabled())
+    except OSError:
+        return run.exists()
+
+
+def _ship_trial(run: RunDirectory) -> None:
+    """Ship a trial as far as it is now. An error is logged, because the other trials are to be shipped.
+
+    A trial that failed before its first metric is removed, which can happen at any moment in here.
+    """
+    try:
+        follow_all(run, once=True, patience=0.0)
+    except Exception as error:
+        if run.exists():
+            log.warning("%s: %s: %s", run.id, type(error).__name__, error)
 
 
 def _end_sweep(folder: Path) -> bool:
@@ -364,7 +407,7 @@ def main() -> int:
         return 0 if follow_sweep(arguments.run) else 1
     directory, once = RunDirectory(arguments.run), arguments.once
     patience = ONCE_PATIENCE if once else PATIENCE
-    return 0 if follow_all(directory, once=once, patience=patience) else 1
+    return 0 if follow_all(directory, once=once, patience=patience, hurry=once) else 1
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ class Registry:
 
     def _shipped(self, run: RunDirectory) -> str:
         """Ship the rest of the run to MLflow; returns its id there. Raises StokerError."""
-        if not follower.follow(run, "mlflow", once=True, patience=_PATIENCE):
+        if not follower.follow(run, "mlflow", once=True, patience=_PATIENCE, hurry=True):
             known = ledger.load(ledger.file_of(run, "mlflow"))
             raise StokerError(
                 f"run {run.id!r} cannot be shipped to {known.where or self._uri}: {known.error}"

@@ -34,13 +34,17 @@ class Shipper:
         self._on_disk: dict[str, int] = {}
         """Size of each journal file at its last fsync."""
         self._ledger.recovered()  # clears the failure of the last follower
-        self._ledger.save(file)
+        with contextlib.suppress(OSError):  # a full disk: it is saved again before anything is shipped
+            self._ledger.save(file)
 
-    def ship_next(self) -> bool:
-        """Ship the next batch; returns whether there was one. Raises whatever the sink raises."""
+    def ship_next(self, until: Cursor | None = None) -> bool:
+        """Ship the next batch, with nothing past `until`; returns whether there was one.
+
+        Raises whatever the sink raises.
+        """
         sink, source = self._opened()
         before = feed.position(source.cursor)
-        batch = source.take()
+        batch = source.take(until)
         if feed.position(source.cursor) == before:
             return False
         self._bring_to_disk(source.cursor)

@@ -1,11 +1,12 @@
-"""The training process's part in shipping: it keeps a follower running for its sinks."""
+"""The part in shipping of a process that trains or searches: it keeps a follower running for its sinks."""
 
 from __future__ import annotations
 
 import logging
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower
@@ -16,44 +17,56 @@ log = logging.getLogger("stoker")
 _PAUSE = 30.0  # least number of seconds between two starts of a follower
 
 
-class Shipping:
-    """The follower of one run.
+class _Shipping:
+    """A follower, which is restarted if it ends too soon.
 
     Args:
-        run: the run.
+        spawn: starts it.
         sinks: the names of its sinks; if there are none, every method does nothing.
     """
 
-    def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
-        self._run, self._sinks = run, sinks
+    def __init__(self, spawn: Callable[[], subprocess.Popen[bytes]], sinks: Sequence[str]) -> None:
+        self._spawn, self._sinks = spawn, sinks
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
-        self._warned: set[str] = set()
 
     def begin(self) -> None:
         """Start a follower."""
         if self._sinks:
-            self._process, self._begun = follower.spawn(self._run), time.monotonic()
+            self._process, self._begun = self._spawn(), time.monotonic()
 
     def look_after(self) -> None:
-        """Restart the follower if it has ended; log a warning once for each sink that fails."""
+        """Restart the follower if it has ended."""
         self._look(_PAUSE)
 
     def finish(self) -> None:
-        """Make sure, before the run ends, that a follower ships the rest."""
+        """Make sure, before the run or the search ends, that a follower ships the rest."""
         self._look(0.0)
+
+    def _look(self, pause: float) -> None:
+        if self._process is None or self._process.poll() is None:
+            return
+        if time.monotonic() - self._begun >= pause:
+            log.info("the process that ships to the sinks is gone: starting another one")
+            self.begin()
+
+
+class Shipping(_Shipping):
+    """The follower of one run. A warning is logged once for each sink that fails."""
+
+    def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
+        super().__init__(lambda: follower.spawn(run), sinks)
+        self._run = run
+        self._warned: set[str] = set()
 
     def wait(self, timeout: float) -> list[SinkState]:
         """Wait at most `timeout` seconds for the follower of a closed run; returns each sink's state."""
         return follower.wait(self._run, self._process, timeout) if self._process is not None else []
 
     def _look(self, pause: float) -> None:
-        if self._process is None:
-            return
-        if self._process.poll() is not None and time.monotonic() - self._begun >= pause:
-            log.info("the process that ships to the sinks is gone: starting another one")
-            self.begin()
-        self._warn()
+        super()._look(pause)
+        if self._process is not None:
+            self._warn()
 
     def _warn(self) -> None:
         for name, error in follower.failing(self._run).items():
@@ -63,3 +76,17 @@ class Shipping:
                     "cannot ship to %s now (%s); training continues, and `stoker sync %s` or the next "
                     "start ships the rest", name, error, self._run.id,
                 )  # fmt: skip
+
+
+class SweepShipping(_Shipping):
+    """The follower that ships all trials of a search; `folder` is the search's."""
+
+    def __init__(self, folder: Path, sinks: Sequence[str]) -> None:
+        super().__init__(lambda: follower.spawn_for_sweep(folder), sinks)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds after the search; returns whether everything was shipped."""
+        try:
+            return self._process is None or self._process.wait(timeout) == 0
+        except subprocess.TimeoutExpired:
+            return False
