@@ -105,6 +105,28 @@ with stoker.Run("read", config={"data": "numbers.txt"}) as run:
 """
 
 
+# Data of a hub, of which only the commit is known.
+HUB = """
+import stoker
+
+def train(run: stoker.Run) -> None:
+    run.data("data", "org/name", revision="a" * 40)
+    run.log(loss=1.0, step=1)
+"""
+
+# In a package, with imports from it and from the working directory.
+PACKAGED = """
+import stoker
+from work.models.size import SIZE
+from .depth import DEPTH
+from factor import FACTOR
+
+def train(run: stoker.Run) -> None:
+    for step in range(run.step + 1, 4):
+        run.log(loss=SIZE * DEPTH * FACTOR * step, step=step)
+"""
+
+
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
@@ -551,6 +573,93 @@ def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, t
     subprocess.run([*mlflow, *given], cwd=tmp_path, env=env, check=True, capture_output=True)
     assert list(loaded(folder / "runs/count/first").points["loss"].values()) == [2 * y for y in expected]
     assert stoker("package", str(folder / "runs/count/first"), "--to", str(folder), cwd=tmp_path).code == 2
+
+
+def test_a_package_says_the_revision_of_data_of_a_hub(project: Path, stoker: Command) -> None:
+    (project / "hub.py").write_text(HUB)
+    assert stoker("train", "hub.py", "--name", "first", cwd=project).code == 0
+    made = stoker("package", "first", "--json", "--to", "made", cwd=project)
+    assert made.code == 0, made.err
+    assert made.answer["data"]["data"]["revision"] == "a" * 40
+    assert f"- data: `org/name`, revision `{'a' * 40}`\n" in (project / "made/README.md").read_text()
+    shown = stoker("package", "first", "--to", "shown", cwd=project)
+    assert shown.code == 0, shown.err
+    assert f"org/name ({'a' * 20})" in shown.out
+
+
+@pytest.mark.parametrize("by_git", [True, False])
+def test_a_module_of_a_package_is_made_again_packaged_and_resumed_from_elsewhere(
+    project: Path, tmp_path: Path, by_git: bool
+) -> None:
+    package = project / "work/training"
+    (project / "work/models").mkdir(parents=True)
+    package.mkdir()
+    for folder in (project / "work", project / "work/models", package):
+        (folder / "__init__.py").touch()
+    (project / "work/models/size.py").write_text("SIZE = 2.0\n")
+    (package / "depth.py").write_text("DEPTH = 3.0\n")
+    written = PACKAGED if by_git else PACKAGED.replace("from factor import FACTOR", "FACTOR = 3.0")
+    (package / "steps.py").write_text(written)
+    if not by_git:
+        shutil.rmtree(project / ".git")
+    env = {**os.environ, "STOKER_RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable}
+
+    def run(*words: str, cwd: Path) -> None:
+        done = subprocess.run(words, cwd=cwd, env=env, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    module = (sys.executable, "-m", "stoker")
+    for ranks in ("1", "2"):
+        run(*module, "train", "work.training.steps:train", "--name", ranks, "--nproc", ranks, cwd=project)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "runs/steps/1/journal").rename(tmp_path / "journal")  # so that all is to be done
+    (tmp_path / "runs/steps/1/journal").mkdir()
+    run(*module, "resume", "1", cwd=elsewhere)
+    made = tmp_path / "made"
+    run(*module, "package", "1", "--to", str(made), cwd=elsewhere)
+    (project / "work/models/size.py").write_text("SIZE = 5.0\n")  # what is made again is what was recorded
+    run(*module, "reproduce", "1", cwd=elsewhere)
+    shutil.rmtree(project)
+    env["STOKER_RUNS"] = str(tmp_path / "new")
+    run("sh", str(made / "run.sh"), cwd=elsewhere)
+    for folder in ("runs/steps/1", "runs/steps/2", "runs/steps/1-again", "new/steps/1"):
+        assert list(loaded(tmp_path / folder).points["loss"].values()) == [18.0, 36.0, 54.0]
+
+
+def test_a_module_without_the_rest_of_its_package_is_made_again_from_the_record(
+    project: Path, stoker: Command
+) -> None:
+    shutil.rmtree(project / ".git")
+    (project / "work").mkdir()
+    (project / "work/hub.py").write_text(HUB)
+    words = (sys.executable, "-m", "stoker", "train", "work.hub:train", "--name", "first", "--runs", "runs")
+    subprocess.run(words, cwd=project, check=True, capture_output=True)
+    (project / "work/hub.py").write_text(HUB.replace("loss=1.0", "loss=2.0"))
+    done = stoker("reproduce", "first", "--runs", "runs", cwd=project)
+    assert done.code == 0, done.out + done.err
+
+
+def test_a_script_that_imports_from_the_working_directory_is_made_again_packaged_and_resumed(
+    project: Path, tmp_path: Path
+) -> None:
+    (project / "scripts").mkdir()
+    (project / "count.py").rename(project / "scripts/count.py")
+    env = {**os.environ, "STOKER_RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable}
+
+    def run(*words: str, cwd: Path) -> None:
+        done = subprocess.run(words, cwd=cwd, env=env, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    module = (sys.executable, "-m", "stoker")
+    run(*module, "train", "scripts/count.py", "--name", "first", cwd=project)
+    run(*module, "resume", "first", "steps=8", cwd=tmp_path)
+    run(*module, "train", "scripts/count.py", "--name", "second", cwd=project)
+    run(*module, "reproduce", "second", cwd=tmp_path)
+    run(*module, "package", "second", "--to", str(tmp_path / "made"), cwd=tmp_path)
+    shutil.copy(project / "numbers.txt", tmp_path / "made/code")
+    shutil.rmtree(project)
+    run("sh", str(tmp_path / "made/run.sh"), cwd=tmp_path)
 
 
 def test_a_package_asks_for_the_secrets_that_no_record_has(

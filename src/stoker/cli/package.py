@@ -13,7 +13,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput
 from stoker.launch import packaging
-from stoker.reproduce import stretch
+from stoker.reproduce import data, stretch
 from stoker.run import finding, view
 
 
@@ -60,7 +60,7 @@ def package(
     out.print(f"{folder}")
     for label, said in (
         ("base image", made.image),
-        ("data", ", ".join(f"{about['path']} ({about['fingerprint'][:20]})" for about in made.data.values())),
+        ("data", ", ".join(f"{about['path']} ({data.identity(about)[:20]})" for about in made.data.values())),
         ("left out", ", ".join(made.lacking)),
         ("secrets", ", ".join(f"{key}, which run.sh needs" for key in made.secrets)),
         ("packages", ", ".join(f"{name} was imported from a folder" for name in made.not_installed)),

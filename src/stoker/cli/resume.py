@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from stoker.cli.train import (
     start,
 )
 from stoker.errors import BadInput
+from stoker.launch import again
 from stoker.launch.nodes import ONE
 from stoker.run import finding, view
 
@@ -60,6 +62,8 @@ def resume(
             f"{found.id} was created by a script without a recipe: run that script again with the same name"
         )
     return_to(Path(seen.record["cwd"]))
+    if again.imports_from_cwd(seen.record):
+        sys.path.insert(0, str(Path.cwd()))
     recipe = recipes.load(reference)
     resolved = configs.restore(recipe.config, seen.config, seen.record["sources"], overrides or ())
     if overrides:

@@ -24,6 +24,7 @@ from stoker import redaction, signals, storage
 from stoker.config import COMMAND_LINE, DEFAULT
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, Stopped
 from stoker.reproduce import provenance
+from stoker.reproduce.code import module_file
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
 from stoker.run import again
@@ -175,10 +176,20 @@ def without_secrets(
 
 
 def located(reference: str, there: Place) -> str:
-    """A recipe's reference; for a file, the one in the unpacked code. Raises BadInput."""
+    """A recipe's reference; for a file or a folder, the one in the unpacked code. Raises BadInput."""
     file, separator, function = reference.partition(":")
-    if not file.endswith(".py"):
+    if "/" not in file:
         return reference
+    if not file.endswith(".py"):
+        folder, _, module = file.rpartition("/")
+        place, alone = there.mapped(folder or "/"), f"{Path(folder, *module.split('.'))}.py"
+        if place == folder and there.mapped(alone) != alone:  # only a part of the package was recorded
+            return located(f"{alone}:{function}", there)
+        if module_file(Path(place), module) is None:
+            raise BadInput(
+                f"module {module} of {folder} is not in the record of the run's code, and no longer exists"
+            )
+        return f"{Path(place, module)}{separator}{function}"
     found = there.mapped(file)
     if not Path(found).is_file():
         raise BadInput(f"{file} is not in the record of the run's code, and no longer exists")
@@ -194,6 +205,11 @@ def command(seen: RunView, there: Place, ranks: int) -> tuple[list[str], bool]:
     if reference is None:
         return _script(seen, there, ranks), True
     return ["-P", "-m", "stoker", "train", located(reference, there)], False
+
+
+def imports_from_cwd(record: Mapping[str, Any]) -> bool:
+    """Whether a run was started by `python -m stoker`, which imports from the working directory too."""
+    return str(next(iter(record.get("command", ())), "")).endswith("stoker/__main__.py")
 
 
 def _script(seen: RunView, there: Place, ranks: int) -> list[str]:
@@ -222,9 +238,8 @@ def _environment(there: Place, seen: RunView, own: Mapping[str, str]) -> dict[st
     recorded = storage.read_json(record / provenance.ENVIRONMENT).get("variables", {}).get("PYTHONPATH", "")
     ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     first = there.python_path(read_lock(record), recorded)
-    reference = seen.record["recipe"].get("reference") or ""
-    imported = ":" in reference and ".py" not in reference  # a module, which may be in the working directory
-    folders = [*first, *([str(there.cwd)] if imported else []), *(path for path in ours if path)]
+    own_folder = [str(there.cwd)] if imports_from_cwd(seen.record) else []
+    folders = [*first, *own_folder, *(path for path in ours if path)]
     return {**environment_of_no_rank(), **own, "PYTHONPATH": os.pathsep.join(folders)}
 
 

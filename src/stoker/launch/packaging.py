@@ -7,7 +7,7 @@
   run.sh            the one command
   Dockerfile        an image that runs it
   MLproject, python_env.yaml   for `mlflow run`
-  README.md         what else it needs: data, by fingerprint
+  README.md         what else it needs: data, by fingerprint or revision
 
 The base image is the one that the run recorded (STOKER_IMAGE, preferably with its digest), otherwise Python's
 official one: torch's packages include CUDA, and the driver is the host's.
@@ -49,7 +49,7 @@ class Package:
     """The one command, as in `run.sh`."""
     image: str
     data: Mapping[str, Mapping[str, Any]]
-    """The data that it reads from paths, as recorded: the path, and the fingerprint."""
+    """The data that it reads, as recorded: its path or name, and its fingerprint or revision."""
     lacking: tuple[str, ...]
     """Files of the code that were too large to record."""
     not_installed: tuple[str, ...]
@@ -81,6 +81,8 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
     if "stoker" in outside and not any(Path(path, "stoker").is_dir() for path in imported):
         _vendor(folder / "vendor")
         imported.append(str(folder / "vendor"))
+    if again.imports_from_cwd(seen.record) and there.cwd.is_relative_to(folder):
+        imported.append(str(there.cwd))
     command = _command(seen, part, there, folder)
     _write_script(folder / "run.sh", seen, there, folder, command, imported, environment)
     made = Package(
@@ -273,16 +275,22 @@ def _readme(made: Package, seen: RunView, there: Place, environment: Mapping[str
 def _needs(made: Package, there: Place) -> Iterator[str]:
     """What is not in the folder."""
     folder = there.cwd.relative_to(made.folder) if there.cwd.is_relative_to(made.folder) else Path("code")
-    lines = [
-        f"- {name}: `{about['path']}` (relative to `{folder}`, or override its key: `./run.sh key=PATH`), "
-        f"{about.get('bytes', 0):,} bytes, fingerprint `{about['fingerprint']}`"
-        for name, about in made.data.items()
-    ]
+    lines = [f"- {name}: {_data(about, folder)}" for name, about in made.data.items()]
     lines += [f"- `code/{path}`, which the record of the code does not include" for path in made.lacking]
     lines += [f"- {key}, a secret, which is never recorded: `./run.sh {key}=...`" for key in made.secrets]
     lines += [f"- the package {package}, which was imported from a folder" for package in made.not_installed]
     if lines:
         yield from ("## Needs", "", *lines, "")
+
+
+def _data(about: Mapping[str, Any], folder: Path) -> str:
+    """Where recorded data was, and its content; what is not a path has no size."""
+    within = (
+        f" (relative to `{folder}`, or override its key: `./run.sh key=PATH`)" if "absolute" in about else ""
+    )
+    size = f", {about['bytes']:,} bytes" if "bytes" in about else ""
+    kinds = [f", {kind} `{about[kind]}`" for kind in ("revision", "fingerprint") if kind in about]
+    return f"`{about['path']}`{within}{size}{''.join(kinds)}"
 
 
 def _recorded(there: Place, environment: Mapping[str, Any]) -> Iterator[str]:

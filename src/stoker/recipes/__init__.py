@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from stoker.errors import BadInput, nearest
+from stoker.reproduce.code import module_file
 from stoker.run import finding
 
 SHIPPED = {
@@ -33,8 +34,9 @@ class Recipe:
 
     name: str
     reference: str
-    """How to load it again: a shipped name, `FILE.py:FUNCTION` with an absolute path, or
-    `MODULE:FUNCTION`."""
+    """How to load it again, in any process and folder: a shipped name, `FILE.py:FUNCTION` with an absolute
+    path, or `FOLDER/MODULE:FUNCTION` for a module of a package, which needs the package's folder and its own
+    full name to import from the package."""
     train: Callable[..., None]
     config: type[Any]
     source: Path
@@ -55,6 +57,8 @@ class Recipe:
 
 def load(reference: str) -> Recipe:
     """A recipe by shipped name, by file (`my_train.py`, `my_train.py:train`) or by `module:function`.
+
+    The folder of the module's package can come first: `project/package.module:function`.
 
     Raises BadInput if it is not found; errors raised by the user's file itself are passed on.
     """
@@ -94,7 +98,7 @@ def from_function(
     module = sys.modules.get(train.__module__)
     return Recipe(
         name=name or finding.folder_name(source.stem),
-        reference=reference or f"{source}:{train.__name__}",
+        reference=reference or f"{_target(train.__module__, source)}:{train.__name__}",
         train=train,
         config=_config_class(train),
         source=source,
@@ -104,12 +108,25 @@ def from_function(
     )
 
 
+def _target(module: str, source: Path) -> str:
+    """The first part of a reference to a function of a module: a file, unless its package is needed."""
+    parts = module.split(".")
+    up = len(parts) if source.name == "__init__.py" else len(parts) - 1
+    if 0 < up < len(source.parents) and module_file(source.parents[up], module) == source:
+        return str(source.parents[up] / module)
+    return str(source)
+
+
 def _module(target: str, reference: str) -> ModuleType:
     if target.endswith(".py"):
         return _import_file(Path(target).absolute())
     if ":" in reference:
+        folder, separator, module = target.rpartition("/")
+        path = str(Path(folder or separator).absolute())
+        if separator and path not in sys.path:
+            sys.path.insert(0, path)
         try:
-            return importlib.import_module(target)
+            return importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise BadInput(f"module {target} cannot be imported: {error}") from error
     hint = nearest(reference, SHIPPED) or f"; shipped recipes: {', '.join(SHIPPED)}"

@@ -2,7 +2,8 @@
 
 In a git repository it is what git would commit if everything were added: tracked, modified and untracked
 files that git does not ignore, including those of submodules and nested repositories. Outside git it is the
-script and the modules that it imports from its folder, found by parsing them: nothing is imported.
+script and the modules that it imports from its folder or its package, found by parsing them: nothing is
+imported.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Code:
 
     kind: Kind
     root: str
-    """The repository, or the script's folder, as an absolute path."""
+    """The repository, or the folder of the script or of its outermost package, as an absolute path."""
     cwd: str | None = None
     """The working directory, relative to the root; None if it is outside."""
     script: str | None = None
@@ -95,7 +96,7 @@ def find(source: Path, runs: Path | None = None) -> Found:
     folder = source.parent if script else source
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None:
-        return _modules(script, folder)
+        return _modules(script, _import_folder(script) if script else folder)
     return _repository(Path(top.rstrip("\n")), script, _within(top.rstrip("\n"), runs))
 
 
@@ -135,7 +136,7 @@ def _modules(script: Path | None, folder: Path) -> Found:
         kind="modules",
         root=str(folder),
         cwd=_relative(Path.cwd(), folder),
-        script=script.name if script else None,
+        script=_relative(script, folder) if script else None,
     )
     return Found(code, tuple(sorted(_imported(script, folder))) if script else ())
 
@@ -194,33 +195,49 @@ def _without_secrets(changes: str) -> str:
 
 
 def _imported(script: Path, folder: Path) -> Iterator[str]:
-    """A script and all modules that it imports, directly or indirectly, from its own folder."""
+    """A script and all modules that it imports, directly or indirectly, from its own folder or package."""
     seen: set[Path] = set()
-    ahead = [script]
+    top = _import_folder(script)
+    parts = script.parent.relative_to(top).parts
+    package = parts[0] if parts else None  # not its neighbours, which can be all that is installed
+    within = (parent for parent in script.parents if parent != top and parent.is_relative_to(top))
+    ahead = [script, *(parent / "__init__.py" for parent in within)]
     while ahead:
         file = ahead.pop()
         if file in seen or not file.is_relative_to(folder):
             continue
         seen.add(file)
         yield str(file.relative_to(folder))
-        ahead += _imports(file, script.parent)
+        ahead += _imports(file, script.parent, top, package)
 
 
-def _imports(file: Path, folder: Path) -> Iterator[Path]:
-    """The files below a folder that a module's import statements refer to, including those in functions."""
+def _import_folder(script: Path) -> Path:
+    """The folder that a script's outermost package is in, or else its own folder."""
+    return next(parent for parent in script.parents if not (parent / "__init__.py").is_file())
+
+
+def _imports(file: Path, folder: Path, top: Path, package: str | None) -> Iterator[Path]:
+    """The files that a module's import statements refer to, including those in functions.
+
+    They are those below a folder, and those of a package in another folder.
+    """
     try:
         parsed = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):  # an extension module, or not valid in this version of Python
         return
     for node in ast.walk(parsed):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield from _files_of(alias.name.split("."), folder)
+            named = [(alias.name.split("."), folder) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = file.parents[node.level - 1] if node.level else folder
             parts = node.module.split(".") if node.module else []
-            for alias in node.names:
-                yield from _files_of([*parts, alias.name], base)
+            named = [([*parts, alias.name], base) for alias in node.names]
+        else:
+            continue
+        for parts, base in named:
+            yield from _files_of(parts, base)
+            if base == folder and parts[0] == package:
+                yield from _files_of(parts, top)
 
 
 def _files_of(parts: list[str], base: Path) -> Iterator[Path]:
@@ -259,6 +276,13 @@ def _without_user(address: str) -> str:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     return machine.output(["git", "--no-optional-locks", "-C", str(folder), *arguments])
+
+
+def module_file(folder: Path, module: str) -> Path | None:
+    """The source file of a module of a package in a folder; None if it is not there."""
+    place = folder.joinpath(*module.split("."))
+    files = (place / "__init__.py", place.with_name(f"{place.name}.py"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def from_json(said: dict[str, Any]) -> Code:
