@@ -632,24 +632,6 @@ PBT = (
 )  # fmt: skip
 
 
-def test_a_search_that_recorded_a_module_of_a_package_by_its_file_goes_on(
-    stoker: Command, tmp_path: Path
-) -> None:
-    (tmp_path / "work").mkdir()
-    shutil.copy(Path(__file__).with_name("searched.py"), tmp_path / "work/searched.py")
-    search = (
-        "sweep", f"{tmp_path}/work.searched:train", "x=uniform(0, 1)", "--metric", "loss", "--name", "s",
-        "--runs", str(tmp_path / "runs"),
-    )  # fmt: skip
-    assert stoker(*search, "--trials", "1").code == 0
-    file = tmp_path / "runs/s/sweep.json"
-    said = file.read_text()
-    assert f"{tmp_path}/work.searched:train" in said
-    file.write_text(said.replace("work.searched:", "work/searched.py:"))
-    done = stoker(*search, "--trials", "2")
-    assert done.code == 0, done.err
-
-
 def test_a_population_reaches_what_neither_fixed_setting_does(stoker: Command, tmp_path: Path) -> None:
     """A trial that is forked has its donor's weights, optimizer and place in the data."""
     recipe = str(Path(__file__).parent / "quadratic.py")

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
-from stoker.reproduce.code import module_file
 from stoker.run import artifacts
 from stoker.run.directory import SWEEP, SWEEP_LOCK
 
@@ -201,19 +200,9 @@ def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         before = known.get(key)
         if key == "space":
             changes += _changes(before or {}, now)
-        elif key == "recipe" and before and _file_of(before) == _file_of(now):
-            continue
         elif before != (list(now) if isinstance(now, tuple) else now):
             changes.append(f"{key}: {before} -> {now}")
     return changes
-
-
-def _file_of(reference: str) -> str:
-    """A recipe's reference by its file, as earlier searches recorded it also for a module of a package."""
-    target, _, function = reference.partition(":")
-    folder, separator, module = target.rpartition("/")
-    file = module_file(Path(folder), module) if separator and not target.endswith(".py") else None
-    return f"{file or target}:{function}"
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
