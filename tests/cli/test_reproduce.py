@@ -444,6 +444,25 @@ def test_data_that_the_run_made_itself_is_copied_and_not_written_to(project: Pat
     assert (project / "numbers.txt").stat().st_mtime_ns == at
 
 
+def test_a_run_that_was_started_outside_its_code_writes_to_no_file_of_that_folder(
+    writing: Path, stoker: Command
+) -> None:
+    elsewhere = writing.with_name("elsewhere")
+    for name in ("data", "model", "outputs"):
+        shutil.copytree(writing / name, elsewhere / name)
+    time.sleep(0.2)
+    assert stoker("train", f"{writing}/write.py", "--name", "away", cwd=elsewhere).code == 0
+    before = contents(elsewhere)
+    done = stoker("reproduce", "away", "--json", cwd=elsewhere)
+    assert done.code == 3, "the run found files there which it then wrote over"
+    assert contents(elsewhere) == before
+    (elsewhere / "outputs/checkpoint").unlink()
+    assert stoker("train", f"{writing}/write.py", "--name", "fresh", cwd=elsewhere).code == 0
+    fresh = stoker("reproduce", "fresh", "--json", cwd=elsewhere)
+    assert fresh.code == 0, fresh.err
+    assert (elsewhere / "outputs/checkpoint").read_text() == "fresh"
+
+
 def test_data_far_above_the_repository_is_where_the_run_again_looks(tmp_path: Path, stoker: Command) -> None:
     project, data = tmp_path / "top/deep/project", tmp_path / "top/data"
     project.mkdir(parents=True)

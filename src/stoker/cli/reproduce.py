@@ -186,14 +186,18 @@ def _prepare(
     overrides = inputs.resolved(overrides, part.config, recorded)
     kept = {key: value for key, value in part.config.items() if key not in given}
     of_data = [str(about["path"]) for about in recorded.values()]
-    named = [path for path in inputs.paths_of(kept) if path not in of_data]
-    end = inputs.way_up(provenance.read_code(record), [*named, *of_data], cwd)
-    there = place.materialise(record, folder / "code" / end, str(cwd))
-    linking = inputs.Linking(there, folder / "code", cwd, *_span(seen))
+    has_keys = seen.record["recipe"].get("reference") is not None  # the keys of a script are not used here
+    words = [] if has_keys else [str(word).rpartition("=")[2] for word in seen.record.get("command", [])[1:]]
+    named = [path for path in (*inputs.paths_of(kept), *words) if path not in of_data]
+    top = folder / "code"
+    root, inside = inputs.layout(provenance.read_code(record), [*named, *of_data], cwd)
+    if not inside.is_relative_to(root):
+        (top / inside).mkdir(parents=True)
+    there = place.materialise(record, top / root, str(top / inside))
+    linking = inputs.Linking(there, top, cwd, *_span(seen))
     linking.data(recorded)
     lacking = linking.left_out()
     linked, changed = linking.named(named)
-    has_keys = seen.record["recipe"].get("reference") is not None  # the keys of a script are not used here
     data = inputs.check(linking, recorded, part.config if has_keys else {}, given)
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable

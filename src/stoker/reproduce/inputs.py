@@ -175,19 +175,21 @@ class Linking:
         )
 
 
-def way_up(code: Code, paths: Iterable[str], cwd: Path) -> Path:
-    """The end of the path of a run's code, with as many folders as relative paths lead up from it.
+def layout(code: Code, paths: Iterable[str], cwd: Path) -> tuple[Path, Path]:
+    """Where code and working directory are unpacked, so that relative paths lead where they did.
 
     Args:
         code: the code.
         paths: the names of inputs; those that are not paths are ignored.
         cwd: where the run was started.
+
+    Returns:
+        Both, relative to a folder that stands for the lowest one around them and the inputs.
     """
-    up = 1
-    for path in paths:
-        if _is_relative(path) and _exists(cwd / path):
-            up = max(up, Path(os.path.normpath(Path(code.cwd or ".", path))).parts.count(".."))
-    return Path(*Path(code.root).parts[1:][-up:] or ["code"])
+    at = Path(code.root, code.cwd) if code.cwd is not None else cwd
+    ends = [os.path.normpath(at / path) for path in paths if _is_relative(path) and _exists(cwd / path)]
+    base = os.path.commonpath([Path(code.root).parent, at, *ends])
+    return Path(code.root).relative_to(base), at.relative_to(base)
 
 
 def resolved(
