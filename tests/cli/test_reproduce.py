@@ -104,6 +104,47 @@ with stoker.Run("read", config={"data": "numbers.txt"}) as run:
     run.log(loss=1.0)
 """
 
+# Reads a model that was there before and data; writes to a folder that it names, and beside its code.
+WRITING = """
+from dataclasses import dataclass
+from pathlib import Path
+import stoker
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data"
+    model: str = "model"
+    out: str = "outputs"
+
+def train(run: stoker.Run, config: Config) -> None:
+    out = Path(config.out)
+    out.mkdir(exist_ok=True)
+    resumed = (out / "checkpoint").exists()
+    older = len((out / "older").read_text())
+    files = sorted(Path(run.data("data", config.data)).rglob("*.jsonl"))
+    width = len(Path(config.model, "weights").read_text())
+    for step in (1, 2):
+        run.log(step=step, loss=sum(len(file.read_text()) for file in files) * width + resumed + older)
+    (out / "checkpoint").write_text(run.directory.id)
+    Path(config.model, "cache").write_text(run.directory.id)
+    Path(config.data, "tokens").write_text(run.directory.id)
+    Path("weights.pt").write_bytes(run.directory.id.encode().ljust(2**21, b"."))
+"""
+
+FAR = """
+from dataclasses import dataclass
+from pathlib import Path
+import stoker
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "../../data/x.jsonl"
+
+def train(run: stoker.Run, config: Config) -> None:
+    run.log(step=1, loss=len(Path(run.data("data", config.data)).read_text()))
+    Path(config.data).with_name("made").write_text(run.directory.id)
+"""
+
 
 # Data of a hub, of which only the commit is known.
 HUB = """
@@ -362,6 +403,100 @@ def test_the_data_of_a_script_is_to_be_put_back_as_it_has_no_keys(project: Path,
     assert gone.code == 2
     assert "restore it, or put a link to it" in gone.err
     assert "=PATH" not in gone.err
+
+
+@pytest.fixture
+def writing(tmp_path: Path, stoker: Command) -> Path:
+    """A repository with a run of a recipe that reads inputs which git ignores, and writes files."""
+    folder = tmp_path / "writing"
+    for name in ("data", "model", "outputs"):
+        (folder / name).mkdir(parents=True)
+    git(folder, "init", "-b", "main")
+    (folder / "write.py").write_text(WRITING)
+    (folder / ".gitignore").write_text("runs/\n*.jsonl\nmodel/\noutputs/\ntokens\n")
+    (folder / "data/.gitkeep").touch()
+    (folder / "data/part").mkdir()
+    for file in ("data/1.jsonl", "data/part/2.jsonl", "model/weights", "outputs/older"):
+        (folder / file).write_text(f"{file} as the user made it")
+    (folder / "weights.pt").write_bytes(bytes(2**21))
+    git(folder, "add", "write.py", ".gitignore", "data/.gitkeep")
+    git(folder, "commit", "-m", "first")
+    time.sleep(0.2)  # what is made in the moment before a run may be its own
+    done = stoker("train", "write.py", "--name", "first", cwd=folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_a_run_again_reads_inputs_and_writes_to_none_of_the_users_files(
+    writing: Path, stoker: Command
+) -> None:
+    before = contents(writing)
+    done = stoker("reproduce", "first", "--json", cwd=writing)
+    assert done.code == 0, done.err
+    assert contents(writing) == before
+    assert done.answer["identical"], "it neither lacked data nor went on from a finished state"
+    assert [one["changed"] for one in done.answer["data"]] == [False]
+    assert done.answer["linked"] == ["model", "outputs"]
+    assert done.answer["not_linked"] == ["model/cache", "outputs/checkpoint"]
+    assert done.answer["code"]["lacking"] == ["weights.pt"]
+    code = writing / "runs/write/first-again/again/code/writing"
+    assert (code / "outputs/checkpoint").read_text() == "first-again"
+
+
+def test_data_that_the_user_changed_later_is_read_as_it_is_now(writing: Path, stoker: Command) -> None:
+    (writing / "data/part/2.jsonl").write_text("changed")
+    done = stoker("reproduce", "first", "--json", cwd=writing)
+    assert done.code == 3, done.err
+    assert [one["changed"] for one in done.answer["data"]] == [True]
+    (writing / "data/part/2.jsonl").write_text("data/part/2.jsonl as the user made it")
+    (writing / "data/tokens").unlink()
+    restored = stoker("reproduce", "first", "--json", cwd=writing)
+    assert restored.code == 0, restored.err
+
+
+def test_data_that_the_run_made_itself_is_copied_and_not_written_to(project: Path, stoker: Command) -> None:
+    made = COUNTED.replace(
+        "    numbers = [", "    Path(config.data).write_text('1 2 3 4 5 6 ' * 2)\n    numbers = ["
+    )
+    (project / "count.py").write_text(made)
+    assert stoker("train", "count.py", "--name", "first", cwd=project).code == 0
+    at = (project / "numbers.txt").stat().st_mtime_ns
+    done = stoker("reproduce", "first", cwd=project)
+    assert done.code == 0, done.err
+    assert (project / "numbers.txt").stat().st_mtime_ns == at
+
+
+def test_a_run_that_was_started_outside_its_code_writes_to_no_file_of_that_folder(
+    writing: Path, stoker: Command
+) -> None:
+    elsewhere = writing.with_name("elsewhere")
+    for name in ("data", "model", "outputs"):
+        shutil.copytree(writing / name, elsewhere / name)
+    time.sleep(0.2)
+    assert stoker("train", f"{writing}/write.py", "--name", "away", cwd=elsewhere).code == 0
+    before = contents(elsewhere)
+    done = stoker("reproduce", "away", "--json", cwd=elsewhere)
+    assert done.code == 3, "the run found files there which it then wrote over"
+    assert contents(elsewhere) == before
+    (elsewhere / "outputs/checkpoint").unlink()
+    assert stoker("train", f"{writing}/write.py", "--name", "fresh", cwd=elsewhere).code == 0
+    fresh = stoker("reproduce", "fresh", "--json", cwd=elsewhere)
+    assert fresh.code == 0, fresh.err
+    assert (elsewhere / "outputs/checkpoint").read_text() == "fresh"
+
+
+def test_data_far_above_the_repository_is_where_the_run_again_looks(tmp_path: Path, stoker: Command) -> None:
+    project, data = tmp_path / "top/deep/project", tmp_path / "top/data"
+    project.mkdir(parents=True)
+    data.mkdir()
+    (data / "x.jsonl").write_text("a line")
+    (project / "far.py").write_text(FAR)
+    git(project, "init")
+    assert stoker("train", "far.py", "--name", "first", cwd=project).code == 0
+    done = stoker("reproduce", "first", "--json", cwd=project)
+    assert done.code == 0, done.err
+    assert (done.answer["identical"], done.answer["config"]) == (True, {})
+    assert (data / "made").read_text() == "first"
 
 
 def test_a_run_that_failed_is_compared_up_to_where_it_failed(project: Path, stoker: Command) -> None:
@@ -692,6 +827,15 @@ def test_a_package_that_cannot_be_written_is_bad_input_and_takes_no_folder_away(
     shutil.rmtree(counted / "count/first/provenance")
     assert stoker("package", "first", "--to", str(tmp_path / "mine"), cwd=counted.parent).code == 2
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, without those of git and of the runs."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    named = {str(file.relative_to(folder)): file for file in files}
+    return {
+        name: file.read_bytes() for name, file in named.items() if not name.startswith((".git/", "runs/"))
+    }
 
 
 def files_of(version: str, value: int) -> dict[str, bytes]:

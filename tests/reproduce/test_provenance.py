@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import orjson
@@ -101,11 +102,16 @@ def test_a_link_out_of_the_repository_is_linked_again_unless_what_it_leads_to_ha
     target, found = _record(tmp_path, repository)
     assert [(left.path, left.bytes) for left in found.left_out] == [("folder", None), ("vocab.txt", 6)]
     there = place.materialise(target, tmp_path / "again", str(repository))
-    assert inputs.link_left_out(there) == []
+    ends = time.time() + 1
+    assert inputs.Linking(there, tmp_path, repository, ends, ends).left_out() == []
     assert (tmp_path / "again/vocab.txt").read_text() == "words\n"
     outside.write_text("other words\n")
     there = place.materialise(target, tmp_path / "later", str(repository))
-    assert inputs.link_left_out(there) == ["vocab.txt"]
+    assert inputs.Linking(there, tmp_path, repository, ends, ends).left_out() == ["vocab.txt"]
+    outside.write_text("xords\n")
+    began = time.time() - 60
+    assert "vocab.txt" in inputs.Linking(there, tmp_path, repository, began, ends).left_out()
+    assert not (tmp_path / "later/vocab.txt").exists()
 
 
 def test_files_over_the_limits_are_named(

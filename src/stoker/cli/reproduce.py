@@ -57,6 +57,7 @@ from stoker.run.view import RunView
 log = logging.getLogger("stoker")
 
 _CODES = {view.PREEMPTED: EXIT_PREEMPTED, view.INTERRUPTED: EXIT_INTERRUPTED}
+_COARSE = 0.1  # seconds
 
 
 def reproduce(
@@ -180,16 +181,24 @@ def _prepare(
     folder = target.path / again.FOLDER
     folder.mkdir(parents=True)
     record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
-    there = place.materialise(record, folder / "code" / again.name_of(record), str(cwd))
     given = _given(part, overrides)
     recorded = storage.read_json(record / provenance.DATA)
     overrides = inputs.resolved(overrides, part.config, recorded)
-    lacking = inputs.link_left_out(there)
     kept = {key: value for key, value in part.config.items() if key not in given}
-    inputs.link(there, [*inputs.paths_of(kept), *(str(about["path"]) for about in recorded.values())], cwd)
-    inputs.link_moved(there, recorded, cwd)
+    of_data = [str(about["path"]) for about in recorded.values()]
     has_keys = seen.record["recipe"].get("reference") is not None  # the keys of a script are not used here
-    data = inputs.check(there, recorded, part.config if has_keys else {}, given)
+    words = [] if has_keys else [str(word).rpartition("=")[2] for word in seen.record.get("command", [])[1:]]
+    named = [path for path in (*inputs.paths_of(kept), *words) if path not in of_data]
+    top = folder / "code"
+    root, inside = inputs.layout(provenance.read_code(record), [*named, *of_data], cwd)
+    if not inside.is_relative_to(root):
+        (top / inside).mkdir(parents=True)
+    there = place.materialise(record, top / root, str(top / inside))
+    linking = inputs.Linking(there, top, cwd, *_span(seen))
+    linking.data(recorded)
+    lacking = linking.left_out()
+    linked, changed = linking.named(named)
+    data = inputs.check(linking, recorded, part.config if has_keys else {}, given)
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable
     on_gpu, own = _on_gpu(part, then), differences.computing(then.get("variables", {}))
@@ -205,10 +214,16 @@ def _prepare(
     return Checked(
         of=_name(seen.directory), name=_name(target), part=part, code=there.code,
         changed_since=tuple(code_changes.changed_since(there.code)), lacking=tuple(lacking), data=tuple(data),
+        linked=tuple(linked), not_linked=tuple(changed),
         packages=len(differences.locked(lock)), variables=own, differences=tuple(found),
         doubts=tuple(_doubts(part, there, data, ranks=ranks, on_gpu=on_gpu, beside=beside)),
         environment=f"{python}, built from the lock" if env else "",
     ), starting  # fmt: skip
+
+
+def _span(seen: RunView) -> tuple[float, float]:
+    """When a run began and ended; a moment earlier, as files have the time of a coarser clock."""
+    return seen.started - _COARSE, max((a.ended or a.last_event for a in seen.attempts), default=seen.started)
 
 
 def _given(part: Stretch, overrides: Sequence[str]) -> set[str]:

@@ -243,11 +243,6 @@ def _environment(there: Place, seen: RunView, own: Mapping[str, str]) -> dict[st
     return {**environment_of_no_rank(), **own, "PYTHONPATH": os.pathsep.join(folders)}
 
 
-def name_of(record: Path) -> str:
-    """The name of the folder of a run's code when it is unpacked next to its inputs. Raises BadInput."""
-    return Path(provenance.read_code(record).root).name or "code"
-
-
 def read_lock(record: Path) -> str:
     """The text of a run's lock; empty if none was recorded."""
     with contextlib.suppress(OSError):

@@ -37,6 +37,10 @@ class Checked:
     lacking: tuple[str, ...]
     """Files that the record left out and that are missing or changed now."""
     data: tuple[Input, ...]
+    linked: tuple[str, ...]
+    """Other paths of the config that were linked into the code."""
+    not_linked: tuple[str, ...]
+    """Files at such paths that changed after the run began."""
     packages: int
     """The number of packages in the run's lock file."""
     variables: Mapping[str, str]
@@ -84,6 +88,10 @@ def print_checked(console: Console, checked: Checked) -> None:
     for one in checked.data:
         name = "" if one.name == "data" else f"{one.name}: "
         _pair(console, "data", f"{name}{one.said}", "yellow" if one.changed else "")
+    _pair(console, "linked", some(checked.linked))
+    if checked.not_linked:
+        why = "changed after the run began, so it may be what the run wrote"
+        _pair(console, "not linked", f"{some(checked.not_linked)}: {why}")
     _pair(console, "python", checked.environment)
     of_kind = {label: [d for d in checked.differences if d.kind == kind] for kind, label in _KINDS.items()}
     _pair(console, "packages", "" if of_kind["packages"] else f"{checked.packages} as recorded")
@@ -168,6 +176,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "code": {"commit": checked.code.commit, "files": len(checked.code.files),
                  "changed_since": list(checked.changed_since), "lacking": list(checked.lacking)},
         "data": [{**asdict(one), "changed": one.changed} for one in checked.data],
+        "linked": list(checked.linked), "not_linked": list(checked.not_linked),
         "variables": dict(checked.variables), "after": checked.part.after,
         "until": checked.part.until, "environment": checked.environment,
     }  # fmt: skip

@@ -1,13 +1,16 @@
 """What a run read besides its code: found again, checked, and put where the run expects it.
 
-Data that the config names by a path relative to the working directory, and files of the code that the
-record left out, are linked into the unpacked code from their original place; or, if the project was moved,
-from where the command is given.
+Data and other inputs that the config names by a path relative to the working directory, and files of the
+code that the record left out, are linked into the unpacked code from their original place; data also, if the
+project was moved, from where the command is given. What the run itself may have written is not linked.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 from stoker.errors import BadInput
 from stoker.reproduce import data
+from stoker.reproduce.code import Code
 from stoker.reproduce.place import Place
 from stoker.words import counted
 
@@ -46,47 +50,146 @@ class Input:
         return f"{self.path} as recorded{' (a sample was compared)' if self.sampled else ''}"
 
 
-def link_left_out(place: Place) -> list[str]:
-    """Link files that the record of the code left out, if their size is unchanged; returns missing ones."""
-    lacking = []
-    for left in place.code.left_out:
-        source, target = Path(place.code.root, left.path), place.root / left.path
-        known = left.bytes or None  # 0 is what older records contain for links and unreadable files
-        if not source.exists() or (known and source.is_file() and source.stat().st_size != known):
-            lacking.append(left.path)
-        elif not os.path.lexists(target):
+@dataclass(frozen=True)
+class Linking:
+    """Puts what a run read besides its code into its unpacked code, so that the run again writes elsewhere.
+
+    What changed after the run began may be its own output. A link to that would have the run again write to
+    the user's file, or go on from a finished state; so only recorded data is linked whatever its age.
+    """
+
+    place: Place
+    top: Path
+    """The folder in which the code is unpacked; nothing is put outside it."""
+    cwd: Path
+    """Where the run was started, to which paths are relative."""
+    began: float
+    ended: float
+    """When the run began and ended, in seconds since 1970."""
+
+    def data(self, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+        """Link recorded data, also if it is gone from its place but here with the same path and content.
+
+        Args:
+            recorded: the contents of `data.json`.
+        """
+        here = dataclasses.replace(self, cwd=Path.cwd())
+        for about in recorded.values():
+            path, known = str(about["path"]), str(about.get("fingerprint", ""))
+            if "absolute" not in about or Path(path).is_absolute():
+                continue
+            if _exists(self.cwd / path):
+                self._link_data(path, known)
+            elif _is(here.cwd / path, known):
+                here._link_data(path, known)
+
+    def left_out(self) -> list[str]:
+        """Link files that the record of the code left out; returns those that are missing or have changed."""
+        lacking = []
+        for left in self.place.code.left_out:
+            source, target = Path(self.place.code.root, left.path), self.place.root / left.path
+            known = left.bytes or None  # 0 is what older records contain for links and unreadable files
+            if target.is_file():  # it is data
+                continue
+            other = known and source.is_file() and source.stat().st_size != known
+            if not source.exists() or other or not all(linked for _, linked in self._put(source, target)):
+                lacking.append(left.path)
+        return lacking
+
+    def named(self, paths: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Link files and the files of folders that relative paths lead to, where the code has none.
+
+        Args:
+            paths: the names; those that are not paths are ignored.
+
+        Returns:
+            The paths that were linked, as far as possible; and the files that were not, as they have changed.
+        """
+        linked, refused = [], []
+        for path in dict.fromkeys(paths):
+            source, target = self._ends(path)
+            of_code = any(folder.is_relative_to(target) for folder in (self.place.root, self.place.cwd))
+            if of_code or not (_is_relative(path) and _exists(source) and self._is_inside(target)):
+                continue
+            put = dict(self._put(source, target))
+            linked += [path] if any(put.values()) else []
+            refused += [os.path.relpath(file, self.cwd) for file, is_linked in put.items() if not is_linked]
+        return linked, refused
+
+    def _link_data(self, path: str, fingerprint: str) -> None:
+        """Link data: what it was when the run began if that is what is recorded, or else all of it."""
+        source, target = self._ends(path)
+        if not self._is_inside(target):
+            return
+        if source.is_dir() and not os.path.lexists(target) and self._is_untouched(source):
+            _link(source, target)  # it can have millions of files
+        elif not all(linked for _, linked in self._put(source, target)) and not _is(target, fingerprint):
+            self._put(source, target, all_of_it=True)
+
+    def _put(self, source: Path, target: Path, *, all_of_it: bool = False) -> list[tuple[Path, bool]]:
+        """Link a file, or each file of a folder, which the target lacks; a new file lands in the target.
+
+        Args:
+            all_of_it: also what changed after the run began; copied if it changed before the run ended, as
+                the run may have made it, and would make it again.
+
+        Returns:
+            The files that the target lacked, and whether they were linked: not if they changed after the run
+            began.
+        """
+        if os.path.lexists(target) and not (source.is_dir() and target.is_dir()):
+            return []
+        if source.is_dir():
+            inner = [entry for entry in _entries(source) if not self._is_around(entry)]
+            return [one for path in inner for one in self._put(path, target / path.name, all_of_it=all_of_it)]
+        changed = _changed(source)
+        if changed >= self.began and not all_of_it:
+            return [(source, False)]
+        if self.began <= changed <= self.ended:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        else:
             _link(source, target)
-    return lacking
+        return [(source, True)]
+
+    def _ends(self, path: str) -> tuple[Path, Path]:
+        """A path relative to where the run was started, and its place in the unpacked code."""
+        return self.cwd / path, Path(os.path.normpath(self.place.cwd / path))
+
+    def _is_inside(self, target: Path) -> bool:
+        return target.is_relative_to(self.top) and target != self.top
+
+    def _is_around(self, path: Path) -> bool:
+        """Whether a path contains the unpacked code, or leads back to a folder that it is in."""
+        whole = path.resolve()
+        return self.place.root.resolve().is_relative_to(whole) or (
+            path.is_symlink() and path.parent.resolve().is_relative_to(whole)
+        )
+
+    def _is_untouched(self, folder: Path) -> bool:
+        """Whether nothing in a folder has changed since the run began."""
+        return not self._is_around(folder) and all(
+            _changed(Path(inner, name)) < self.began
+            for inner, _, names in os.walk(folder, followlinks=True)
+            for name in ("", *names)
+        )
 
 
-def link(place: Place, paths: Iterable[str], cwd: Path) -> None:
-    """Link files and folders that are named by relative paths and that the code does not contain.
+def layout(code: Code, paths: Iterable[str], cwd: Path) -> tuple[Path, Path]:
+    """Where code and working directory are unpacked, so that relative paths lead where they did.
 
     Args:
-        place: the code.
-        paths: the names; names that are not paths are ignored.
-        cwd: where the run was started, to which they are relative.
-    """
-    for path in dict.fromkeys(paths):
-        source, target = cwd / path, Path(os.path.normpath(place.cwd / path))
-        known = not path or Path(path).is_absolute() or not _exists(source) or os.path.lexists(target)
-        if not known and target.is_relative_to(place.root.parent):
-            _link(source.resolve(), target)
-
-
-def link_moved(place: Place, recorded: Mapping[str, Mapping[str, Any]], cwd: Path) -> None:
-    """Link data that is gone from its original place, but exists here with the same path and content.
-
-    Args:
-        place: the code.
-        recorded: the contents of `data.json`.
+        code: the code.
+        paths: the names of inputs; those that are not paths are ignored.
         cwd: where the run was started.
+
+    Returns:
+        Both, relative to a folder that stands for the lowest one around them and the inputs.
     """
-    for about in recorded.values():
-        path, here = str(about["path"]), Path.cwd() / str(about["path"])
-        gone = "absolute" in about and not Path(path).is_absolute() and not _exists(cwd / path)
-        if gone and _exists(here) and _is(here, str(about["fingerprint"])):
-            link(place, [path], Path.cwd())
+    at = Path(code.root, code.cwd) if code.cwd is not None else cwd
+    ends = [os.path.normpath(at / path) for path in paths if _is_relative(path) and _exists(cwd / path)]
+    base = os.path.commonpath([Path(code.root).parent, at, *ends])
+    return Path(code.root).relative_to(base), at.relative_to(base)
 
 
 def resolved(
@@ -128,12 +231,13 @@ def paths_of(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check(
-    place: Place, recorded: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any], given: Collection[str]
-) -> list[Input]:
+    linking: Linking, recorded: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any],
+    given: Collection[str],
+) -> list[Input]:  # fmt: skip
     """Check the data of a run.
 
     Args:
-        place: the code, with what is linked into it.
+        linking: has linked the data.
         recorded: the contents of `data.json`.
         config: the values of the run that can be overridden.
         given: the keys that are overridden.
@@ -146,7 +250,7 @@ def check(
     for name, about in recorded.items():
         now, sampled = None, about.get("how") == "sampled"
         if "absolute" in about and about["path"] not in replaced:
-            now = _fingerprint(place, name, about, config)
+            now = _fingerprint(linking, name, about, config)
         found.append(Input(name, str(about["path"]), data.identity(about), now, sampled))
     return found
 
@@ -163,17 +267,20 @@ def fingerprints(recorded: Mapping[str, Mapping[str, Any]], tags: Mapping[str, s
     return {**of_tags, **of_data}
 
 
-def _fingerprint(place: Place, name: str, about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The present fingerprint of data. Raises BadInput."""
-    there = place.cwd / about["path"]
-    path = there if there.exists() else Path(about["absolute"])
+def _fingerprint(linking: Linking, name: str, about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The present fingerprint of data, where the run again will read it. Raises BadInput."""
+    path, origin = linking.place.cwd / about["path"], Path(about["absolute"])
+    elsewhere = os.path.normpath(linking.cwd / about["path"]) != os.path.normpath(origin)
+    if not path.exists() and elsewhere:  # below a home, or the run changed its working directory
+        path = origin
     try:
         return data.fingerprint(path).fingerprint
     except OSError as error:
+        lost = error.filename if path.exists() else origin
         keys = [key for key, value in config.items() if about["path"] in paths_of({key: value})]
         anew = f"restore it, or give its new location with {keys[0]}=PATH" if keys else ""
         raise BadInput(
-            f"data {name!r} cannot be read: {error.filename or path}: {error.strerror}. It had fingerprint "
+            f"data {name!r} cannot be read: {lost or path}: {error.strerror}. It had fingerprint "
             f"{about['fingerprint']}, {about['bytes']:,} bytes in {counted(about['files'], 'file')}: "
             f"{anew or 'no key of the run names it, so restore it, or put a link to it there'}"
         ) from error
@@ -210,6 +317,30 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _is_relative(path: str) -> bool:
+    return bool(path) and not Path(path).is_absolute()
+
+
+def _entries(folder: Path) -> list[Path]:
+    """The contents of a folder; none if it cannot be read, which matters only if the run reads it."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _changed(path: Path) -> float:
+    """When a file or folder last changed in content or in place, and if it is a link, also the link.
+
+    The time of content alone can be older than a file: copying and unpacking keep it.
+    """
+    try:
+        found = (path.stat(), path.lstat())
+    except OSError:
+        return math.inf
+    return max(time for status in found for time in (status.st_mtime, status.st_ctime))
+
+
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(source)
+    target.symlink_to(source.resolve())
