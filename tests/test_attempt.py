@@ -6,6 +6,7 @@ import datetime
 import enum
 import logging
 import math
+import os
 import resource
 import shutil
 import signal
@@ -327,6 +328,37 @@ with stoker.Run("test", "a", runs=sys.argv[1]) as run:
     run.log(loss=2.0)
     os._exit(0)
 """
+
+
+LEAVES = """
+import sys, stoker, torch
+run = stoker.Run("test", "a", runs=sys.argv[1])
+trainer = stoker.Trainer(
+    run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    loss=lambda output, batch: (output.sum(), len(output)), training=stoker.Training(precision="fp32"),
+)
+data = torch.utils.data.TensorDataset(torch.ones(8, 1))
+for batch in trainer.steps(trainer.loader(data, batch_size=4), max_steps=9):
+    trainer.step(batch)
+    if run.step == 3:
+        break
+if sys.argv[2] == "end":
+    run.end("finished")
+    run.close()
+if sys.argv[2] == "raise":
+    raise SystemError
+"""
+
+
+@pytest.mark.parametrize("way", ["", "end", "raise"])
+def test_a_loop_that_is_left_is_saved_where_the_run_ends_without_a_block(way: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "STOKER_SINKS": "none"}
+    command = [sys.executable, "-c", LEAVES, str(tmp_path), way]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode == 0) == (way != "raise"), done.stderr
+    run = RunDirectory(tmp_path / "test" / "a")
+    assert view.load(run).status == (view.FAILED if way == "raise" else view.FINISHED)
+    assert [path.name for path in run.checkpoints.glob("*")] == ["step-00000003"] * (way != "raise")
 
 
 def test_a_process_made_by_fork_that_leaves_the_block_ends_nothing(tmp_path: Path) -> None:

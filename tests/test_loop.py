@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -1249,6 +1249,43 @@ def test_several_loops_resume_in_the_one_that_the_run_was_in(
             found = weights(run, 99)
         assert all(torch.equal(found[name], tensor) for name, tensor in whole.items()), until
     assert "different order" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lengths", "leaves"),
+    [(({"epochs": 1}, {"epochs": 2}), None), (({"max_steps": 20}, {"max_steps": 9}), 4)],
+)
+def test_a_loop_that_another_one_followed_is_over_after_a_restart_in_that_one(
+    open_run: Callable[..., Run], lengths: Sequence[dict[str, Any]], leaves: int | None
+) -> None:
+    """Whether it came to its end or was left, with the random state of the second loop."""
+
+    def train(name: str, until: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+        steps: list[list[int]] = [[], []]
+        with open_run(name) as run:
+            trainer = _trainer(run, _model(dropout=0.5), checkpoint_every=Duration(2, "step"))
+            loader = trainer.loader(_dataset(48), batch_size=8)
+            for made, length in zip(steps, lengths, strict=True):
+                torch.randn(len(made) + 3)
+                for batch in trainer.steps(loader, **length):
+                    run.log(loss=trainer.step(batch))
+                    made.append(run.step)
+                    if run.step == leaves and made is steps[0]:
+                        break
+                    if run.step == until:
+                        raise _Dies
+        return trainer.state_dict(), [len(made) for made in steps]
+
+    whole, made = train("whole", 99)
+    assert made == [leaves or 6, 12 - 6 if leaves is None else 9 - leaves]
+    assert len(view.load(open_run("whole").directory).points["loss"]) == sum(made)
+    for until in range(1, sum(made)):
+        if until == leaves:
+            continue
+        with pytest.raises(_Dies):
+            train(f"cut-{until}", until)
+        found, _ = train(f"cut-{until}", 99)
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.items()), until
 
 
 def test_a_length_in_epochs_is_of_samples_whatever_the_batches_are(open_run: Callable[..., Run]) -> None:

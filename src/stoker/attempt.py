@@ -348,6 +348,7 @@ class Attempt:
             raise ValueError("a run has one Trainer, to which its checkpoints belong")
         self._stepped_by_trainer = True
         self._finish, self._conclude = finish, conclude
+        threads.at_end_of_script(self._conclude_script)
         self.heart = heart
 
     def newest_checkpoint(self, but: Set[int] = frozenset()) -> Newest:
@@ -414,11 +415,23 @@ class Attempt:
         In an interactive session an earlier error says nothing, since the session continued after it. The
         interpreter does not say at its end whether `sys.exit` was called: then the run counts as finished.
         """
+        if not self._is_parents:
+            self._leave(self._error_of_script())
+
+    def _error_of_script(self) -> BaseException | None:
         raised = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
         if raised is None and self.stop.requested is not None:  # a SystemExit leaves no trace in sys
             raised = Stopped(self.stop.requested)
-        if not self._is_parents:
-            self._leave(raised)
+        return raised
+
+    def _conclude_script(self) -> None:
+        """The script has ended: save what its loop left, if it did so without an error."""
+        if self._is_parents or self._error_of_script() is not None:
+            return
+        try:
+            self.conclude()
+        except Exception as unsaved:
+            log.warning("what was trained since the newest checkpoint is not saved: %s", unsaved)
 
     @staticmethod
     def _finish_writing(finish: Callable[[float], None]) -> None:

@@ -168,7 +168,7 @@ class Trainer:
         self._losses = bad_loss.LossWatch(self.training.spike, at_once=at_once)
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
-        self._total = 0
+        self._total = self._loops = 0
         self._saved_at, self._begun = time.monotonic(), False
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
@@ -176,7 +176,7 @@ class Trainer:
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the loop has done so far with the current batch; empty between steps."""
         self._due, self._may_be_best, self._keeps_best = False, False, bool(self.training.checkpoint_best)
-        self._attempt.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
+        self._attempt.take_over_steps(self._checkpoints.wait, self._leave_loop, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
@@ -307,7 +307,8 @@ class Trainer:
         if not self.optimizers:
             raise ValueError(_NO_OPTIMIZER)
         _check_loader(loader)
-        again, self._loader = self._loader is not None, loader
+        self._leave_loop(another=True)
+        again, self._loader, self._loops = self._loader is not None, loader, self._loops + 1
         self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader, self.steps_done, self.samples_done)
@@ -319,6 +320,8 @@ class Trainer:
                 log.info(
                     "the run was finished early, after step %d; give another length to go on", self._total
                 )
+        if self._loops in self._at.left:  # the state that was saved is of where the next loop began
+            self._total = self.steps_done - 1
         if again and self._restored_step < self.steps_done >= self._total:
             raise ValueError(
                 f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
@@ -443,8 +446,13 @@ class Trainer:
         storage.write_json(self.run.directory.logs / imagined.FILE, {**about, **found})
         imagined.remember(self.run.directory, self.world.size, found["peak"])
 
-    def _conclude(self) -> None:
-        """The script is over without an error: save the state of a loop that was left with `break`."""
+    def _leave_loop(self, *, another: bool = False) -> None:
+        """Save the state of a loop that was left with `break`, if one was.
+
+        Args:
+            another: whether another loop follows; a run that resumes there is past this one. Otherwise the
+                same script would go on with it.
+        """
         if self._batch_is in ("", "computed"):  # a step that failed half-way, and whose error was caught
             return
         if self._batch_is == "trained on":
@@ -452,6 +460,8 @@ class Trainer:
             assert self._loader is not None
             self._at.move(self._loader.batch_size)
         self._batch_is = ""
+        if another:
+            self._at.left[self._loops] = self.steps_done
         if self.world.rank == 0:
             log.info("the loop was left at step %d of %d", self.steps_done, self._total)
         self._save()
@@ -925,6 +935,7 @@ class Trainer:
             self._at = position.read(saved)
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()
+                self._at.left.clear()
             self._losses.restore(saved)
             self._saved_step = self.steps_done
             self._heart.saved(self.steps_done)

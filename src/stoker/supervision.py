@@ -80,7 +80,7 @@ class Heart:
 
     def begin(self, step: int) -> None:
         """Record that the loop begins after `step` completed steps."""
-        self._step = step
+        self._step, self._over = step, False
         self.beat()
 
     def beat(self, step: int | None = None) -> None:

@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -30,6 +31,21 @@ def begun(work: Callable[[], T], name: str) -> concurrent.futures.Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def at_end_of_script(call: Callable[[], None]) -> None:
+    """Call a method when the main thread has ended, unless its object is gone by then.
+
+    Threads can still be started there, which functions of `atexit` cannot do.
+    """
+    method = weakref.WeakMethod(call)
+
+    def call_if_there() -> None:
+        found = method()
+        if found is not None:
+            found()
+
+    threading._register_atexit(call_if_there)  # type: ignore[attr-defined]
 
 
 def end_process(code: int) -> NoReturn:

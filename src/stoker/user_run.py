@@ -314,8 +314,12 @@ class Run:
     def end(self, status: str, error: str | None = None) -> None:
         """End the attempt with a status. Artifacts may still be recorded until `close`.
 
+        With `finished`, a loop that was left with `break` is saved first.
+
         Raises OSError if it cannot be written. In a forked process it does nothing.
         """
+        if status == view.FINISHED:
+            self.attempt.conclude()
         self.attempt.end(status, error)
 
     def close(self) -> None:

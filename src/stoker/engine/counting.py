@@ -19,7 +19,8 @@ class Counted(Protocol):
 def steps_in(duration: Duration, loader: Counted, steps: int = 0, samples: int = 0) -> int:
     """The number of steps in a duration, rounded up, given the steps and samples already done.
 
-    The batches of the steps already done may have had a different size.
+    The batches of the steps already done may have had a different size. If more than the duration is done, it
+    is less than the steps done.
 
     Raises ValueError for a time, or for tokens if the dataset does not count them.
     """
@@ -31,7 +32,7 @@ def steps_in(duration: Duration, loader: Counted, steps: int = 0, samples: int =
         raise ValueError(f"{duration} cannot be counted here: {_why_not(duration)}")
     # Rounded down slightly first: 3 epochs of 10 samples are 30, not 30.000000000000004.
     left = math.ceil((duration.count / unit - samples) / loader.batch_size - 1e-9)
-    return max(1, steps + max(0, left))
+    return max(1, steps + left)
 
 
 def completes(every: Duration, loader: Counted, steps: int, samples: int) -> bool:

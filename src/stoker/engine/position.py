@@ -19,6 +19,8 @@ class Position:
     """The values of metrics that early stopping has seen, with their steps."""
     ended: dict[int, int] = field(default_factory=dict)
     """The step at which a loop was ended early, by its planned number of steps."""
+    left: dict[int, int] = field(default_factory=dict)
+    """The step at which a loop was left that another one followed, by its number in the script, from 1."""
     data: Any = None
     """The position in the data, see `Loader.place`."""
 
@@ -35,17 +37,19 @@ class Position:
     def written(self) -> dict[str, Any]:
         """The position as JSON values."""
         return {
-            "step": self.step, "samples": self.samples, "ended": list(self.ended.items()), "data": self.data,
+            "step": self.step, "samples": self.samples, "ended": list(self.ended.items()),
+            "left": list(self.left.items()), "data": self.data,
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self.history.items()},
         }  # fmt: skip
 
 
 def read(saved: Mapping[str, Any]) -> Position:
-    """Read what `written` returned. Old checkpoints lack early ends and the position in the data."""
+    """Read what `written` returned. Old checkpoints lack how loops ended and the position in the data."""
     return Position(
         step=saved["step"],
         samples=saved["samples"],
         history={n: [(s, journal.decode(v)) for s, v in seen] for n, seen in saved["history"].items()},
         ended=dict(saved.get("ended", ())),
+        left=dict(saved.get("left", ())),
         data=saved.get("data"),
     )
