@@ -20,7 +20,9 @@ from PIL import Image
 from stoker import BadInput, Run, attempt, storage
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
+from stoker.run.recorder import Recorder
 from stoker.tracking.system import SystemSampler
+from stoker.world import World
 
 from support import until
 
@@ -98,6 +100,35 @@ def test_a_step_that_goes_back_is_kept_at_its_place_and_warned_of_once(
     assert _seen(run).points["a"] == {3: 3.0, 4: 4.0, 10: 10.0}
     warned = (run.directory.logs / "rank-0.log").read_text().count("after step 10")
     assert warned == 1
+
+
+def test_the_latest_value_is_the_first_of_the_newest_step_as_in_the_journal(open_run: Open) -> None:
+    with open_run() as run:
+        for value in (3.0, 9.0):
+            run.log(a=value, step=3)
+            run.log(b=torch.tensor(value), c=1.0, step=3)
+        run.log(a=1.0, late=1.0, step=1)
+        run.log(late=0.0, step=0)
+        assert run.latest == {"a": 3.0, "b": 3.0, "c": 1.0, "late": 1.0}
+        assert run.latest == {metric: summary.last for metric, summary in run.summary.items()}
+    with open_run() as run:
+        run.attempt.event("resumed", step=2, passed_over=[])
+        run.log(a=2.0, step=2)
+        run.log(a=7.0, step=3)
+        run.log(a=8.0, late=5.0, step=3)
+        assert run.latest == {"a": 7.0, "late": 5.0}
+        assert run.latest == {metric: summary.last for metric, summary in run.summary.items()}
+
+
+def test_ranks_agree_on_the_first_value_of_the_newest_step(tmp_path: Path) -> None:
+    recorder = Recorder(journal.JournalWriter(tmp_path / "a.jsonl"), World(size=2), lambda: None)
+    for step, value in ((2, 1.0), (2, 7.0), (1, 5.0)):
+        recorder.log({"loss": value}, step, reduce="sum")
+    assert recorder.unreduced == {"loss": (2, 1.0, "sum")}
+    recorder.agree([dict(recorder.unreduced), {"loss": (2, 3.0, "sum")}])
+    recorder.log({"loss": 9.0}, 2, reduce="sum")
+    recorder.agree([dict(recorder.unreduced), {"loss": (2, 9.0, "sum")}])
+    assert recorder.latest == {"loss": 4.0}
 
 
 @pytest.mark.parametrize("step", [1.5, "3", True])

@@ -307,7 +307,7 @@ class Attempt:
         if kind == "resumed":
             step = fields["step"]
             self._saved = frozenset(saved for saved in self._saved if saved <= step)
-            newest = {name: s.until(step) for name, s in self._before.items() if s.x[0] <= step}
+            newest = {name: s.newest(step) for name, s in self._before.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)
             self._before = {}
 

@@ -35,11 +35,13 @@ class Recorder:
     def __init__(self, writer: journal.JournalWriter, world: World, begin: Callable[[], None]) -> None:
         self._writer, self._world, self._begin = writer, world, begin
         self.latest: dict[str, float] = {}
-        """The newest value of each metric; if it is reduced over ranks, the value after the last `agree`."""
+        """The value of each metric at its newest step; if it is reduced over ranks, after the last `agree`.
+
+        As in the journal, the first value of a step stands.
+        """
+        self.latest_at: dict[str, int] = {}
+        """The step of each of them."""
         self._unreduced: dict[str, tuple[int, float, How]] = {}
-        self.followed: str | None = None
-        """The metric whose newest step is kept in `followed_at`, if any."""
-        self.followed_at: int | None = None
         self.used = False
         """Whether there is something to keep: a metric was logged, or `begin` was called."""
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, How | None]]
@@ -47,6 +49,8 @@ class Recorder:
         self._carried: tuple[Mapping[str, Any], Mapping[str, tuple[Any, ...]]] | None = None
         self._names: set[str] = set()
         self._highest, self._went_back = 0, False
+        self._newest = 0
+        """The highest step in `latest_at`."""
         self._lock = threading.Lock()
 
     @property
@@ -88,10 +92,14 @@ class Recorder:
             before, shown_before = self._carried or ({}, {})
             self._carried = {**before, **norms}, {**shown_before, **histograms}
 
-    def go_on_from(self, step: int, latest: Mapping[str, float]) -> None:
-        """Continue from the step that the attempt resumed from, with the newest values at that step."""
+    def go_on_from(self, step: int, latest: Mapping[str, tuple[int, float]]) -> None:
+        """Continue from the step that the attempt resumed from, with each metric's newest point by then."""
+        self.write_arrived(wait=True)
         self._highest = step
-        self.latest = dict(latest)
+        self._newest = step
+        self._unreduced.clear()
+        self.latest_at = {name: at for name, (at, _) in latest.items()}
+        self.latest = {name: value for name, (_, value) in latest.items()}
 
     @property
     def unreduced(self) -> dict[str, tuple[int, float, How]]:
@@ -181,12 +189,20 @@ class Recorder:
         if reduce is None:
             self._is_latest(values, step)
         else:
-            self._unreduced.update({name: (step, value, reduce) for name, value in values.items()})
+            for name, value in values.items():
+                if name not in self._unreduced or step > self._unreduced[name][0]:
+                    self._unreduced[name] = (step, value, reduce)
 
     def _is_latest(self, values: Mapping[str, float], step: int) -> None:
-        self.latest.update(values)
-        if self.followed in values:
-            self.followed_at = step
+        if step > self._newest:  # than of any metric: the usual case, made fast
+            self._newest = step
+            self.latest.update(values)
+            for name in values:
+                self.latest_at[name] = step
+            return
+        for name, value in values.items():
+            if name not in self.latest_at or step > self.latest_at[name]:
+                self.latest[name], self.latest_at[name] = value, step
 
     def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
         for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
