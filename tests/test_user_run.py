@@ -339,6 +339,44 @@ def test_an_artifact_that_would_leave_its_folder_is_refused(
         run.artifact(tmp_path / "x", name=name)
 
 
+def test_an_artifact_that_would_replace_media_or_another_artifact_is_refused(
+    open_run: Open, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "file", tmp_path / "images"
+    file.write_text("x")
+    folder.mkdir()
+
+    def refused(run: Run) -> None:
+        for source, name in (
+            (folder, None),
+            (file, "texts/said"),
+            (file, "x"),
+            (file, "x/y/z"),
+            (folder, "o"),
+        ):
+            with pytest.raises(ValueError, match="another name"):
+                run.artifact(source, name)
+
+    with open_run() as run:
+        run.text("said", "first")
+        run.artifact(file, "x/y")
+        (run.directory.artifacts / "o").mkdir()
+        (run.directory.artifacts / "o" / "own").write_text("own")
+        run.artifact(run.directory.artifacts / "o" / "own")
+        run.artifact(run.directory.artifacts, "all")  # keeps nothing from being brought in
+        refused(run)
+        run.artifact(file, "x/y")
+        run.artifact(file, "x/y2")
+    with open_run() as run:
+        refused(run)
+        run.artifact(folder, "x/y")
+        run.artifact(folder, "pictures")
+    seen = _seen(run)
+    assert set(seen.artifacts) == {"x/y", "x/y2", "own", "all", "pictures"}
+    kept = [seen.media[0].file, *seen.artifacts["x/y2"]["files"], *seen.artifacts["own"]["files"]]
+    assert all(f is not None and (run.directory.path / f["path"]).is_file() for f in kept)
+
+
 def test_a_link_that_leads_out_of_the_run_is_refused(open_run: Open, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     with open_run() as run:
