@@ -59,7 +59,9 @@ def test_the_longest_name_is_taken(open_run: Open) -> None:
         ("3", TypeError, "loss='3': a metric must be"),
         (None, TypeError, "loss is of type NoneType"),
         ([1.0], TypeError, "list"),
-        (1j, TypeError, "complex"),
+        (1j, TypeError, "loss is complex"),
+        (np.complex64(1 + 1j), TypeError, "loss is complex"),
+        (torch.tensor(1 + 1j), TypeError, "loss is complex"),
         (10**400, TypeError, "loss is of type int"),
         (torch.ones(3), ValueError, r"loss has the shape \(3,\)"),
         (np.ones((2, 2)), ValueError, r"loss has the shape \(2, 2\)"),
@@ -135,6 +137,18 @@ def test_ranks_agree_on_the_first_value_of_the_newest_step(tmp_path: Path) -> No
 def test_a_step_that_is_no_whole_number_is_refused(open_run: Open, step: Any) -> None:
     with open_run() as run, pytest.raises(TypeError, match="whole number"):
         run.log(a=1.0, step=step)
+
+
+@pytest.mark.parametrize("step", [2**63, -(2**63) - 1])
+@pytest.mark.parametrize("value", [1.0, torch.tensor(1.0)])
+def test_a_step_beyond_64_bits_is_refused(open_run: Open, value: Any, step: int) -> None:
+    with open_run() as run:
+        run.log(a=1.0, step=1)
+        with pytest.raises(ValueError, match="64 bits"):
+            run.log(a=value, step=step)
+        run.log(a=1.0, step=2**63 - 1)
+    assert list(_seen(run).points["a"]) == [1, 2**63 - 1]
+    assert _seen(run).damage == []
 
 
 def test_summary_and_goals(open_run: Open) -> None:
@@ -433,11 +447,12 @@ def test_params_tags_notes_and_the_machine(open_run: Open, monkeypatch: pytest.M
         run.params(parameters=7)
         run.note("first")
         run.note("second")
+        run.note(None)  # type: ignore[arg-type]
         run.log(loss=1.0)
         _wait_for_the_machine(run)
     seen = _seen(run)
     assert seen.params == {"parameters": 7}
-    assert [text for _, text in seen.notes] == ["first", "second"]
+    assert [text for _, text in seen.notes] == ["first", "second", "None"]
     assert set(seen.system) >= {"cpu_percent", "memory_percent", "process_memory_bytes", "disk_free_bytes"}
     assert 0 < seen.system["memory_percent"][0] <= 100
     assert list(seen.points) == ["loss"]

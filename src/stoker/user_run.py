@@ -129,9 +129,9 @@ class Run:
                 is kept.
 
         Raises:
-            ValueError: a name with control characters or of more than 250 bytes, or a tensor with several
-                elements.
-            TypeError: a value that is not a number.
+            ValueError: a name with control characters or of more than 250 bytes, a tensor with several
+                elements, or a step beyond 64 bits.
+            TypeError: a value that is not a real number.
         """
         self.attempt.log({**values, **metrics} if values and metrics else values or metrics, step, reduce)
 
@@ -146,7 +146,7 @@ class Run:
 
     def note(self, text: str) -> None:
         """Add a note."""
-        self.attempt.event("note", text=text)
+        self.attempt.event("note", text=str(text))
 
     def goal(self, **goals: Goal) -> None:
         """Say whether metrics are better low or high: `run.goal(score="max", distance="min")`.

@@ -22,6 +22,8 @@ from stoker.world import World
 
 log = logging.getLogger("stoker")
 
+_STEPS = 2**63  # a step has 64 bits, with the sign
+
 
 class Recorder:
     """Metrics and events of this process in one attempt.
@@ -135,7 +137,9 @@ class Recorder:
 
     def _is_plain(self, values: Mapping[str, Any], step: int) -> bool:
         """Whether they can be written as they are: rank 0's, known names, finite floats, none pending."""
-        if self._world.rank > 0 or type(step) is not int or step < self._highest or type(values) is not dict:
+        if self._world.rank > 0 or type(step) is not int or type(values) is not dict:
+            return False
+        if not self._highest <= step < _STEPS:
             return False
         if self._pending or self._carried or not (self.used and values.keys() <= self._names):
             return False
@@ -154,6 +158,8 @@ class Recorder:
         if isinstance(step, bool) or not hasattr(step, "__index__"):
             raise TypeError(f"step={step!r}: must be a whole number")
         step = operator.index(step)
+        if not -_STEPS <= step < _STEPS:
+            raise ValueError(f"step={step}: a step has at most 64 bits; give the number of the training step")
         if self._world.rank > 0 and reduce is None:
             return
         self.begin()
