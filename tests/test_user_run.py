@@ -20,7 +20,9 @@ from PIL import Image
 from stoker import BadInput, Run, attempt, storage
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
+from stoker.run.recorder import Recorder
 from stoker.tracking.system import SystemSampler
+from stoker.world import World
 
 from support import until
 
@@ -57,7 +59,9 @@ def test_the_longest_name_is_taken(open_run: Open) -> None:
         ("3", TypeError, "loss='3': a metric must be"),
         (None, TypeError, "loss is of type NoneType"),
         ([1.0], TypeError, "list"),
-        (1j, TypeError, "complex"),
+        (1j, TypeError, "loss is complex"),
+        (np.complex64(1 + 1j), TypeError, "loss is complex"),
+        (torch.tensor(1 + 1j), TypeError, "loss is complex"),
         (10**400, TypeError, "loss is of type int"),
         (torch.ones(3), ValueError, r"loss has the shape \(3,\)"),
         (np.ones((2, 2)), ValueError, r"loss has the shape \(2, 2\)"),
@@ -100,10 +104,51 @@ def test_a_step_that_goes_back_is_kept_at_its_place_and_warned_of_once(
     assert warned == 1
 
 
+def test_the_latest_value_is_the_first_of_the_newest_step_as_in_the_journal(open_run: Open) -> None:
+    with open_run() as run:
+        for value in (3.0, 9.0):
+            run.log(a=value, step=3)
+            run.log(b=torch.tensor(value), c=1.0, step=3)
+        run.log(a=1.0, late=1.0, step=1)
+        run.log(late=0.0, step=0)
+        assert run.latest == {"a": 3.0, "b": 3.0, "c": 1.0, "late": 1.0}
+        assert run.latest == {metric: summary.last for metric, summary in run.summary.items()}
+    with open_run() as run:
+        run.attempt.event("resumed", step=2, passed_over=[])
+        run.log(a=2.0, step=2)
+        run.log(a=7.0, step=3)
+        run.log(a=8.0, late=5.0, step=3)
+        assert run.latest == {"a": 7.0, "late": 5.0}
+        assert run.latest == {metric: summary.last for metric, summary in run.summary.items()}
+
+
+def test_ranks_agree_on_the_first_value_of_the_newest_step(tmp_path: Path) -> None:
+    recorder = Recorder(journal.JournalWriter(tmp_path / "a.jsonl"), World(size=2), lambda: None)
+    for step, value in ((2, 1.0), (2, 7.0), (1, 5.0)):
+        recorder.log({"loss": value}, step, reduce="sum")
+    assert recorder.unreduced == {"loss": (2, 1.0, "sum")}
+    recorder.agree([dict(recorder.unreduced), {"loss": (2, 3.0, "sum")}])
+    recorder.log({"loss": 9.0}, 2, reduce="sum")
+    recorder.agree([dict(recorder.unreduced), {"loss": (2, 9.0, "sum")}])
+    assert recorder.latest == {"loss": 4.0}
+
+
 @pytest.mark.parametrize("step", [1.5, "3", True])
 def test_a_step_that_is_no_whole_number_is_refused(open_run: Open, step: Any) -> None:
     with open_run() as run, pytest.raises(TypeError, match="whole number"):
         run.log(a=1.0, step=step)
+
+
+@pytest.mark.parametrize("step", [2**63, -(2**63) - 1])
+@pytest.mark.parametrize("value", [1.0, torch.tensor(1.0)])
+def test_a_step_beyond_64_bits_is_refused(open_run: Open, value: Any, step: int) -> None:
+    with open_run() as run:
+        run.log(a=1.0, step=1)
+        with pytest.raises(ValueError, match="64 bits"):
+            run.log(a=value, step=step)
+        run.log(a=1.0, step=2**63 - 1)
+    assert list(_seen(run).points["a"]) == [1, 2**63 - 1]
+    assert _seen(run).damage == []
 
 
 def test_summary_and_goals(open_run: Open) -> None:
@@ -308,6 +353,44 @@ def test_an_artifact_that_would_leave_its_folder_is_refused(
         run.artifact(tmp_path / "x", name=name)
 
 
+def test_an_artifact_that_would_replace_media_or_another_artifact_is_refused(
+    open_run: Open, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "file", tmp_path / "images"
+    file.write_text("x")
+    folder.mkdir()
+
+    def refused(run: Run) -> None:
+        for source, name in (
+            (folder, None),
+            (file, "texts/said"),
+            (file, "x"),
+            (file, "x/y/z"),
+            (folder, "o"),
+        ):
+            with pytest.raises(ValueError, match="another name"):
+                run.artifact(source, name)
+
+    with open_run() as run:
+        run.text("said", "first")
+        run.artifact(file, "x/y")
+        (run.directory.artifacts / "o").mkdir()
+        (run.directory.artifacts / "o" / "own").write_text("own")
+        run.artifact(run.directory.artifacts / "o" / "own")
+        run.artifact(run.directory.artifacts, "all")  # keeps nothing from being brought in
+        refused(run)
+        run.artifact(file, "x/y")
+        run.artifact(file, "x/y2")
+    with open_run() as run:
+        refused(run)
+        run.artifact(folder, "x/y")
+        run.artifact(folder, "pictures")
+    seen = _seen(run)
+    assert set(seen.artifacts) == {"x/y", "x/y2", "own", "all", "pictures"}
+    kept = [seen.media[0].file, *seen.artifacts["x/y2"]["files"], *seen.artifacts["own"]["files"]]
+    assert all(f is not None and (run.directory.path / f["path"]).is_file() for f in kept)
+
+
 def test_a_link_that_leads_out_of_the_run_is_refused(open_run: Open, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     with open_run() as run:
@@ -364,11 +447,12 @@ def test_params_tags_notes_and_the_machine(open_run: Open, monkeypatch: pytest.M
         run.params(parameters=7)
         run.note("first")
         run.note("second")
+        run.note(None)  # type: ignore[arg-type]
         run.log(loss=1.0)
         _wait_for_the_machine(run)
     seen = _seen(run)
     assert seen.params == {"parameters": 7}
-    assert [text for _, text in seen.notes] == ["first", "second"]
+    assert [text for _, text in seen.notes] == ["first", "second", "None"]
     assert set(seen.system) >= {"cpu_percent", "memory_percent", "process_memory_bytes", "disk_free_bytes"}
     assert 0 < seen.system["memory_percent"][0] <= 100
     assert list(seen.points) == ["loss"]

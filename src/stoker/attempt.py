@@ -122,8 +122,8 @@ class Attempt:
         self.stop = StopRequests()
         self.made: set[str] = set()
         """The kinds of artifacts that this attempt has recorded."""
-        self.recorded: Mapping[str, journal.Event] = {}
-        """The artifacts of the attempts before, by name; only rank 0 knows them."""
+        self.recorded: dict[str, journal.Event] = {}
+        """The artifacts of the run so far, by name; only rank 0 knows them."""
         self.watches: list[Any] = []
         """Those of `Run.watch`, which are closed with the attempt."""
         sinks = follower.enabled()
@@ -222,7 +222,7 @@ class Attempt:
         self.step = before.step
         self._warns_of_continuing = self.step > 0
         self.goals.update(before.goals)
-        self.recorded = before.artifacts
+        self.recorded = dict(before.artifacts)
         self.layout = before.attempts[-1].layout if before.attempts else {}
         self._code_before = before.attempts[-1].code if before.attempts else {}
         if before.config.get("data_share") == record["config"].get("data_share"):
@@ -299,6 +299,8 @@ class Attempt:
         self.recorder.event(kind, **fields)
         if kind in ("artifact", "media") and self.world.rank == 0:
             self.recorder.begin()
+        if kind == "artifact":
+            self.recorded[fields["name"]] = fields
         if kind == "plan":
             self.plan = fields
         if kind == "checkpoint":
@@ -307,7 +309,7 @@ class Attempt:
         if kind == "resumed":
             step = fields["step"]
             self._saved = frozenset(saved for saved in self._saved if saved <= step)
-            newest = {name: s.until(step) for name, s in self._before.items() if s.x[0] <= step}
+            newest = {name: s.newest(step) for name, s in self._before.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)
             self._before = {}
 

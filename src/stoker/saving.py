@@ -191,7 +191,6 @@ class Checkpoints:
     ) -> None:
         self._attempt, self._saved, self._keep, self.best, self._done = attempt, saved, keep, best, done
         self._every = every
-        attempt.recorder.followed = best
         self._folder = attempt.directory.checkpoints
         self._saver = store.Saver(
             self._folder, attempt.world, ours=attempt.end_if_lost, before=attempt.flush, done=self._on_disk
@@ -210,7 +209,7 @@ class Checkpoints:
         if self._attempt.world.rank == 0 and self.improves():
             self._best_saved = self._attempt.recorder.latest[self.best]
         metrics = dict(self._attempt.recorder.latest)
-        if exact and self._attempt.recorder.followed_at != position["step"]:
+        if exact and self._attempt.recorder.latest_at.get(self.best) != position["step"]:
             metrics.pop(self.best, None)
         about = store.About(position["step"], position["samples"], metrics)
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
@@ -281,7 +280,7 @@ class Checkpoints:
         """Whether `best` was measured at this step and is better than in any checkpoint; only on rank 0."""
         value = self._attempt.recorder.latest.get(self.best)
         goal = goal_of(self.best, self._attempt.goals)
-        is_old = self._attempt.recorder.followed_at != self._attempt.step
+        is_old = self._attempt.recorder.latest_at.get(self.best) != self._attempt.step
         if value is None or goal is None or is_old or math.isnan(value):
             return False
         if self._best_saved is None and (there := manifest.best(self._folder, self.best, goal)):

@@ -129,9 +129,9 @@ class Run:
                 is kept.
 
         Raises:
-            ValueError: a name with control characters or of more than 250 bytes, or a tensor with several
-                elements.
-            TypeError: a value that is not a number.
+            ValueError: a name with control characters or of more than 250 bytes, a tensor with several
+                elements, or a step beyond 64 bits.
+            TypeError: a value that is not a real number.
         """
         self.attempt.log({**values, **metrics} if values and metrics else values or metrics, step, reduce)
 
@@ -146,7 +146,7 @@ class Run:
 
     def note(self, text: str) -> None:
         """Add a note."""
-        self.attempt.event("note", text=text)
+        self.attempt.event("note", text=str(text))
 
     def goal(self, **goals: Goal) -> None:
         """Say whether metrics are better low or high: `run.goal(score="max", distance="min")`.
@@ -213,23 +213,36 @@ class Run:
         """Record a file or folder that the run made, with checksums; returns its path in the run.
 
         A file or folder from outside the run is brought in under its own name or the given one. Equal
-        contents are stored once, however many runs have them.
+        contents are stored once, however many runs have them. It replaces an artifact of the same name.
 
         Raises:
             FileNotFoundError: there is nothing at `path`.
-            ValueError: the name leads out of the run's artifacts.
+            ValueError: the name leads out of the run's artifacts; or what is brought in by it would lie at,
+                above or below another artifact or the logged `tables`, `figures`, `images` or `texts`.
         """
         source = Path(path).absolute()
         name = artifacts.checked_name(name or source.name)
         if self.world.rank > 0:
             return source
         if not source.resolve().is_relative_to(self.directory.path.resolve()):
+            artifacts.check_free(name, self._taken(name))
             source = artifacts.bring_in(self.directory, source, name)
         files = artifacts.describe(self.directory, source)
         relative = str(source.resolve().relative_to(self.directory.path.resolve()))
         self.attempt.event("artifact", name=name, kind=kind, path=relative, files=files)
         self.attempt.made.add(kind)
         return source
+
+    def _taken(self, name: str) -> dict[str, str]:
+        """What lies where below the run's artifacts, but for the artifact of this name."""
+        from stoker.run import media
+
+        taken = {folder: f"the {folder} that the run logs" for folder in media.FOLDERS.values()}
+        for other, event in self.attempt.recorded.items():
+            folder, _, path = str(event.get("path", "")).partition("/")
+            if other != name and folder == self.directory.artifacts.name and path:
+                taken[path] = f"the artifact {other!r}"
+        return taken
 
     def use(self, artifact: Path | str) -> Path:
         """Record that the run uses an artifact of another run, or any file or folder; returns its path.

@@ -37,7 +37,7 @@ def record_shape(trainer: Trainer, describe: Describe) -> None:
 
 
 def _is_recorded(run: Run, name: str) -> bool:
-    """Whether an artifact's folder is as an earlier attempt recorded it."""
+    """Whether an artifact's folder is as it was recorded."""
     known, folder = run.attempt.recorded.get(name), run.directory.artifacts / name
     if known is None or not folder.is_dir():
         return False

@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,6 +60,21 @@ def checked_name(name: str) -> str:
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
         raise ValueError(f"{name!r} is not a valid artifact name: give a relative path without '..'")
     return str(path)
+
+
+def check_free(name: str, taken: Mapping[str, str]) -> None:
+    """Check that what is brought in by this name replaces nothing else of the run. Raises ValueError.
+
+    Args:
+        taken: what lies at the paths below the run's artifacts that must stay as they are.
+    """
+    place = PurePosixPath(name)
+    for path, what in taken.items():
+        if place.is_relative_to(path) or PurePosixPath(path).is_relative_to(place):
+            raise ValueError(
+                f"an artifact named {name!r} would get in the way of {what}, kept at {path!r}: give it "
+                "another name, run.artifact(path, name)"
+            )
 
 
 def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:

@@ -43,6 +43,8 @@ class Deferred:
         """A number; for a tensor on a GPU, its copy in pinned memory, possibly still in progress."""
         if isinstance(value, str | bytes):
             raise TypeError(f"{key}={value!r}: a metric must be a number or a tensor of one element")
+        if _is_complex(value):
+            raise TypeError(f"{key} is complex: a metric is a real number, such as its abs()")
         if getattr(getattr(value, "device", None), "type", "cpu") != "cuda":
             return _number(key, value)
         import torch
@@ -98,6 +100,12 @@ def check_name(name: str) -> None:
     if len(name.encode(errors="replace")) > _LONGEST_NAME:
         length = len(name.encode(errors="replace"))
         raise ValueError(f"the metric name {name[:40]!r}... has {length} bytes: the limit is {_LONGEST_NAME}")
+
+
+def _is_complex(value: Any) -> bool:
+    """Whether a number, array or tensor is complex; float() would drop the imaginary part of some."""
+    kind = getattr(value, "dtype", None)
+    return isinstance(value, complex) or getattr(kind, "is_complex", getattr(kind, "kind", "") == "c")
 
 
 def _number(key: str, value: Any) -> float:

@@ -17,6 +17,8 @@ from stoker import redaction, storage
 from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
 
+FOLDERS = {"table": "tables", "figure": "figures", "image": "images", "text": "texts"}
+"""The folder of each kind, below the run's artifacts."""
 _CHANNELS = (1, 3, 4)
 
 
@@ -34,7 +36,7 @@ def write(directory: RunDirectory, kind: str, name: str, step: int, encoded: Enc
 
     A file already written at this step is never changed: different content gets another name.
     """
-    folder = directory.artifacts / f"{kind}s" / artifacts.checked_name(name)
+    folder = directory.artifacts / FOLDERS[kind] / artifacts.checked_name(name)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{step:08d}{encoded.suffix}"
     count = 1

@@ -22,6 +22,8 @@ from stoker.world import World
 
 log = logging.getLogger("stoker")
 
+_STEPS = 2**63  # a step has 64 bits, with the sign
+
 
 class Recorder:
     """Metrics and events of this process in one attempt.
@@ -35,11 +37,13 @@ class Recorder:
     def __init__(self, writer: journal.JournalWriter, world: World, begin: Callable[[], None]) -> None:
         self._writer, self._world, self._begin = writer, world, begin
         self.latest: dict[str, float] = {}
-        """The newest value of each metric; if it is reduced over ranks, the value after the last `agree`."""
+        """The value of each metric at its newest step; if it is reduced over ranks, after the last `agree`.
+
+        As in the journal, the first value of a step stands.
+        """
+        self.latest_at: dict[str, int] = {}
+        """The step of each of them."""
         self._unreduced: dict[str, tuple[int, float, How]] = {}
-        self.followed: str | None = None
-        """The metric whose newest step is kept in `followed_at`, if any."""
-        self.followed_at: int | None = None
         self.used = False
         """Whether there is something to keep: a metric was logged, or `begin` was called."""
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, How | None]]
@@ -47,6 +51,8 @@ class Recorder:
         self._carried: tuple[Mapping[str, Any], Mapping[str, tuple[Any, ...]]] | None = None
         self._names: set[str] = set()
         self._highest, self._went_back = 0, False
+        self._newest = 0
+        """The highest step in `latest_at`."""
         self._lock = threading.Lock()
 
     @property
@@ -88,10 +94,14 @@ class Recorder:
             before, shown_before = self._carried or ({}, {})
             self._carried = {**before, **norms}, {**shown_before, **histograms}
 
-    def go_on_from(self, step: int, latest: Mapping[str, float]) -> None:
-        """Continue from the step that the attempt resumed from, with the newest values at that step."""
+    def go_on_from(self, step: int, latest: Mapping[str, tuple[int, float]]) -> None:
+        """Continue from the step that the attempt resumed from, with each metric's newest point by then."""
+        self.write_arrived(wait=True)
         self._highest = step
-        self.latest = dict(latest)
+        self._newest = step
+        self._unreduced.clear()
+        self.latest_at = {name: at for name, (at, _) in latest.items()}
+        self.latest = {name: value for name, (_, value) in latest.items()}
 
     @property
     def unreduced(self) -> dict[str, tuple[int, float, How]]:
@@ -127,7 +137,9 @@ class Recorder:
 
     def _is_plain(self, values: Mapping[str, Any], step: int) -> bool:
         """Whether they can be written as they are: rank 0's, known names, finite floats, none pending."""
-        if self._world.rank > 0 or type(step) is not int or step < self._highest or type(values) is not dict:
+        if self._world.rank > 0 or type(step) is not int or type(values) is not dict:
+            return False
+        if not self._highest <= step < _STEPS:
             return False
         if self._pending or self._carried or not (self.used and values.keys() <= self._names):
             return False
@@ -146,6 +158,8 @@ class Recorder:
         if isinstance(step, bool) or not hasattr(step, "__index__"):
             raise TypeError(f"step={step!r}: must be a whole number")
         step = operator.index(step)
+        if not -_STEPS <= step < _STEPS:
+            raise ValueError(f"step={step}: a step has at most 64 bits; give the number of the training step")
         if self._world.rank > 0 and reduce is None:
             return
         self.begin()
@@ -181,12 +195,20 @@ class Recorder:
         if reduce is None:
             self._is_latest(values, step)
         else:
-            self._unreduced.update({name: (step, value, reduce) for name, value in values.items()})
+            for name, value in values.items():
+                if name not in self._unreduced or step > self._unreduced[name][0]:
+                    self._unreduced[name] = (step, value, reduce)
 
     def _is_latest(self, values: Mapping[str, float], step: int) -> None:
-        self.latest.update(values)
-        if self.followed in values:
-            self.followed_at = step
+        if step > self._newest:  # than of any metric: the usual case, made fast
+            self._newest = step
+            self.latest.update(values)
+            for name in values:
+                self.latest_at[name] = step
+            return
+        for name, value in values.items():
+            if name not in self.latest_at or step > self.latest_at[name]:
+                self.latest[name], self.latest_at[name] = value, step
 
     def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
         for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):

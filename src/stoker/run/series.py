@@ -69,10 +69,14 @@ class Series(Mapping[int, float]):
 
     def until(self, step: int) -> float:
         """The newest value at or before a step. Raises KeyError if there is none."""
+        return self.newest(step)[1]
+
+    def newest(self, step: int) -> tuple[int, float]:
+        """The newest point at or before a step: its step and value. Raises KeyError if there is none."""
         index = int(np.searchsorted(self.x, step, side="right"))
         if index == 0:
             raise KeyError(step)
-        return float(self.y[index - 1])
+        return int(self.x[index - 1]), float(self.y[index - 1])
 
     def __repr__(self) -> str:
         return f"Series({dict(self.items())})"
