@@ -100,6 +100,22 @@ def test_a_step_that_goes_back_is_kept_at_its_place_and_warned_of_once(
     assert warned == 1
 
 
+def test_media_land_at_the_step_that_was_last_logged_and_counting_goes_on_from_it(open_run: Open) -> None:
+    with open_run() as run:
+        for step in (10, np.int64(20), 30, 25, -1):
+            run.log(a=1.0, step=step)
+            run.text("said", str(step))
+        for refused in ("31", True):
+            with pytest.raises(TypeError):
+                run.log(a=1.0, step=refused)
+        assert run.step == 30
+        run.log(b=1.0)
+    seen = _seen(run)
+    assert [m.step for m in seen.media] == [10, 20, 30]
+    assert list(seen.points["a"]) == [-1, 10, 20, 25, 30]
+    assert list(seen.points["b"]) == [31]
+
+
 @pytest.mark.parametrize("step", [1.5, "3", True])
 def test_a_step_that_is_no_whole_number_is_refused(open_run: Open, step: Any) -> None:
     with open_run() as run, pytest.raises(TypeError, match="whole number"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import operator
 import os
 import platform
 import sys
@@ -114,7 +115,7 @@ class Attempt:
         self.directory = finding.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
         self.step = 0
-        """The step that values are logged at; a Trainer moves it."""
+        """The step that values are logged at; a Trainer moves it, or else `log` does."""
         self.goals: dict[str, Goal] = {}
         """Whether metrics are better low or high, as far as the loop said so."""
         self.layout: dict[str, Any] = {}
@@ -281,6 +282,9 @@ class Attempt:
                 "has its own value of it: log the result of trainer.evaluate or trainer.measure"
             )
         self.recorder.log(values, step, reduce)
+        if step > self.step and not self._stepped_by_trainer:
+            self.step = operator.index(step)
+            self._warns_of_continuing = False  # the loop goes on beyond what the run has
         if self._listener is not None:
             self._listener(step, values)
 

@@ -85,7 +85,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The step that values are logged at. A Trainer moves it."""
+        """The step that values are logged at. A Trainer moves it; without one, `log` does."""
         return self.attempt.step
 
     @step.setter
@@ -121,7 +121,7 @@ class Run:
         Takes numbers, one-element tensors on any device, and nested dicts of these (joined by "/"). A tensor
         on an accelerator is copied in the background and written once it has arrived, so the device is never
         waited for. A metric has one point per step: the first one stands. Without a Trainer, every call
-        without `step` moves to the next step.
+        without `step` moves to the next step, and one with a higher `step` moves to that step.
 
         Args:
             reduce: with several processes, keep the mean, sum, max or min over them. They must log the same
