@@ -457,6 +457,19 @@ def test_a_watch_sees_gradients_and_parameters_without_a_trainer(open_run: Open)
     assert len(first["edges"]) == 5
 
 
+def test_a_watch_counts_on_in_a_continued_run_without_a_trainer(open_run: Open) -> None:
+    model = torch.nn.Linear(1, 1)
+    for last in (4, 10):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with open_run() as run:
+            run.watch(model, every=3)
+            for _ in range(run.step, last):
+                model(torch.ones(1, 1)).sum().backward()
+                optimizer.step()
+                run.log(loss=1.0)
+    assert list(_seen(run).points["gradient_norm"]) == [1, 4, 7, 10]
+
+
 def test_a_watch_of_a_gradient_without_a_finite_value_sees_an_empty_histogram(open_run: Open) -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
