@@ -159,6 +159,50 @@ def test_a_run_without_a_block_ends_with_the_script(
     assert run.points["loss"] == {1: 1.0}
 
 
+UNGUARDED = """
+import stoker, torch
+from torch.utils.data import TensorDataset
+
+class Config(stoker.Training):
+    pass
+
+def train(run: stoker.Run, config: Config) -> None:
+    model = torch.nn.Linear(1, 1)
+    made = dict(optimizer=torch.optim.SGD, loss=lambda out, batch: (out.sum(), len(out)))
+    trainer = stoker.Trainer(run, model, training=config, **made)
+    loader = trainer.loader(Data(torch.ones(4, 1)), batch_size=2, workers=1)
+    for batch in trainer.steps(loader, max_steps=1):
+        run.log(loss=trainer.step(batch))
+
+class Data(TensorDataset):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "guarded"),
+    [
+        ("with stoker.Run('test') as run: train(run, Config())", False),
+        ("with stoker.Run('test', 'a') as run: train(run, Config())", False),
+        ("with stoker.Run('test', 'a') as run: train(run, Config())", True),
+        ("stoker.main(train)", False),
+    ],
+)
+def test_a_script_that_its_own_workers_would_run_is_told_of_the_guard(
+    tmp_path: Path, start: str, guarded: bool
+) -> None:
+    script = tmp_path / "test.py"
+    guard = 'if __name__ == "__main__":\n    ' if guarded else ""
+    script.write_text(f"{UNGUARDED}\n{guard}{start}\n")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == guarded, done.stderr
+    assert ('below `if __name__ == "__main__":`' in done.stderr) == (not guarded), done.stderr
+    assert "another process is training" not in done.stderr
+    assert len(list((tmp_path / "runs" / "test").iterdir())) == 1
+
+
 def test_tables_tags_and_artifacts_are_recorded(open_run: Callable[..., Run], tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -467,14 +511,18 @@ def test_code_that_has_changed_since_the_run_began_is_said_once_and_recorded(
 def test_a_continued_run_that_logs_without_a_step_says_where_it_goes_on(
     open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, options in (("named", {"step": 3}), ("counted", {})):
+    for name, options in (("named", {"step": 3}), ("asked", {}), ("counted", {})):
         with open_run(name) as run:
             run.log(a=1)
             run.log(a=2)
         assert "is continued" not in caplog.text
         with open_run(name) as run:
+            if name == "asked":
+                assert run.step == 2
+            run.text("said", "this asks for no step")
             run.log({"a": 3}, **options)
             run.log({"a": 4}, **options)
+            run.log(b=5)
     assert [message for message in caplog.messages if "is continued" in message] == [
         "run 'counted' is continued, at step 3: begin the loop at run.step, or use another name for a new run"
     ]

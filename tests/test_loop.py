@@ -168,6 +168,21 @@ def test_resuming_gives_the_same_bits(open_run: Callable[..., Run]) -> None:
     )
 
 
+def test_a_watch_goes_on_at_the_steps_of_an_uninterrupted_run(open_run: Callable[..., Run]) -> None:
+    for dies_in in (6, 11, None):
+        with contextlib.suppress(_Dies), open_run() as run:
+            model = _model()
+            run.watch(model, every=3)  # before the Trainer resumes
+            trainer = _trainer(run, model, checkpoint_every=4)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=15):
+                run.log(loss=trainer.step(batch))
+                if run.step == dies_in:
+                    raise _Dies
+    seen = view.load(run.directory)
+    assert [a.resumed_from for a in seen.attempts] == [None, 4, 8]
+    assert list(seen.points["parameters/0.weight"]) == [1, 4, 7, 10, 13]
+
+
 class _Curriculum:
     """What a script may keep beside its model: numbers, tensors, a generator's state."""
 

@@ -133,6 +133,22 @@ def test_ranks_agree_on_the_first_value_of_the_newest_step(tmp_path: Path) -> No
     assert recorder.latest == {"loss": 4.0}
 
 
+def test_media_land_at_the_step_that_was_last_logged_and_counting_goes_on_from_it(open_run: Open) -> None:
+    with open_run() as run:
+        for step in (10, np.int64(20), 30, 25, -1):
+            run.log(a=1.0, step=step)
+            run.text("said", str(step))
+        for refused in ("31", True):
+            with pytest.raises(TypeError):
+                run.log(a=1.0, step=refused)
+        assert run.step == 30
+        run.log(b=1.0)
+    seen = _seen(run)
+    assert [m.step for m in seen.media] == [10, 20, 30]
+    assert list(seen.points["a"]) == [-1, 10, 20, 25, 30]
+    assert list(seen.points["b"]) == [31]
+
+
 @pytest.mark.parametrize("step", [1.5, "3", True])
 def test_a_step_that_is_no_whole_number_is_refused(open_run: Open, step: Any) -> None:
     with open_run() as run, pytest.raises(TypeError, match="whole number"):
@@ -523,6 +539,19 @@ def test_a_watch_sees_gradients_and_parameters_without_a_trainer(open_run: Open)
     first = histograms["parameters/weight", 1]
     assert sum(first["counts"]) == 6
     assert len(first["edges"]) == 5
+
+
+def test_a_watch_counts_on_in_a_continued_run_without_a_trainer(open_run: Open) -> None:
+    model = torch.nn.Linear(1, 1)
+    for last in (4, 10):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with open_run() as run:
+            run.watch(model, every=3)
+            for _ in range(run.step, last):
+                model(torch.ones(1, 1)).sum().backward()
+                optimizer.step()
+                run.log(loss=1.0)
+    assert list(_seen(run).points["gradient_norm"]) == [1, 4, 7, 10]
 
 
 def test_a_watch_of_a_gradient_without_a_finite_value_sees_an_empty_histogram(open_run: Open) -> None:

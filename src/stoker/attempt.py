@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import operator
 import os
 import platform
 import sys
@@ -76,6 +77,9 @@ class Attempt:
     """The number of steps that a Trainer times before it stops; it writes `logs/timing-rank-N.json`."""
     until: int | None = None
     """The step after which a run that is being reproduced ends, with the status `stopped`."""
+    warns_of_continuing = False
+    """Whether the loop may begin at its start although the run is continued: nothing has been logged yet, and
+    nobody has asked for the step."""
     heart: Heart | None = None
     """Says how far the loop is, to whoever supervises it; set by a Trainer, or by a search for its trial."""
 
@@ -86,8 +90,6 @@ class Attempt:
     _finish: Callable[[float], None] | None = None
     _conclude: Callable[[], None] | None = None
     _stepped_by_trainer = False
-    _warns_of_continuing = False
-    """Whether the run is continued, and nothing has been logged yet without a step."""
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
     _compared: frozenset[str] = frozenset()
 
@@ -105,6 +107,7 @@ class Attempt:
         accept_drift: bool,
         provenance: Path | None,
     ) -> None:
+        opening.refuse_in_import()
         asked = again.taken(experiment, name, config, seed)
         if asked is not None:
             runs, experiment, name = asked.runs, asked.experiment, asked.id
@@ -114,7 +117,9 @@ class Attempt:
         self.directory = finding.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
         self.step = 0
-        """The step that values are logged at; a Trainer moves it."""
+        """The step that values are logged at; a Trainer moves it, or else `log` does."""
+        self.begun_at = 0
+        """The step that this attempt goes on from: the run's last, or that of a Trainer's checkpoint."""
         self.goals: dict[str, Goal] = {}
         """Whether metrics are better low or high, as far as the loop said so."""
         self.layout: dict[str, Any] = {}
@@ -190,7 +195,8 @@ class Attempt:
         writer = journal.join_attempt(self.directory.journal, self.number, self.world.rank)
         self.recorder = Recorder(writer, self.world, self._begin)
         disk.bring_soon(self.directory.journal)
-        self.step, self.continued = begun["step"], begun["continued"]
+        self.step = self.begun_at = begun["step"]
+        self.continued = begun["continued"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
         self._note_attempt()
 
@@ -219,8 +225,8 @@ class Attempt:
         refused = {k: v for k, v in configs.drift(before.config, record["config"]).items() if k in shared}
         if refused and not accept_drift:
             raise BadInput(opening.explain_drift(self.directory, refused, bool(record["recipe"])))
-        self.step = before.step
-        self._warns_of_continuing = self.step > 0
+        self.step = self.begun_at = before.step
+        self.warns_of_continuing = self.step > 0
         self.goals.update(before.goals)
         self.recorded = dict(before.artifacts)
         self.layout = before.attempts[-1].layout if before.attempts else {}
@@ -271,7 +277,7 @@ class Attempt:
     def log(self, values: Mapping[str, Any], step: int | None, reduce: How | None) -> None:
         """Write metrics; see `Run.log`."""
         if step is None:
-            if self._warns_of_continuing:
+            if self.warns_of_continuing:
                 self._warn_of_continuing()
             self.step += not self._stepped_by_trainer
             step = self.step
@@ -281,12 +287,15 @@ class Attempt:
                 "has its own value of it: log the result of trainer.evaluate or trainer.measure"
             )
         self.recorder.log(values, step, reduce)
+        if step > self.step and not self._stepped_by_trainer:
+            self.step = operator.index(step)
+            self.warns_of_continuing = False  # the loop goes on beyond what the run has
         if self._listener is not None:
             self._listener(step, values)
 
     def _warn_of_continuing(self) -> None:
         """Warn of a loop without a Trainer, which may begin at its start although the run is continued."""
-        self._warns_of_continuing = False
+        self.warns_of_continuing = False
         if not self._stepped_by_trainer and self.heart is None:
             log.warning(
                 "run %r is continued, at step %d: begin the loop at run.step, or use another name for a new "
@@ -307,7 +316,7 @@ class Attempt:
             self._saved |= {fields["step"]}
             self._uploads.begin()
         if kind == "resumed":
-            step = fields["step"]
+            step = self.begun_at = fields["step"]
             self._saved = frozenset(saved for saved in self._saved if saved <= step)
             newest = {name: s.newest(step) for name, s in self._before.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)

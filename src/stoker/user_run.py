@@ -50,7 +50,8 @@ class Run:
 
     Raises:
         BadInput: the directory cannot be written, another process trains this run, the run to continue has
-            another config, or several processes have no name to agree on.
+            another config, several processes have no name to agree on, or a worker process opens it because
+            the script lacks `if __name__ == "__main__":`.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The step that values are logged at. A Trainer moves it."""
+        """The step that values are logged at. A Trainer moves it; without one, `log` does."""
+        self.attempt.warns_of_continuing = False  # the code knows where to go on
         return self.attempt.step
 
     @step.setter
@@ -121,7 +123,7 @@ class Run:
         Takes numbers, one-element tensors on any device, and nested dicts of these (joined by "/"). A tensor
         on an accelerator is copied in the background and written once it has arrived, so the device is never
         waited for. A metric has one point per step: the first one stands. Without a Trainer, every call
-        without `step` moves to the next step.
+        without `step` moves to the next step, and one with a higher `step` moves to that step.
 
         Args:
             reduce: with several processes, keep the mean, sum, max or min over them. They must log the same
@@ -197,7 +199,7 @@ class Run:
         from stoker.run import media
 
         about = media.histogram(values, bins)
-        self.attempt.event("media", kind="histogram", name=name, step=self.step, about=about)
+        self.attempt.event("media", kind="histogram", name=name, step=self.attempt.step, about=about)
 
     def _media(self, kind: str, name: str, encode: Callable[[], Any]) -> None:
         """Write a file to look at, and its event."""
@@ -205,9 +207,9 @@ class Run:
             return
         from stoker.run import media
 
-        encoded = encode()
-        file = media.write(self.directory, kind, name, self.step, encoded)
-        self.attempt.event("media", kind=kind, name=name, step=self.step, file=file, about=encoded.about)
+        encoded, step = encode(), self.attempt.step
+        file = media.write(self.directory, kind, name, step, encoded)
+        self.attempt.event("media", kind=kind, name=name, step=step, file=file, about=encoded.about)
 
     def artifact(self, path: Path | str, name: str | None = None, kind: str = "file") -> Path:
         """Record a file or folder that the run made, with checksums; returns its path in the run.
@@ -313,8 +315,11 @@ class Run:
         """
         from stoker.engine.watch import Watch
 
-        carry = self.attempt.recorder.carry
-        self.attempt.watches.append(Watch(model, every, bins if histograms else 0, carry))
+        attempt = self.attempt
+        watch = Watch(
+            model, every, bins if histograms else 0, lambda: attempt.begun_at, attempt.recorder.carry
+        )
+        attempt.watches.append(watch)
 
     def __enter__(self) -> Run:
         return self

@@ -85,7 +85,9 @@ def run() -> None:
 def main(train_function: Callable[..., None]) -> None:
     """Make a command of a script with `train(run, config)`: `python my_train.py lr=3e-4 --name a`."""
     from stoker.cli import train
+    from stoker.run import opening
 
+    opening.refuse_in_import()
     script = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
         context_settings=_HELP,

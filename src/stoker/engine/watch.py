@@ -22,6 +22,8 @@ class Watch:
     Args:
         model: every trainable parameter is watched, under its name.
         every: interval in optimizer steps; starts with the first step.
+        begun: returns how many steps the run had made before this process's first one. Counting goes on from
+            there, so a resumed run watches the steps that an uninterrupted one does.
         bins: bins per histogram; 0 for none.
         take: called for each optimizer with its norms (scalar tensors by name: `gradients/NAME`,
             `parameters/NAME`, and `gradient_norm` over everything, including other optimizers that have
@@ -33,6 +35,7 @@ class Watch:
         model: torch.nn.Module,
         every: int,
         bins: int,
+        begun: Callable[[], int],
         take: Callable[[Values, Mapping[str, tuple[torch.Tensor, ...]]], None],
     ) -> None:
         if every < 1:
@@ -40,6 +43,7 @@ class Watch:
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._every = every
         self._bins = bins
+        self._begun = begun
         self._take = take
         self._steps: dict[int, int] = {}  # per optimizer, by its id
         self._of_step: dict[int, list[torch.Tensor]] = {}  # norms of gradients, per optimizer
@@ -54,7 +58,9 @@ class Watch:
         owned = [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
         if not owned:
             return
-        step = self._steps.get(id(optimizer), 0)
+        step = self._steps.get(id(optimizer))
+        if step is None:
+            step = self._begun()  # only now, because a Trainer may resume after the watch has begun
         self._steps[id(optimizer)] = step + 1
         if step % self._every == 0:
             if id(optimizer) in self._of_step:  # the first of the next step

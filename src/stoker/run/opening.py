@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import multiprocessing
 import os
 import shlex
 import sys
@@ -99,6 +100,21 @@ def script() -> Path | None:
     path = Path(file).resolve()
     installed = path.is_relative_to(Path(sys.prefix).resolve()) or path.is_relative_to(_PACKAGE)
     return None if installed or not path.is_file() else path
+
+
+def refuse_in_import() -> None:
+    """Raise BadInput if this is a process of multiprocessing's that imports the user's script as it starts.
+
+    Without the guard every worker of a loader would begin to train. multiprocessing imports the script as
+    `__mp_main__`, which becomes `__main__` once the import is over.
+    """
+    importing = sys.modules.get("__mp_main__")
+    starting = getattr(multiprocessing.current_process(), "_inheriting", False)
+    if starting and importing is not None and importing is not sys.modules.get("__main__"):
+        raise BadInput(
+            "the script trains when a worker process imports it: put what it does, from opening the run on, "
+            'below `if __name__ == "__main__":`'
+        )
 
 
 def new_id(world: World) -> str:
