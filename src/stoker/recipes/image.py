@@ -121,7 +121,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
-    from stoker.recipes import exporting, image_model, image_processor
+    from stoker.recipes import exporting, image_model, image_processor, resuming
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -139,6 +139,7 @@ def train(run: Run, config: Config) -> None:
     )
     validation = images.Images(source, splits.validation, evaluated)
     test = images.Images(source, splits.test, evaluated)
+    resuming.check_classes(run, source.classes)
     run.fingerprint("data", source.fingerprint)
     run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
 

@@ -25,8 +25,11 @@ from stoker.user_run import Run
 from stoker.world import World
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stoker.data import sources
     from stoker.language.building import Language
+    from stoker.language.data import Rows
     from stoker.language.objective import Objective
 
 PRELOAD = (
@@ -306,9 +309,8 @@ def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
 def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
-    from stoker.data import sources, tokens
+    from stoker.data import tokens
     from stoker.engine import optimizers, schedule
-    from stoker.engine.precision import DTYPES
     from stoker.engine.random_state import seed_everything
     from stoker.language import (
         adapters,
@@ -320,36 +322,13 @@ def train(run: Run, config: Config) -> None:
         perplexity,
         targets,
     )  # fmt: skip
-    from stoker.loop import Trainer, computed_in
+    from stoker.loop import Trainer
     from stoker.recipes import exporting
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
-    frozen = DTYPES[computed_in(run, config)] if config.lora.used else DTYPES["fp32"]
-    with distributed.rank_zero_first(run.world):
-        found = sources.read_all(
-            config.data, validation=config.validation, test=config.test, streaming=config.streaming,
-            validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
-        )  # fmt: skip
-        language = building.build(
-            config.model,
-            tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
-            vocab_size=config.vocab_size,
-            sequence_length=config.sequence_length,
-            documents=[document for source in found for document in source.splits.train],
-            tie_embeddings=config.tie_embeddings,
-            dtype=frozen,
-            chat_template=config.chat_template,
-            add_tokens=config.add_tokens,
-            grows=adapters.brings_tokens(config.lora),
-            rope_scaling=config.rope_scaling,
-            planned=run.world.planned > 0,
-        )
-        packing = config.packing and language.packs
-        rows = data.pack(
-            found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
-            packing=packing, values=config.chat_template_kwargs,
-        )  # fmt: skip
+    found, language, rows = _read(run, config)
+    packing = config.packing and language.packs
     data.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(
@@ -407,6 +386,44 @@ def train(run: Run, config: Config) -> None:
                 trainer.finish(f"val_loss did not improve for {config.patience} evaluations")
     perplexity.log(trainer, "test_perplexity", rows.test, **how)
     export.export(trainer, language, model)
+
+
+def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language, Rows]:
+    """The data, the model with its tokenizer, and the data as tokens."""
+    from stoker import distributed
+    from stoker.data.sources import read_all
+    from stoker.engine.precision import DTYPES
+    from stoker.language import adapters, building, data
+    from stoker.loop import computed_in
+    from stoker.recipes import resuming
+
+    frozen = DTYPES[computed_in(run, config)] if config.lora.used else DTYPES["fp32"]
+    with distributed.rank_zero_first(run.world):
+        found = read_all(
+            config.data, validation=config.validation, test=config.test, streaming=config.streaming,
+            validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
+        )  # fmt: skip
+        language = building.build(
+            config.model,
+            tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
+            vocab_size=config.vocab_size,
+            sequence_length=config.sequence_length,
+            documents=[document for source in found for document in source.splits.train],
+            tie_embeddings=config.tie_embeddings,
+            dtype=frozen,
+            chat_template=config.chat_template,
+            add_tokens=config.add_tokens,
+            grows=adapters.brings_tokens(config.lora),
+            rope_scaling=config.rope_scaling,
+            planned=run.world.planned > 0,
+        )
+        rows = data.pack(
+            found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
+            packing=config.packing and language.packs, values=config.chat_template_kwargs,
+        )  # fmt: skip
+    if not language.pretrained:
+        resuming.check_tokens(run, language.tokenizer.get_vocab())
+    return found, language, rows
 
 
 def _as_trained(run: Run, language: Language, config: Config) -> Any:

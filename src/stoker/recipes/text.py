@@ -151,7 +151,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
-    from stoker.recipes import exporting, text_model
+    from stoker.recipes import exporting, resuming, text_model
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -171,6 +171,9 @@ def train(run: Run, config: Config) -> None:
             texts, classes=made.classes, tokenizer=made.tokenizer, max_length=config.max_length,
             batch_size=config.batch_size, fingerprint=made.encoding,
         )  # fmt: skip
+    resuming.check_classes(run, made.classes)
+    if config.is_new:
+        resuming.check_tokens(run, made.tokenizer.get_vocab())
     text_model.say(run, config.data, texts, rows, made)
     mean_length = round(rows.train.tokens_per_sample)
     needed = 3 * text_model.forward_flops(made, mean_length) / mean_length  # backward is twice forward

@@ -1,0 +1,58 @@
+"""What a resumed run's data may not change: the meaning of the numbers that its model reads and writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from stoker import distributed, exports
+from stoker.checkpoint import manifest
+from stoker.errors import BadInput
+from stoker.run import view
+from stoker.user_run import Run
+
+
+def check_classes(run: Run, classes: Iterable[str]) -> None:
+    """Raises BadInput, on all ranks, if the trained model's outputs stand for other classes.
+
+    Like `check_tokens`, it is called before the model is filled, whose sizes may differ too.
+    """
+    found = list(classes)
+    _check(
+        run, "classes", _digest(found),
+        f"data= has other classes than the run was trained on (now {_few(found)}), and its model's outputs "
+        "stand for those: resume it with the data it had, or train on this data as a new run",
+    )  # fmt: skip
+
+
+def check_tokens(run: Run, vocabulary: Mapping[str, int]) -> None:
+    """Raises BadInput, on all ranks, if the embeddings of a model that was new belong to other tokens.
+
+    Args:
+        vocabulary: the id of each token; its tokenizer may have been trained on the run's data.
+    """
+    own = run.directory.artifacts / exports.SHAPE
+    _check(
+        run, "tokens", _digest(f"{token} {number}" for token, number in sorted(vocabulary.items())),
+        "the tokenizer is not the one that the run's model was trained with (that of a new model is trained "
+        f"on data=, which may have changed): resume it with the data it had, or with tokenizer={own}",
+    )  # fmt: skip
+
+
+def _check(run: Run, name: str, value: str, otherwise: str) -> None:
+    def check() -> None:
+        known = view.load(run.directory).tags.get(f"fingerprint.{name}", value) if run.continued else value
+        if known != value and manifest.committed(run.directory.checkpoints):
+            raise BadInput(otherwise)
+        run.fingerprint(name, value)
+
+    distributed.done_by_rank_zero(run.world, check)
+
+
+def _few(classes: list[str], most: int = 5) -> str:
+    more = f" and {len(classes) - most} more" if len(classes) > most else ""
+    return ", ".join(classes[:most]) + more
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
