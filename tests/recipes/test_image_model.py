@@ -119,8 +119,6 @@ def test_a_loaded_model_gets_images_as_it_was_trained_on(
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     made = image_model.build(str(tmp_path), classes=("cat", "dog"), new=image_processor.DIGITS)
     assert dataclasses.astuple(made.processor) == expected
-    made = image_model.build(str(tmp_path), classes=("cat", "dog"), new=image_processor.DIGITS, size=96)
-    assert dataclasses.astuple(made.processor) == (96, *expected[1:])
 
 
 def test_an_image_processor_that_does_not_load_is_refused(saved: Path) -> None:
@@ -142,3 +140,16 @@ def test_what_is_exported_says_how_an_evaluation_takes_images(
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).mean() < 0.01  # of values with a standard deviation of about 1
     assert image_processor.of_model(tmp_path) == processor, "and whoever goes on with it does the same"
+
+
+def test_a_size_that_a_model_does_not_take_is_refused_by_name(tmp_path: Path, saved: Path) -> None:
+    shape = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=48, patch_size=16)
+    ViTForImageClassification(shape).save_pretrained(tmp_path / "vit")
+
+    def sized(model: Path) -> int:
+        made = image_model.build(str(model), classes=("cat", "dog"), new=image_processor.PHOTOS, size=64)
+        return made.processor.size
+
+    with pytest.raises(BadInput, match=r"^image_size=64: .*vit does not take images of this size \(Input"):
+        sized(tmp_path / "vit")
+    assert sized(saved) == 64

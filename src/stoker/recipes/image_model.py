@@ -38,7 +38,7 @@ def build(reference: str, *, classes: Sequence[str], new: Processor, size: int |
         size: pixels per side, instead of what a loaded model was trained on, or a new one has.
 
     Raises:
-        BadInput: the model does not exist, or does not load.
+        BadInput: the model does not exist, does not load, or does not take images of this size.
     """
     names = dict(enumerate(classes))
     labels = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
@@ -50,6 +50,8 @@ def build(reference: str, *, classes: Sequence[str], new: Processor, size: int |
         folder = hub.find(reference, known=tuple(SIZES), pickles=True)
         model = _load(reference, folder, labels)
         processor = image_processor.of_model(folder)
+        if size not in (None, processor.size):
+            _check_size(reference, model, replace(processor, size=size))
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     return Classifier(model, config, replace(processor, size=size or processor.size))
@@ -65,6 +67,18 @@ def _load(reference: str, folder: Path, labels: Mapping[str, Any]) -> Any:
         raise BadInput(f"model {reference} cannot be loaded: {hub.first_line(error)}") from error
     model.config.name_or_path, _ = hub.named(reference, folder)
     return model
+
+
+def _check_size(reference: str, model: Any, processor: Processor) -> None:
+    """Raises BadInput if the model cannot take images of this size, such as one with a position per patch."""
+    image = torch.zeros(1, len(processor.mean), processor.size, processor.size, device="meta")
+    try:
+        copy.deepcopy(model).to("meta").eval()(pixel_values=image)
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"image_size={processor.size}: {reference} does not take images of this size "
+            f"({hub.first_line(error)}): omit image_size"
+        ) from error
 
 
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
