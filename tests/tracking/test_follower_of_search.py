@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from stoker import storage
@@ -103,6 +104,43 @@ def test_a_trial_that_cannot_be_shipped_does_not_keep_the_others_from_it(
     late = _trial(folder, 3)
     until(lambda: late.id in tracker.ended)
     assert not running.done()
+
+
+def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
+    folder: Path,
+    tracker: Tracker,
+    following: Callable[[], Future[bool]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    monkeypatch.setattr(follower, "INTERVAL", 0.05)
+    attempts: list[float] = []
+
+    def fail(run: RunDirectory) -> None:
+        attempts.append(time.monotonic())
+        raise ConnectionError("nobody is there")
+
+    tracker.opens = fail
+    trial = _trial(folder, 0)
+    following()
+    until(lambda: len(attempts) >= 5)
+    assert attempts[4] - attempts[3] > 2 * (attempts[1] - attempts[0])
+    shipping = SweepShipping(folder, ["tensorboard"])
+    shipping._process = cast("Any", _Runs())
+    for _ in range(2):
+        shipping.look_after()
+    assert caplog.text.count("cannot ship to tensorboard now (ConnectionError: nobody is there)") == 1
+    tracker.opens = lambda run: None
+    until(lambda: trial.id in tracker.ended)
+    assert follower.failing(trial) == {}
+
+
+class _Runs:
+    """A process that has not ended."""
+
+    def poll(self) -> None:
+        return None
 
 
 def test_a_trial_that_logs_faster_than_it_is_shipped_leaves_the_others_their_turn(

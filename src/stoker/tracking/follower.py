@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,6 +122,14 @@ def failing(directory: RunDirectory) -> dict[str, str]:
     return {name: error for name, error in found.items() if error is not None}
 
 
+def failing_in(folder: Path) -> dict[str, str]:
+    """Like `failing`, for any trial of a search."""
+    found: dict[str, str] = {}
+    for run in _runs(folder):
+        found |= failing(run)
+    return found
+
+
 def wait(directory: RunDirectory, process: subprocess.Popen[bytes], timeout: float) -> list[SinkState]:
     """Wait until a follower ends or reports that its sink fails, at most `timeout` seconds."""
     deadline = time.monotonic() + timeout
@@ -164,14 +174,17 @@ def follow(
     once: bool = False,
     patience: float = PATIENCE,
     hurry: bool = False,
+    failures: int = 0,
 ) -> bool:
     """Ship a run to a sink; returns whether all of it was shipped.
 
     Continues until the trainer is gone, or with `once` until everything in the journal now is
     shipped. After that, a failing sink is retried for `patience` seconds. With `hurry`, which is for a
-    user who waits, the sink may use more than its share of a core.
+    user who waits, the sink may use more than its share of a core. `failures` is how often in a row this
+    failed before.
     """
-    task = _Task(directory, name, feed.end(directory.journal) if once else None, patience, hurry)
+    goal = feed.end(directory.journal) if once else None
+    task = _Task(directory, name, goal, patience, hurry, failures)
     lock = task.take_turn()
     if lock is None:
         return task.complete()
@@ -200,9 +213,16 @@ class _Task:
     """
 
     def __init__(
-        self, directory: RunDirectory, name: str, goal: Cursor | None, patience: float, hurry: bool = False
+        self,
+        directory: RunDirectory,
+        name: str,
+        goal: Cursor | None,
+        patience: float,
+        hurry: bool = False,
+        failures: int = 0,
     ) -> None:
         self._directory = directory
+        self._failures = failures
         self._goal = goal
         self._patience = patience
         self._hurry = hurry
@@ -235,7 +255,7 @@ class _Task:
 
     def ship(self, shipper: Shipper) -> bool:
         """Ship until complete; returns False if the patience ran out first, or the run was removed."""
-        failures, alive = 0, True
+        failures, alive = self._failures, True
         while self._directory.exists():
             before = self._outside()  # checked first: a trainer that is gone logs nothing more
             try:
@@ -259,8 +279,7 @@ class _Task:
                 shipper.failed(error, report=failures >= _REPORTED_AFTER)
                 if self._out_of_patience():
                     return False
-            longest = LONGEST_BACKOFF if alive else LONGEST_BACKOFF / 6
-            self._sleep(min(INTERVAL * 2 ** min(failures, 10), longest), before)
+            self._sleep(_backoff(failures, alone=not alive), before)
         return False
 
     def _sleep(self, seconds: float, before: _Outside) -> None:
@@ -279,6 +298,11 @@ class _Task:
             return False
         self._alone_since = self._alone_since or time.monotonic()
         return time.monotonic() - self._alone_since > self._patience
+
+
+def _backoff(failures: int, *, alone: bool) -> float:
+    """Seconds before another attempt after so many failures; fewer once there is no trainer to wait for."""
+    return min(INTERVAL * 2.0 ** min(failures, 10), LONGEST_BACKOFF / 6 if alone else LONGEST_BACKOFF)
 
 
 def _state(directory: RunDirectory, name: str) -> SinkState:
@@ -327,36 +351,59 @@ _WHERE: dict[str, Callable[[RunDirectory], str]] = {
 }
 
 
-def follow_all(directory: RunDirectory, *, once: bool, patience: float, hurry: bool = False) -> bool:
+def follow_all(
+    directory: RunDirectory, *, once: bool, patience: float, hurry: bool = False, failures: int = 0
+) -> bool:
     """Ship a run to all sinks in parallel, see `follow`; returns whether everything was shipped."""
     names = enabled()
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
-        shipping = [
-            pool.submit(follow, directory, name, once=once, patience=patience, hurry=hurry) for name in names
-        ]
+        ship = functools.partial(
+            follow, directory, once=once, patience=patience, hurry=hurry, failures=failures
+        )
+        shipping = [pool.submit(ship, name) for name in names]
     return all(shipped.result() for shipped in shipping)
 
 
 def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
     """Ship the trials of a search one by one until it is over; returns whether everything was shipped.
 
-    Each is shipped as far as it is when its turn comes, so that none waits for the end of another. After
-    the search, failing sinks are retried for `patience` seconds.
+    Each is shipped as far as it is when its turn comes, so that none waits for the end of another. One of
+    which a sink fails has its turn with increasing delays; after the search, for `patience` seconds.
     """
     over_since: float | None = None
+    attempts: defaultdict[str, _Attempts] = defaultdict(_Attempts)
     while True:
         over = not storage.is_locked(folder / SWEEP_LOCK)  # checked first: nothing is added after its end
         runs = _runs(folder)
         training = any(run.trained_here for run in runs)  # checked before what they logged
         behind = [run for run in runs if _is_behind(run)]
         for run in behind:
-            _ship_trial(run)
+            if attempts[run.id].due(alone=over):
+                attempts[run.id].note(_ship_trial(run, attempts[run.id].failures))
         if over and not training and not behind:
             return _end_sweep(folder)
         over_since = (over_since or time.monotonic()) if over else None
         if over_since is not None and time.monotonic() - over_since > patience:
             return False
         time.sleep(INTERVAL)
+
+
+@dataclass
+class _Attempts:
+    """The attempts to ship a trial."""
+
+    failures: int = 0
+    """In a row."""
+    newest: float = 0.0
+
+    def due(self, *, alone: bool) -> bool:
+        """Whether it is time for another; see `_backoff`."""
+        waits = _backoff(self.failures, alone=alone) if self.failures else 0.0
+        return time.monotonic() - self.newest >= waits
+
+    def note(self, shipped: bool) -> None:
+        self.failures = 0 if shipped else self.failures + 1
+        self.newest = time.monotonic()
 
 
 def _runs(folder: Path) -> list[RunDirectory]:
@@ -373,16 +420,17 @@ def _is_behind(run: RunDirectory) -> bool:
         return run.exists()
 
 
-def _ship_trial(run: RunDirectory) -> None:
-    """Ship a trial as far as it is now. An error is logged, because the other trials are to be shipped.
+def _ship_trial(run: RunDirectory, failures: int) -> bool:
+    """Ship a trial as far as it is now; returns whether that succeeded, so that the others are shipped too.
 
     A trial that failed before its first metric is removed, which can happen at any moment in here.
     """
     try:
-        follow_all(run, once=True, patience=0.0)
+        return follow_all(run, once=True, patience=0.0, failures=failures)
     except Exception as error:
         if run.exists():
             log.warning("%s: %s: %s", run.id, type(error).__name__, error)
+        return False
 
 
 def _end_sweep(folder: Path) -> bool:

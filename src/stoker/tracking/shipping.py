@@ -27,6 +27,7 @@ class _Shipping:
 
     def __init__(self, spawn: Callable[[], subprocess.Popen[bytes]], sinks: Sequence[str]) -> None:
         self._spawn, self._sinks = spawn, sinks
+        self._warned: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
 
@@ -50,6 +51,11 @@ class _Shipping:
             log.info("the process that ships to the sinks is gone: starting another one")
             self.begin()
 
+    def _warn_once(self, name: str, error: str, rest: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            log.warning("cannot ship to %s now (%s); %s", name, error, rest)
+
 
 class Shipping(_Shipping):
     """The follower of one run. A warning is logged once for each sink that fails."""
@@ -57,7 +63,6 @@ class Shipping(_Shipping):
     def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
         super().__init__(lambda: follower.spawn(run), sinks)
         self._run = run
-        self._warned: set[str] = set()
 
     def wait(self, timeout: float) -> list[SinkState]:
         """Wait at most `timeout` seconds for the follower of a closed run; returns each sink's state."""
@@ -70,19 +75,20 @@ class Shipping(_Shipping):
 
     def _warn(self) -> None:
         for name, error in follower.failing(self._run).items():
-            if name not in self._warned:
-                self._warned.add(name)
-                log.warning(
-                    "cannot ship to %s now (%s); training continues, and `stoker sync %s` or the next "
-                    "start ships the rest", name, error, self._run.id,
-                )  # fmt: skip
+            rest = f"training continues, and `stoker sync {self._run.id}` or the next start ships the rest"
+            self._warn_once(name, error, rest)
 
 
 class SweepShipping(_Shipping):
-    """The follower that ships all trials of a search; `folder` is the search's."""
+    """The follower that ships all trials of a search. A warning is logged once for each sink that fails.
+
+    Args:
+        folder: the search's.
+    """
 
     def __init__(self, folder: Path, sinks: Sequence[str]) -> None:
         super().__init__(lambda: follower.spawn_for_sweep(folder), sinks)
+        self._folder = folder
 
     def wait(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds after the search; returns whether everything was shipped."""
@@ -90,3 +96,9 @@ class SweepShipping(_Shipping):
             return self._process is None or self._process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
             return False
+
+    def _look(self, pause: float) -> None:
+        super()._look(pause)
+        if self._process is not None:
+            for name, error in follower.failing_in(self._folder).items():
+                self._warn_once(name, error, "the search continues, and the rest is shipped later")
