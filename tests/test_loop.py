@@ -432,6 +432,28 @@ def test_several_optimizers_are_the_plain_loop(open_run: Callable[..., Run]) -> 
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
 
 
+def test_of_several_optimizers_that_with_a_bad_loss_is_left_out(open_run: Callable[..., Run]) -> None:
+    """And losses of different sizes are no spikes."""
+    players = nn.ModuleDict({"small": nn.Linear(6, 3), "large": nn.Linear(6, 3)})
+    make = lambda p: torch.optim.SGD(p, lr=1e-6)  # noqa: E731
+    factors, seen = {"small": 1.0, "large": 1e4}, []
+    with open_run() as run:
+        trainer = _trainer(
+            run, players, optimizer={"small": make, "large": make}, loss=None, on_bad_loss="skip", spike=2.0
+        )
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=15):
+            for name, optimizer in trainer.optimizers.items():
+                before = players[name].weight.detach().clone()
+                factor = math.nan if (name, run.step) == ("small", 13) else factors[name]
+                for part in trainer.micro(batch):
+                    total, weight = _loss(players[name](part[0]), part)
+                    trainer.backward(total * factor, weight)
+                trainer.update(optimizer)
+                if torch.equal(before, players[name].weight):
+                    seen.append((name, run.step))
+    assert seen == [("small", 13)]
+
+
 def test_what_a_script_keeps_in_evaluation_mode_stays_so(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         trainer = _trainer(run, _model())
@@ -959,25 +981,45 @@ def test_weights_that_are_not_finite_are_not_saved(open_run: Callable[..., Run])
     assert manifest.committed(run.directory.checkpoints)[-1].name == "step-00000012"
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("bad", [100, math.nan])
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
-def test_a_spike_is_answered_as_a_loss_that_is_not_finite(policy: str, open_run: Callable[..., Run]) -> None:
+def test_a_spike_is_answered_as_a_loss_that_is_not_finite(
+    policy: str, bad: float, own: bool, open_run: Callable[..., Run]
+) -> None:
+    """In `trainer.step`, and in a loop of one's own that adds up two losses."""
     with open_run() as run:
 
         def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
             total, weight = _loss(output, batch)
-            return (total * 100 if run.step == 15 else total), weight
+            return (total * bad if run.step == 15 else total), weight
 
         trainer = _trainer(
-            run, _model(), loss=loss, on_bad_loss=policy, spike=5.0, checkpoint_every=Duration(10, "step")
-        )
-        if policy == "stop":
-            with pytest.raises(StokerError, match=r"step 15: the loss is .* times its running median"):
-                _run_on(trainer, 20)
-            return
+            run, _model(), loss=None if own else loss, on_bad_loss=policy, spike=5.0, micro_batch=4,
+            checkpoint_every=Duration(10, "step"),
+        )  # fmt: skip
+
+        def step(batch: Any) -> None:
+            if not own:
+                trainer.step(batch)
+                return
+            for part in trainer.micro(batch):
+                trainer.backward(*loss(trainer.forward(part), part))
+            trainer.update()
+
         weights = []
-        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=20):
-            trainer.step(batch)
-            weights.append(trainer.model[0].weight.detach().clone())
+
+        def train() -> None:
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=20):
+                step(batch)
+                weights.append(trainer.model[0].weight.detach().clone())
+
+        if policy == "stop":
+            said = "is nan" if math.isnan(bad) else "is .* times its running median"
+            with pytest.raises(StokerError, match=f"step 15: the loss {said}"):
+                train()
+            return
+        train()
     back_to = {"skip": 14, "rewind": 10}[policy]
     assert torch.equal(weights[15 - 1], weights[back_to - 1])
     assert not torch.equal(weights[16 - 1], weights[back_to - 1])

@@ -164,8 +164,8 @@ class Trainer:
         self._gauge = Gauge(self._attempt, self._step, self.device, self.training, self.precision)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
-        at_once = self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
-        self._losses = bad_loss.LossWatch(self.training.spike, at_once=at_once)
+        self._losses = self._loss_watch()
+        self._loss: Weight = 0.0
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total = self._loops = 0
@@ -188,6 +188,12 @@ class Trainer:
         if self._imagination is not None:
             self._imagination.holds(self._step, ema, self.training, self.strategy)
         return ema
+
+    def _loss_watch(self) -> bad_loss.LossWatch:
+        asks = self.training.on_bad_loss != "stop" or self.training.spike is not None
+        several = len(self.optimizers) > 1  # and as many losses, which have no median in common
+        spike = None if several else self.training.spike
+        return bad_loss.LossWatch(spike, at_once=asks or self.device.type == "cpu")
 
     def _say(self, why: str) -> None:
         if self.world.rank == 0:
@@ -537,17 +543,7 @@ class Trainer:
         with self._telling_what_fits(), determinism.explained(lambda: self._trace(batch)):
             if self.training.optimizer_in_backward:
                 self._set_rates(self.optimizer)
-            loss_sum, weight = self._gradients(batch)
-            loss = loss_sum / gradients.divisor(weight)
-            wrong = self._losses.see(loss)
-            if wrong:
-                self._step.clear()
-            elif not self._update(self.optimizer, weight) and not self._scale.enabled:
-                wrong = "a gradient is not finite"
-        if wrong:
-            self._answer_bad_loss(wrong)
-        self._note("trained on")
-        return loss
+            return self._judged_update(self.optimizer, *self._gradients(batch))
 
     def _note(self, done: Literal["computed", "trained on"]) -> None:
         if self._batch_is:
@@ -632,7 +628,7 @@ class Trainer:
         return self._step.context()
 
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
-        """Add the gradient of a summed loss; `update` divides by the sum of the weights.
+        """Add the gradient of a summed loss, a scalar; `update` divides by the sum of the weights.
 
         Raises StokerError if an operation has no deterministic form under `deterministic=true`.
         """
@@ -642,18 +638,33 @@ class Trainer:
             self._scale.fit(self._over_ranks(weight))
         with determinism.explained():
             step.backward(loss_sum)
+        self._loss = self._loss + loss_sum.detach().float()
         self._weight = self._weight + weight
 
     def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Step an optimizer (by default the only one) with the accumulated gradients, and clear them all."""
+        """Step an optimizer (by default the only one) with the accumulated gradients, and clear them all.
+
+        The mean of the losses is judged as that of `step` is.
+        """
         only_loop_of_its_own(self._step)
-        self._agreement.start(torch.zeros((), device=self.device), self._weight)
-        _, weight = self._agreement.finish()
-        stepped = self._update(self.optimizer if optimizer is None else optimizer, weight)
-        self._weight = 0.0
-        if not stepped and not self._scale.enabled:
-            self._answer_bad_loss("a gradient is not finite")
+        self._agreement.start(torch.as_tensor(self._loss, device=self.device), self._weight)
+        self._loss = self._weight = 0.0
+        self._judged_update(self.optimizer if optimizer is None else optimizer, *self._agreement.finish())
+
+    def _judged_update(
+        self, optimizer: torch.optim.Optimizer, loss_sum: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Step an optimizer unless the loss or a gradient is bad; returns the mean loss."""
+        loss = loss_sum / gradients.divisor(weight)
+        wrong = self._losses.see(loss)
+        if wrong:
+            self._step.clear()
+        elif not self._update(optimizer, weight) and not self._scale.enabled:
+            wrong = "a gradient is not finite"
+        if wrong:
+            self._answer_bad_loss(wrong)
         self._note("trained on")
+        return loss
 
     def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         self._set_rates(optimizer)

@@ -152,7 +152,7 @@ class Training:
     newest checkpoint and continue after the batch."""
     spike: Annotated[float, Gt(1)] | None = None
     """Also treat a loss as bad if it is this many times its running median (over 100 steps); none: only a
-    non-finite loss is bad."""
+    non-finite loss is bad. A model with several optimizers has several losses, of which only that counts."""
     hang_limit: Duration | None = None
     """End the run and write its stacks if no step completes for this long, such as 10min; default: 20 times
     the longest step so far, and at least 5 minutes. With --max-restarts the run is started again."""
