@@ -295,17 +295,20 @@ class Run:
         return Path(path)
 
     def fingerprint(self, name: str, value: str) -> None:
-        """Record the fingerprint of something that the run depends on; warns if it has changed.
+        """Record the fingerprint of something that the run depends on; warns if it is not the first one.
 
-        Only rank 0 does.
+        The tag `fingerprint.NAME` keeps the first one, `changed.NAME` has the newest other one. Only rank 0
+        writes them.
         """
         if self.world.rank > 0:
             return
         tag = f"fingerprint.{name}"
-        known = view.load(self.directory).tags.get(tag, value) if self.continued else value
-        if known != value:
+        known = view.load(self.directory).tags.get(tag) if self.continued else None
+        if known is None:
+            self.tag(**{tag: value})
+        elif known != value:
             log.warning("%s has changed since the run began (%s, now %s)", name, known[:12], value[:12])
-        self.tag(**{tag: value})
+            self.tag(**{f"changed.{name}": value})
 
     def watch(self, model: Any, *, every: int = 100, histograms: bool = False, bins: int = 64) -> None:
         """Log the norms of all parameters and gradients every `every` optimizer steps.

@@ -86,6 +86,16 @@ def test_what_the_assistant_says_is_learnt_with_what_ends_it(
     assert learnt(tokenizer, Document("k", "", "", CHAT)) == expected
 
 
+def test_the_token_that_ends_a_document_is_part_of_what_is_kept_in_the_cache(bare: Any) -> None:
+    other = copy.deepcopy(bare)
+    other.eos_token = "<|im_end|>"
+    encoders = [Encoder(tokenizer, "answer") for tokenizer in (bare, other)]
+    ends = [next(encoder([Document("k", "", "it is 1")])).ids[-1] for encoder in encoders]
+    assert ends == [bare.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    assert encoders[0].fingerprint != encoders[1].fingerprint
+    assert Encoder(copy.deepcopy(bare), "answer").fingerprint == encoders[0].fingerprint
+
+
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"

@@ -512,4 +512,5 @@ def fingerprint(tokenizer: Any) -> str:
     """SHA-256 of everything that determines how a text is tokenised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return hashlib.sha256(f"{content}\0{special}".encode()).hexdigest()

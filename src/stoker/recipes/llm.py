@@ -323,7 +323,7 @@ def train(run: Run, config: Config) -> None:
         targets,
     )  # fmt: skip
     from stoker.loop import Trainer
-    from stoker.recipes import exporting
+    from stoker.recipes import exporting, resuming
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -336,6 +336,7 @@ def train(run: Run, config: Config) -> None:
         values=config.chat_template_kwargs,
     )  # fmt: skip
     model = _as_trained(run, language, config)
+    frozen = language.pretrained and not all(p.requires_grad for p in model.parameters())
     called = _called(model, config)
     lr = config.lr or default_lr(config.lora.used, language.pretrained)
     needed = flops.per_token(model, context=rows.train.context, labelled=rows.train.labelled)
@@ -356,7 +357,7 @@ def train(run: Run, config: Config) -> None:
             load=adapters.loading(language.load),
         )
     if not run.world.planned:  # a planned run's weights may not have been downloaded
-        run.fingerprint("model", language.fingerprint)
+        resuming.check_base(run, language.fingerprint, frozen=frozen)
         exporting.record_shape(trainer, functools.partial(export.describe, model, language))
     run.params(**adapters.settings(model, config.lora), **({} if config.lr else {"lr": lr}))
 

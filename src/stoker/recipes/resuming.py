@@ -1,4 +1,4 @@
-"""What a resumed run's data may not change: the meaning of the numbers that its model reads and writes."""
+"""What may not change when a run is resumed: what the numbers that its model has learned belong to."""
 
 from __future__ import annotations
 
@@ -39,12 +39,32 @@ def check_tokens(run: Run, vocabulary: Mapping[str, int]) -> None:
     )  # fmt: skip
 
 
+def check_base(run: Run, fingerprint: str, *, frozen: bool) -> None:
+    """Record the weights that a loaded model began with.
+
+    Args:
+        frozen: whether some of them are not trained, so that they are not in the run's checkpoints.
+
+    Raises BadInput, on all ranks, if what was trained so far belongs to other frozen weights.
+    """
+    if not frozen:
+        run.fingerprint("model", fingerprint)
+        return
+    _check(
+        run, "model", fingerprint,
+        "the weights of model= have changed, and what the run has trained belongs to those that it began "
+        "with, of which some are frozen: restore them, or train on these as a new run",
+    )  # fmt: skip
+
+
 def _check(run: Run, name: str, value: str, otherwise: str) -> None:
+    tag = f"fingerprint.{name}"
+
     def check() -> None:
-        known = view.load(run.directory).tags.get(f"fingerprint.{name}", value) if run.continued else value
+        known = view.load(run.directory).tags.get(tag, value) if run.continued else value
         if known != value and manifest.committed(run.directory.checkpoints):
             raise BadInput(otherwise)
-        run.fingerprint(name, value)
+        run.tag(**{tag: value})
 
     distributed.done_by_rank_zero(run.world, check)
 
