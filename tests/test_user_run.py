@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -698,3 +699,13 @@ def test_the_compacted_form_is_the_fold_and_follows_the_journal(
     assert view.load(run.directory).tags == {"new": "tag"}
     run.directory.compacted.write_bytes(b"damaged")
     assert view.load(run.directory).points["loss"] == folded.points["loss"]
+
+
+def test_a_run_with_a_seed_seeds_what_a_script_draws(tmp_path: Path) -> None:
+    def drawn(**seed: int) -> tuple[float, float, float]:
+        random.seed(7)
+        with Run("test", runs=tmp_path, **seed):
+            return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert drawn(seed=1) == drawn(seed=1) != drawn(seed=2)
+    assert drawn()[0] == random.Random(7).random(), "without one nothing is seeded"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import operator
 import os
@@ -33,6 +34,7 @@ from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Job, Periodic
 from stoker.reproduce import provenance
 from stoker.run import again, artifacts, finding, journal, lease, messages, mirror, opening, rendezvous, view
+from stoker.run.deferred import flatten
 from stoker.run.recorder import Recorder
 from stoker.run.reduction import How
 from stoker.run.series import Goal, Series
@@ -83,6 +85,8 @@ class Attempt:
     heart: Heart | None = None
     """Says how far the loop is, to whoever supervises it; set by a Trainer, or by a search for its trial."""
 
+    _held: list[Callable[[], None]] | None = None
+    """What a resumed run logs in a part of its script that it has been through; None: it logs at once."""
     _newest: Future[Newest] | None = None
     """The checkpoint to resume from, which is verified while the model is built."""
     _waits_for_disk = True
@@ -276,6 +280,11 @@ class Attempt:
 
     def log(self, values: Mapping[str, Any], step: int | None, reduce: How | None) -> None:
         """Write metrics; see `Run.log`."""
+        if self._held is not None:
+            taken = {key: _as_now(value) for key, value in flatten(values).items()}
+            at = self.step if step is None else step
+            self._held.append(functools.partial(self.log, taken, at, reduce))
+            return
         if step is None:
             if self.warns_of_continuing:
                 self._warn_of_continuing()
@@ -292,6 +301,30 @@ class Attempt:
             self.warns_of_continuing = False  # the loop goes on beyond what the run has
         if self._listener is not None:
             self._listener(step, values)
+
+    def hold(self) -> None:
+        """Hold back what is logged from now on: a resumed run may have logged it before.
+
+        It is left out if `drop_held` is called, and logged if the user's code comes to its end first.
+        """
+        if self._held is None:
+            self._held = []
+
+    def drop_held(self) -> None:
+        """Leave out what is held back: it was logged before."""
+        self._held = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether what is logged now is held back."""
+        return self._held is not None
+
+    def unless_held(self, write: Callable[[], None]) -> None:
+        """Call a function that logs something, now or when it turns out that it was not logged before."""
+        if self._held is None:
+            write()
+        else:
+            self._held.append(write)
 
     def _warn_of_continuing(self) -> None:
         """Warn of a loop without a Trainer, which may begin at its start although the run is continued."""
@@ -390,6 +423,9 @@ class Attempt:
 
     def conclude(self) -> None:
         """The user's code is over without an error: a Trainer saves what its loop left."""
+        held, self._held = self._held or [], None
+        for write in held:
+            write()
         if self._conclude is not None and not self._ended:
             self._conclude()
 
@@ -556,3 +592,8 @@ class Attempt:
         """End at once: the run belongs to another process now."""
         log.error("%s", reason)
         os._exit(EXIT_FAILED)
+
+
+def _as_now(value: Any) -> Any:
+    """A value to log later; a tensor may be written to meanwhile."""
+    return value.detach().clone() if hasattr(value, "detach") else value

@@ -65,7 +65,7 @@ from stoker.gauge import Gauge
 from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
 from stoker.run.series import goal_of
-from stoker.saving import Checkpoints, Saved
+from stoker.saving import Checkpoints, Resumption, Saved
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LRScheduler
@@ -104,6 +104,9 @@ class Trainer:
             has the wrong type.
         StokerError: the newest valid checkpoint belongs to another model.
     """
+
+    _resumption: Resumption | None = None
+    """What was restored, if the run is resumed."""
 
     def __init__(
         self,
@@ -235,7 +238,8 @@ class Trainer:
             raise ValueError(
                 f"{next(iter(schedulers))} and schedule= would both set the learning rate: leave one out"
             )
-        follow = {name: s for name, s in schedulers.items() if _rates(s)[0] == _rates(s)[1]}
+        whole = self._resumption is None or self._resumption.whole
+        follow = {n: s for n, s in schedulers.items() if whole and _rates(s)[0] == _rates(s)[1]}
         self._registered.add(states)
         for name, scheduler in follow.items() if self.world.rank == 0 else ():
             now, began = _rates(scheduler)
@@ -335,8 +339,8 @@ class Trainer:
                 '(trainer.every("1ep") is true at the end of each epoch), or give this loop the sum of both '
                 "lengths"
             )
-        if self.steps_done > self._total and self.world.rank == 0:
-            log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
+        if self.steps_done > self._total:
+            self._pass_by(duration)
         if self._schedule is not None and self.world.rank == 0 and self.steps_done < self._total:
             warn_of_no_peak(self._schedule, self._total)
         tokens = loader.tokens_per_sample
@@ -484,6 +488,9 @@ class Trainer:
         if self._begun:
             return
         self._begun = True
+        if self._resumption is not None:
+            self._resumption.restore_changed()
+        self._attempt.drop_held()
         self._warn_of_other_samples(loader)
         if self._random is not None:  # last, so that nothing draws from it before the next step
             random_state.restore(*self._random)
@@ -493,6 +500,14 @@ class Trainer:
             random_state.seed_everything(
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
+
+    def _pass_by(self, duration: Duration) -> None:
+        """Go past a loop that is over; a checkpoint has what the script does between it and the next one."""
+        if self.world.rank == 0:
+            log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
+        if self._resumption is not None and not self._begun:
+            self._resumption.passes_by = True
+            self._attempt.hold()
 
     def _begin_loop(self) -> None:
         self._saved_at = time.monotonic()
@@ -604,8 +619,7 @@ class Trainer:
         found, _ = self._checkpoints.newest(but=self._losses.rewound_to)
         if found is None:
             raise StokerError(f"step {step}: there is no checkpoint left to rewind to; all were tried")
-        saved, _ = self._checkpoints.restore(found)
-        self._losses.rewind(found.step, saved)
+        self._losses.rewind(found.step, self._checkpoints.restore(found).position)
         self._attempt.event("rewound", step=step, to=found.step)
         if self.world.rank == 0:
             log.warning("rewound the weights to those of step %d", found.step)
@@ -942,7 +956,8 @@ class Trainer:
         if found is None and self.run.continued:
             self._checkpoints.check_none_lost(passed_over)
         if found is not None:
-            saved, self._random = self._checkpoints.restore(found)
+            saved, self._random, whole = self._checkpoints.restore(found, waits=True)
+            self._resumption = Resumption(found, self._checkpoints, whole=whole)
             self._at = position.read(saved)
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()

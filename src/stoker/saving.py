@@ -11,12 +11,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from stoker import distributed
+from stoker import distributed, words
 from stoker.attempt import Attempt
-from stoker.checkpoint import copies, manifest, state, store
+from stoker.checkpoint import copies, frozen, manifest, state, store
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
 from stoker.checkpoint.stateful import Registered
@@ -35,6 +35,18 @@ if TYPE_CHECKING:
     from stoker.engine.zero import DeepSpeedStep
 
 log = logging.getLogger("stoker")
+
+_NAMED = 5  # names in a message
+
+
+class Restored(NamedTuple):
+    """What was restored."""
+
+    position: dict[str, Any]
+    random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None
+    """The random state; None on a rank that did not exist when the checkpoint was saved."""
+    whole: bool
+    """False if an optimizer was left out."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +93,13 @@ class Saved:
             joined["registered"] = registered
         return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
 
-    def restore(self, checkpoint: manifest.Checkpoint) -> tuple[dict[str, Any], Any]:
-        """Restore a checkpoint; returns its position, and the random state, which must be restored last.
+    def restore(self, checkpoint: manifest.Checkpoint, *, waits: bool = False) -> Restored:
+        """Restore a checkpoint, but for the random state, which must be restored last.
 
-        The random state is None on a rank that did not exist when the checkpoint was saved.
+        Args:
+            waits: see `state.load`.
         """
-        tensors, values = self._put(checkpoint)
+        tensors, values, whole = self._put(checkpoint, waits)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
         self.modes.restore(values.get("modes", {}))
@@ -95,7 +108,13 @@ class Saved:
         random = None
         if rank < len(values["random"]):
             random = (state.inside(tensors, f"random.{rank}."), values["random"][rank])
-        return values["position"], random
+        return Restored(values["position"], random, whole)
+
+    def checksums(self) -> dict[str, torch.Tensor]:
+        """Checksums of the trained weights and the buffers that this rank holds, by name."""
+        model = self.step.model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return frozen.checksums({**trained, **state.saved_buffers(model)})
 
     def _part(self) -> tuple[int, ...]:
         """The part of the model that this rank holds. DeepSpeed partitions the weights itself."""
@@ -136,17 +155,17 @@ class Saved:
             weights = zero.whole_weights()
         return weights if self.world.rank == 0 else {}
 
-    def _put(self, checkpoint: manifest.Checkpoint) -> tuple[Tensors, dict[str, Any]]:
+    def _put(self, checkpoint: manifest.Checkpoint, waits: bool) -> tuple[Tensors, dict[str, Any], bool]:
         step, zero = self.step, self._zero
         if zero is None or zero.stage == 0:
             own = frozenset(n for n, _ in (*step.model.named_parameters(), *step.model.named_buffers()))
             everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
-            tensors, values = state.load(
-                checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own
+            tensors, values, whole = state.load(
+                checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own, waits=waits
             )
             if self.ema is not None:
                 self.ema.restore(state.inside(tensors, "ema."))
-            return tensors, values
+            return tensors, values, whole
         tensors, values = state.load_whole(checkpoint, self.world)
         state.compare_optimizers(values, self.step.optimizers)
         zero.restore_state(state.inside(tensors, "optimizer.main."))
@@ -166,7 +185,7 @@ class Saved:
         saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
         names = [group["params"] for group in zero.groups()]
         state.restore_groups(zero.optimizers["main"], names, saved, self.built["main"], then)
-        return tensors, values
+        return tensors, values, True
 
 
 class Checkpoints:
@@ -197,7 +216,7 @@ class Checkpoints:
         )
         self._best_saved: float | None = None
         self.wait = self._saver.wait
-        self.restore = saved.restore
+        self.restore, self.checksums = saved.restore, saved.checksums
 
     def save(self, position: Mapping[str, Any], *, exact: bool = False) -> None:
         """Start to save the current state at a position: `step`, `samples`, and anything else.
@@ -297,3 +316,39 @@ class Checkpoints:
         manifest.prune(self._folder, self._keep, best, self._every)
         self._done(saved.step)
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
+
+
+class Resumption:
+    """What a resumed run has restored, until its loop begins.
+
+    A script does at each start what it does before its loop, and between two loops also if the run is past
+    the first: it initialises, thaws, sets rates. All that was done before the checkpoint, which must not be
+    done to it again.
+
+    Args:
+        whole: whether all of the checkpoint was restored.
+    """
+
+    def __init__(self, restored: manifest.Checkpoint, checkpoints: Checkpoints, *, whole: bool) -> None:
+        self._restored, self._checkpoints, self.whole = restored, checkpoints, whole
+        self._before = checkpoints.checksums()
+        self.passes_by = False
+        """Whether the run is past a loop of the script."""
+
+    def restore_changed(self) -> None:
+        """The loop begins: restore the checkpoint again if the script has changed it. All ranks call it."""
+        changed = self._changed()
+        if any(distributed.gathered(bool(changed) or self.passes_by or not self.whole)):
+            self._checkpoints.restore(self._restored)
+        if changed and not self.passes_by:
+            log.warning(
+                "the weights were changed after the Trainer had restored them (%s): the run continues with "
+                "those of its checkpoint. Set the weights to begin with before the Trainer is created",
+                words.some(changed, _NAMED),
+            )  # fmt: skip
+
+    def _changed(self) -> list[str]:
+        now = self._checkpoints.checksums()
+        return sorted(
+            n for n, sums in now.items() if n in self._before and not torch.equal(sums, self._before[n])
+        )

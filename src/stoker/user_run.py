@@ -41,7 +41,9 @@ class Run:
             by default STOKER_RUNS, or else `runs/`.
         sources: where each config value came from.
         recipe: what starts this run again: `name` and `reference`.
-        seed: the seed that all randomness of the run derives from.
+        seed: Python, NumPy and, if it is imported, torch are seeded with it, and a Trainer's order of the data
+            and dropout derive from it. Without one, these derive from 0 and nothing is seeded here, as
+            `stoker.main` and `stoker train` do that.
         code: the script whose code is recorded, or a folder in its git repository. By default it is the
             script that this process runs, or the working directory if there is none.
         accept_drift: continue a run although its config has changed, and record what changed.
@@ -63,14 +65,14 @@ class Run:
         runs: Path | str | None = None,
         sources: Mapping[str, str] | None = None,
         recipe: Mapping[str, Any] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         code: Path | None = None,
         accept_drift: bool = False,
         provenance: Path | None = None,
     ) -> None:
         self.attempt = Attempt(
-            experiment, name, config=config, runs=runs, sources=sources, recipe=recipe, seed=seed, code=code,
-            accept_drift=accept_drift, provenance=provenance,
+            experiment, name, config=config, runs=runs, sources=sources, recipe=recipe, seed=seed or 0,
+            code=code, accept_drift=accept_drift, provenance=provenance,
         )  # fmt: skip
         """What opens, supervises and ends the run, for a Trainer and the commands."""
         self.world = self.attempt.world
@@ -80,6 +82,10 @@ class Run:
         self.seed = self.attempt.seed
         self.continued = self.attempt.continued
         """Whether the run existed before this process opened it."""
+        if seed is not None:
+            from stoker.engine import random_state
+
+            random_state.seed_everything(seed)
 
     def __repr__(self) -> str:
         return f"Run({self.directory.experiment!r}, {self.directory.id!r})"
@@ -198,8 +204,10 @@ class Run:
         """Log a histogram of an array's or a tensor's values at the current step."""
         from stoker.run import media
 
-        about = media.histogram(values, bins)
-        self.attempt.event("media", kind="histogram", name=name, step=self.attempt.step, about=about)
+        about, step = media.histogram(values, bins), self.attempt.step
+        self.attempt.unless_held(
+            lambda: self.attempt.event("media", kind="histogram", name=name, step=step, about=about)
+        )
 
     def _media(self, kind: str, name: str, encode: Callable[[], Any]) -> None:
         """Write a file to look at, and its event."""
@@ -208,8 +216,12 @@ class Run:
         from stoker.run import media
 
         encoded, step = encode(), self.attempt.step
-        file = media.write(self.directory, kind, name, step, encoded)
-        self.attempt.event("media", kind=kind, name=name, step=step, file=file, about=encoded.about)
+
+        def write() -> None:
+            file = media.write(self.directory, kind, name, step, encoded)
+            self.attempt.event("media", kind=kind, name=name, step=step, file=file, about=encoded.about)
+
+        self.attempt.unless_held(write)
 
     def artifact(self, path: Path | str, name: str | None = None, kind: str = "file") -> Path:
         """Record a file or folder that the run made, with checksums; returns its path in the run.
@@ -226,6 +238,8 @@ class Run:
         name = artifacts.checked_name(name or source.name)
         if self.world.rank > 0:
             return source
+        if self.attempt.holds and name in self.attempt.recorded:  # it is of when the run was here
+            return self.directory.path / str(self.attempt.recorded[name]["path"])
         if not source.resolve().is_relative_to(self.directory.path.resolve()):
             artifacts.check_free(name, self._taken(name))
             source = artifacts.bring_in(self.directory, source, name)

@@ -30,9 +30,7 @@ class Frozen:
         self._names = _names(model)
         self._trained = {name: p.requires_grad for name, p in model.named_parameters()}
         self._kept = {name for name, trained in self._trained.items() if trained}
-        self._before = {
-            name: _checksums(values) for name, p in self._frozen() if (values := held(p)) is not None
-        }
+        self._before = checksums(dict(self._frozen()))
 
     def check(self, step: int) -> None:
         """Raises StokerError if the model has different parameters or buffers than when it was built."""
@@ -83,7 +81,12 @@ def _names(model: nn.Module) -> set[str]:
     return buffers | {name for name, _ in model.named_parameters()}
 
 
-def held(parameter: nn.Parameter) -> torch.Tensor | None:
+def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Checksums of this rank's part of each tensor, but for those that are quantised or no real numbers."""
+    return {name: _checksums(values) for name, t in tensors.items() if (values := held(t)) is not None}
+
+
+def held(parameter: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of a parameter as real numbers; None if it is quantised."""
     values = local(getattr(parameter, "ds_tensor", parameter).detach())  # ds_tensor: DeepSpeed's partition
     if type(values) is not torch.Tensor or values.is_meta or not real(values).is_floating_point():

@@ -57,15 +57,19 @@ def load(
     built: Mapping[str, Groups],
     world: World = ALONE,
     elsewhere: frozenset[str] = frozenset(),
-) -> tuple[Tensors, dict[str, Any]]:
-    """Load a checkpoint into a model and its optimizers; returns its other tensors, and its values.
+    *,
+    waits: bool = False,
+) -> tuple[Tensors, dict[str, Any], bool]:
+    """Load a checkpoint into a model and its optimizers.
 
-    Not included in the other tensors are parameters that other ranks hold, other ranks' random state, and
-    registered states (`stateful`). A hyperparameter that the user has changed since overrides the saved
-    one.
+    Returns its other tensors, its values, and whether all of it is loaded. The other tensors do not include
+    parameters that other ranks hold, other ranks' random state, and registered states (`stateful`). A
+    hyperparameter that the user has changed since overrides the saved one.
 
     Args:
         elsewhere: names of the model's tensors that only other ranks hold.
+        waits: leave out an optimizer that was given parameters after it was created, since the script may be
+            about to give it these again.
 
     Raises:
         StokerError: the checkpoint is from a different model or different optimizers.
@@ -83,14 +87,28 @@ def load(
     others = _others(specs, model, optimizers, world, elsewhere)
     store.load_tensors(checkpoint, {**model_now, **others}, world)
     thawed = {n for n, trained in values.get("turned", {}).items() if trained}
+    whole = True
     for name, optimizer in optimizers.items():
         held = inside(others, f"optimizer.{name}.")
-        saved = values["optimizers"][name]
-        _give_what_came(model, optimizer, saved["groups"], len(values["built"][name]), thawed)
+        saved, made = values["optimizers"][name], len(values["built"][name])
+        if waits and _was_given(model, optimizer, saved["groups"], made, thawed):
+            whole = False
+            continue
+        _give_what_came(model, optimizer, saved["groups"], made, thawed)
         names = _names_of_groups(model, optimizer)
         restore_groups(optimizer, names, saved["groups"], built[name], values["built"][name], elsewhere)
         _restore_state(model, optimizer, held, saved["state"])
-    return others, values
+    return others, values, whole
+
+
+def _was_given(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Groups, made: int, thawed: Set[str]
+) -> bool:
+    """Whether `_give_what_came` would give an optimizer anything."""
+    parameters = dict(model.named_parameters())
+    known = {name for group in _names_of_groups(model, optimizer) for name in group}
+    came = {name for group in saved for name in group["params"] if name in parameters} - known
+    return len(saved) > made or not came.isdisjoint(thawed)
 
 
 def _give_what_came(

@@ -60,7 +60,9 @@ class Registered:
             return
         found = [name for name in objects if self._put(name)]
         for name, groups in self._groups.items() if found else ():
-            for group, was in zip(self._optimizers[name].param_groups, groups, strict=True):
+            for group, was in zip(
+                self._optimizers[name].param_groups, groups, strict=False
+            ):  # others came since
                 group.update(copy.deepcopy(was))
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
@@ -84,13 +86,15 @@ class Registered:
         Args:
             held: the part of a checkpoint's values from `capture`.
         """
+        again = self._checkpoint is not None  # before training has begun
         self._checkpoint, self._held = checkpoint, dict(held)
         self._groups = {
             name: [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in made.param_groups]
             for name, made in self._optimizers.items()
         }
         for name in self._objects:
-            self._put(name)
+            if not again or name in self._held:
+                self._put(name)
 
     def begin(self) -> None:
         """Training begins: later registered objects start fresh. Warns of saved states not restored."""

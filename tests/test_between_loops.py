@@ -1,0 +1,156 @@
+"""Scripts that do something between their Trainer and its loop, or between two loops, at every start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stoker import Run, Trainer, Training
+from stoker.duration import Duration
+from stoker.engine.random_state import seed_everything
+from stoker.run import view
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import TensorDataset
+
+Change = Callable[[Trainer], None]
+
+
+class _Killed(Exception):
+    pass
+
+
+def _dataset() -> TensorDataset:
+    made = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(40, 6, generator=made), torch.randint(0, 3, (40,), generator=made))
+
+
+def _trainer(run: Run, **settings: Any) -> Trainer:
+    seed_everything(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    return Trainer(
+        run, model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        loss=lambda output, batch: (cross_entropy(output, batch[1], reduction="sum"), len(batch[1])),
+        training=Training(precision="fp32", checkpoint_every=Duration(2, "step"), **settings),
+    )  # fmt: skip
+
+
+def _reset(trainer: Trainer) -> None:
+    nn.init.zeros_(trainer.model[2].weight)
+
+
+def _shake(trainer: Trainer) -> None:
+    with torch.no_grad():
+        trainer.model[2].weight.add_(torch.randn_like(trainer.model[2].weight))
+
+
+def _slow_down(trainer: Trainer) -> None:
+    for group in trainer.optimizer.param_groups:
+        group["lr"] *= 0.1
+
+
+def _thaw(trainer: Trainer) -> None:
+    thawed = list(trainer.model[0].requires_grad_(True).parameters())
+    trainer.optimizer.add_param_group({"params": thawed, "lr": 0.01})
+
+
+def _thaw_in_place(trainer: Trainer) -> None:
+    trainer.optimizer.param_groups[0]["params"] += list(trainer.model[0].requires_grad_(True).parameters())
+
+
+def _in_two_stages(run: Run, change: Change, dies_at: int = 0) -> dict[str, torch.Tensor]:
+    trainer = _trainer(run)
+    loader = trainer.loader(_dataset(), batch_size=8)
+    for steps in (6, 14):
+        for batch in trainer.steps(loader, max_steps=steps):
+            run.log(loss=trainer.step(batch), lr=trainer.lr)
+            if run.step == dies_at:
+                raise _Killed
+        run.log(val_loss=trainer.evaluate(_dataset(), batch_size=8))
+        run.text("said", f"after {run.step}")
+        if steps == 6:
+            change(trainer)
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def _in_epochs(run: Run, dies_at: int = 0) -> dict[str, torch.Tensor]:
+    trainer = _trainer(run)
+    scheduler = StepLR(trainer.optimizer, 1, gamma=0.5)
+    trainer.register_for_checkpointing(scheduler=scheduler)
+    loader = trainer.loader(_dataset(), batch_size=8)
+    for epoch in range(3):
+        for batch in trainer.steps(loader, epochs=epoch + 1):
+            run.log(loss=trainer.step(batch), lr=trainer.lr)
+            if run.step == dies_at:
+                raise _Killed
+        run.log(val_loss=trainer.evaluate(_dataset(), batch_size=8))
+        scheduler.step()
+    assert scheduler.last_epoch == 3
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def _assert_goes_on(
+    runs: Path, train: Callable[[Run, int], dict[str, torch.Tensor]], dies_at: tuple[int, ...]
+) -> None:
+    """A run that dies and goes on has the weights, the curves and the media of one that does not."""
+    with Run("test", "whole", runs=runs) as run:
+        whole = train(run, 0)
+    for step in dies_at:
+        with pytest.raises(_Killed), Run("test", "cut", runs=runs) as run:
+            train(run, step)
+    with Run("test", "cut", runs=runs) as run:
+        torch.testing.assert_close(train(run, 0), whole, rtol=0, atol=0)
+    seen = [view.load(Run("test", name, runs=runs).directory) for name in ("whole", "cut")]
+    curves = [{m: dict(s.items()) for m, s in one.points.items() if "/" not in m} for one in seen]
+    assert curves[0] == curves[1]
+    media = [[(medium.name, medium.step) for medium in one.media] for one in seen]
+    assert media[0] == media[1]
+
+
+@pytest.mark.parametrize("dies_at", [(5,), (7,), (9,), (9, 13)])
+@pytest.mark.parametrize("change", [_reset, _shake, _slow_down, _thaw, _thaw_in_place])
+def test_what_is_changed_between_two_loops_is_changed_once(
+    change: Change, dies_at: tuple[int, ...], tmp_path: Path
+) -> None:
+    _assert_goes_on(tmp_path, lambda run, dies: _in_two_stages(run, change, dies), dies_at)
+
+
+@pytest.mark.parametrize("dies_at", [(7,), (14,), (9, 14)])
+def test_a_scheduler_that_steps_between_loops_steps_once(dies_at: tuple[int, ...], tmp_path: Path) -> None:
+    _assert_goes_on(tmp_path, _in_epochs, dies_at)
+
+
+def test_weights_that_are_set_before_the_loop_are_those_of_the_checkpoint_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+
+    def train(run: Run, dies_at: int) -> dict[str, torch.Tensor]:
+        trainer = _trainer(run)
+        nn.init.constant_(trainer.model[2].weight, 0.01)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=10):
+            run.log(loss=trainer.step(batch))
+            if run.step == dies_at:
+                raise _Killed
+        return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+    _assert_goes_on(tmp_path, train, (7,))
+    assert caplog.text.count("the weights were changed after the Trainer had restored them (2.weight)") == 1
+
+
+def test_what_is_logged_behind_a_loop_that_is_over_is_kept_if_no_other_follows(tmp_path: Path) -> None:
+    """A run that is resumed with a smaller length, to be measured now."""
+    for steps in (8, 4):
+        with Run("test", "a", runs=tmp_path) as run:
+            trainer = _trainer(run)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+            if steps == 4:
+                run.log(test_loss=trainer.evaluate(_dataset(), batch_size=8))
+    assert list(dict(view.load(run.directory).points["test_loss"].items())) == [8]
