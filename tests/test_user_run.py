@@ -624,6 +624,20 @@ with stoker.Run("test", "ranks", runs=sys.argv[1]) as run:
 """
 
 
+def test_values_that_are_reduced_have_a_step_where_ranks_differ_in_what_they_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a"}.items():
+        monkeypatch.setenv(name, value)
+    with Run("test", "a", runs=tmp_path) as run:
+        run.log(loss=1.0, reduce="mean")
+        run.log(val_loss=2.0, step=1)
+        run.log(loss=1.0, reduce="mean")
+        with pytest.raises(ValueError, match="give step= to every"):
+            run.log(val_loss=2.0)
+        run.attempt.end("failed")
+
+
 def _launch(tmp_path: Path, launch: str, ranks: int = 3) -> list[subprocess.Popen[bytes]]:
     environment = {
         "WORLD_SIZE": str(ranks),

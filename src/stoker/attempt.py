@@ -120,6 +120,7 @@ class Attempt:
         self.world = World.current()
         self.directory = finding.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
+        self._moved_by: set[bool] = set()
         self.step = 0
         """The step that values are logged at; a Trainer moves it, or else `log` does."""
         self.begun_at = 0
@@ -288,7 +289,8 @@ class Attempt:
         if step is None:
             if self.warns_of_continuing:
                 self._warn_of_continuing()
-            self.step += not self._stepped_by_trainer
+            if not self._stepped_by_trainer:
+                self._move(reduces=reduce is not None)
             step = self.step
         if reduce is not None and self.world.size > 1 and not self._compared.isdisjoint(values):
             raise ValueError(
@@ -301,6 +303,18 @@ class Attempt:
             self.warns_of_continuing = False  # the loop goes on beyond what the run has
         if self._listener is not None:
             self._listener(step, values)
+
+    def _move(self, *, reduces: bool) -> None:
+        """Move to the next step, as each `log` without one does if there is no Trainer. Raises ValueError."""
+        self.step += 1
+        if self.world.size > 1:
+            self._moved_by.add(reduces)
+            if len(self._moved_by) > 1:
+                raise ValueError(
+                    "each run.log without step= moves this rank's step, and values are reduced with those of "
+                    "other ranks at the same step, so ranks whose other calls of run.log differ would "
+                    "mix the values of different steps: give step= to every run.log"
+                )
 
     def hold(self) -> None:
         """Hold back what is logged from now on: a resumed run may have logged it before.

@@ -41,8 +41,8 @@ class Run:
             by default STOKER_RUNS, or else `runs/`.
         sources: where each config value came from.
         recipe: what starts this run again: `name` and `reference`.
-        seed: Python, NumPy and, if it is imported, torch are seeded with it, and a Trainer's order of the data
-            and dropout derive from it. Without one, these derive from 0 and nothing is seeded here, as
+        seed: Python, NumPy and, if it is imported, torch are seeded with it, and a Trainer's order of the
+            data and dropout derive from it. Without one, these derive from 0 and nothing is seeded here;
             `stoker.main` and `stoker train` do that.
         code: the script whose code is recorded, or a folder in its git repository. By default it is the
             script that this process runs, or the working directory if there is none.
