@@ -20,6 +20,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+import families
 from commands import Command, Start
 from support import loaded, until, wait_for_points
 
@@ -864,3 +865,28 @@ def wheel(folder: Path, version: str, value: int) -> None:
     with zipfile.ZipFile(folder / f"answer-{version}-py3-none-any.whl", "w") as archive:
         for name, content in files_of(version, value).items():
             archive.writestr(name, content)
+
+
+def test_a_model_that_was_restored_or_moved_is_found_by_its_content(stoker: Command, tmp_path: Path) -> None:
+    model = families.with_tokenizer(families.save(tmp_path / "model", "llama"))
+    lines = [json.dumps({"text": f"{number} is a number"}) for number in range(40)]
+    (tmp_path / "said.jsonl").write_text("\n".join(lines))
+    given = (
+        "data=said.jsonl", "sequence_length=32", "batch_size=4", "precision=fp32", "epochs=none",
+        "max_steps=2", "generate_tokens=2",
+    )  # fmt: skip
+    begun = stoker("train", "llm", "model=model", *given, "--name", "first")
+    assert begun.code == 0, begun.err
+    shutil.copytree(model, tmp_path / "backup")
+    shutil.rmtree(model)
+    gone = stoker("reproduce", "first")
+    assert gone.code == 2, gone.err
+    assert "data 'model' cannot be read" in gone.err
+    assert "give its new location with model=PATH" in gone.err
+    shutil.copytree(tmp_path / "backup", model)
+    assert stoker("reproduce", "first", "--json").answer["identical"]
+    model.rename(tmp_path / "elsewhere")
+    assert stoker("reproduce", "first", "model=elsewhere", "--json").answer["identical"]
+    packed = stoker("package", "first", "--to", "packed")
+    assert packed.code == 0, packed.err
+    assert "- model: `model`" in (tmp_path / "packed" / "README.md").read_text()

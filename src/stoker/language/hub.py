@@ -9,9 +9,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_token, snapshot_download
@@ -32,6 +32,9 @@ from stoker.errors import BadInput, nearest
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
+
+if TYPE_CHECKING:
+    from stoker.user_run import Run
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
@@ -88,6 +91,24 @@ def find(
         return _from_hub(reference, what, known, weights=weights, pickles=pickles)
     except BadInput as error:
         raise BadInput(f"{error}{_as_run(reference, what) or nearest(reference, known)}") from error
+
+
+def record(run: Run, given: Mapping[str, str | None]) -> None:
+    """Record the files and directories that keys name among the run's data, so that it can be repeated.
+
+    A run's directory is left out, since it changes.
+
+    Args:
+        given: the values of keys such as `model`; those that are no paths are ignored.
+    """
+    for key, reference in given.items():
+        path = Path(reference or "").expanduser()
+        if reference and not object_store.is_url(reference) and path.exists() and not _is_of_run(path):
+            run.data(key, reference)
+
+
+def _is_of_run(path: Path) -> bool:
+    return RunDirectory(path).exists() or RunDirectory(path.parent.parent).exists()
 
 
 def _as_run(reference: str, what: str) -> str:

@@ -120,6 +120,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.data import augment, images
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
+    from stoker.language import hub
     from stoker.loop import Trainer
     from stoker.recipes import exporting, image_model, image_processor, resuming
 
@@ -142,6 +143,7 @@ def train(run: Run, config: Config) -> None:
     resuming.check_classes(run, source.classes)
     run.fingerprint("data", source.fingerprint)
     run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
+    hub.record(run, {"model": None if config.model in SIZES else config.model})
 
     trainer = Trainer(
         run,

@@ -394,7 +394,7 @@ def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language,
     from stoker import distributed
     from stoker.data.sources import read_all
     from stoker.engine.precision import DTYPES
-    from stoker.language import adapters, building, data
+    from stoker.language import adapters, building, data, hub
     from stoker.loop import computed_in
     from stoker.recipes import resuming
 
@@ -424,6 +424,10 @@ def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language,
         )  # fmt: skip
     if not language.pretrained:
         resuming.check_tokens(run, language.tokenizer.get_vocab())
+    if not run.world.planned:
+        model = config.model if language.pretrained else None
+        beside = {"tokenizer": config.tokenizer, "chat_template": config.chat_template}
+        hub.record(run, {"model": model, **beside, "lora.adapter": config.lora.adapter})
     return found, language, rows
 
 

@@ -150,6 +150,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.data import labelled_sources, text_rows
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
+    from stoker.language import hub
     from stoker.loop import Trainer
     from stoker.recipes import exporting, resuming, text_model
 
@@ -175,6 +176,7 @@ def train(run: Run, config: Config) -> None:
     if config.is_new:
         resuming.check_tokens(run, made.tokenizer.get_vocab())
     text_model.say(run, config.data, texts, rows, made)
+    hub.record(run, {"model": None if config.is_new else config.model, "tokenizer": config.tokenizer})
     mean_length = round(rows.train.tokens_per_sample)
     needed = 3 * text_model.forward_flops(made, mean_length) / mean_length  # backward is twice forward
     size = text_model.size(made, config.max_length)
