@@ -206,6 +206,24 @@ def test_a_turn_is_learnt_from_its_first_token_to_the_one_that_ends_it(
     assert learnt(of(bare, template), Document("k", "", "", chat)) == expected
 
 
+# As R1: the thought of no turn is written.
+CUTS_ALL = CUTS.replace("m.content if loop.last else ", "")
+THOUGHTS = ("<think>hm</think> two", "hm\n</think>\n\ntwo")
+
+
+@pytest.mark.parametrize("answer", THOUGHTS)
+def test_a_thought_in_the_answer_that_a_template_does_not_write_is_refused(bare: Any, answer: str) -> None:
+    refused = r"k: .* with thoughts in content \(before </think>\), which the chat template does not write"
+    chat = (Message("user", "one"), Message("assistant", answer), *CHAT[:2])
+    for document in (Document("k", "", "", chat, where="k"), Document("k", "one", answer, where="k")):
+        with pytest.raises(BadInput, match=refused):
+            learnt(of(bare, CUTS_ALL), document)
+        for template in (CUTS, PARTS, CHATML, MARKED, ENDS):
+            assert learnt(of(bare, template), document)
+    silent = (chat[0], chat[1]._replace(more='{"silent": true}'), *CHAT[:2])
+    assert learnt(of(bare, CUTS_ALL), Document("k", "", "", silent)) == ["it is 1<|im_end|>"]
+
+
 def test_what_a_template_marks_as_the_assistant_s_is_learnt_and_nothing_else(bare: Any) -> None:
     marks = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"

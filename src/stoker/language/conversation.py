@@ -85,7 +85,7 @@ def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES
     system = (Message("system", document.system),) if document.system else ()
     turns = (*system, Message("user", document.prompt), Message("assistant", document.text))
     given = as_text({**values, **_values(document.template_values)})
-    return Chat(turns, where=document.where, values=given)
+    return _checked(Chat(turns, where=document.where, values=given), tokenizer)
 
 
 def as_text(values: Mapping[str, Any]) -> str:
@@ -102,9 +102,12 @@ def _values(text: str) -> dict[str, Any]:
 def _checked(chat: Chat, tokenizer: Any) -> Chat:
     """The chat itself, if its template writes everything in its messages. Raises BadInput."""
     had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
-    tried = _to_be_tried(tokenizer, chat) if had else ("", "")
+    openers = {opener for m in chat.messages if not _is_silent(m) and (opener := _opener(m)) is not None}
+    tried = _to_be_tried(tokenizer, chat) if had or openers else ("", "")
     thought = had & called.THOUGHT
     unwritten = set(thought) if thought and not _writes_thoughts(*tried) else set()
+    if not all(_writes_inline(*tried, opener) for opener in openers):
+        unwritten |= {"thoughts in content (before </think>)"}
     if "tool_calls" in had:
         form = _form_of_calls(*tried)
         if form is None:
@@ -170,6 +173,14 @@ def _writes_thoughts(template: str, special: str) -> bool:
     chats = (plain, Chat(calling, json.dumps([_TOOL])))
     least = (1, len(("name", "argument", "thought")))
     return any(_try(template, special, c, form).count(_MARK) >= n for c, n in zip(chats, least, strict=True))
+
+
+@functools.lru_cache(64)
+def _writes_inline(template: str, special: str, opener: str) -> bool:
+    """Whether a template writes the thought that a last answer begins with, as far as it can be tried."""
+    answer = Message("assistant", f"{opener}\n{_MARK}\n</think>\n\nb")
+    text = _try(template, special, Chat((Message("user", "a"), answer)), _Form())
+    return _MARK in text or not text
 
 
 _TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
