@@ -93,6 +93,27 @@ def test_what_is_learnt_of_a_conversation_is_shown_and_counted(
     assert answer["epoch"]["learnt"] == pytest.approx(numbers["learnt"], abs=1)
 
 
+def test_turns_that_are_not_found_are_counted(
+    chat: tuple[str, ...],
+    write_file: Callable[[str, Sequence[str]], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An earlier turn that was not the end, and whose words decide what stands before it."""
+    marked = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ '!' if m.content == 'no' }}")
+    template = write_file("marked.jinja", [marked.replace("{% endif %}", "{% else %}the end{% endif %}")])
+    said = [("user", "is it 1"), ("assistant", "no"), ("user", "is it 2"), ("assistant", "it is")]
+    record = json.dumps({"messages": [{"role": role, "content": content} for role, content in said]})
+    name = next(value for value in chat if value.startswith("data=")).removeprefix("data=")
+    Path(name).write_text(f"{Path(name).read_text()}{record}\n")
+    given = (*chat[:-1], f"chat_template={template}", "sequence_length=128", "validation=0", "test=0")
+    (source,) = inspected(capsys, *given)["sources"]
+    numbers = source["splits"]["train"]
+    assert (numbers["documents"], numbers["unfound"], numbers["unfound_turns"]) == (81, 0, 1)
+    line = next(line for line in shown(monkeypatch, *given, width=100).splitlines() if "turns not" in line)
+    assert line.split() == ["turns", "not", "found", "in", "others", "1"]
+
+
 def test_masked_and_learnt_are_told_apart_without_colours(
     chat: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,12 +97,13 @@ def test_an_answer_is_truncated_and_a_prompt_that_fills_a_row_is_dropped(tmp_pat
 
 
 def test_what_was_cut_off_is_told_from_what_was_not_found(tmp_path: Path) -> None:
-    silent = [Encoded([1, 2, 3, 4], [False] * 4), Encoded([1, 2, 3, 4], [False] * 3 + [True])]
+    silent = [Encoded([1, 2, 3, 4], [False] * 4, 2), Encoded([1, 2, 3, 4], [False] * 3 + [True], 1)]
     given = {"pad_id": EOS, "vocab_size": 27, "sequence_length": 3, "cache": tmp_path, "fingerprint": ()}
-    found = [*silent, silent[0], Encoded([1, 2, 3], None)]
+    found = [*silent, silent[0], Encoded([1, 2, 3], None), Encoded([1, 2], [False, True], 2)]
     documents = [Document(str(n), "", "text") for n in range(len(found))]
     statistics = tokenise(documents, encode=lambda _: found, **given).statistics
-    assert (statistics.rows, statistics.dropped, statistics.unfound) == (1, 1, 2)
+    assert (statistics.rows, statistics.dropped, statistics.unfound) == (2, 1, 2)
+    assert statistics.unfound_turns == 3
     said = "nothing to predict in their first 3 tokens, 2 nothing at all"
     with pytest.raises(BadInput, match=f"{said}.: increase sequence_length"):
         tokenise(documents[:3], encode=lambda _: found[:3], **{**given, "fingerprint": (1,)})
@@ -189,8 +190,9 @@ def test_a_kill_while_tokenising_leaves_nothing_half_made(tmp_path: Path) -> Non
         "from stoker import storage\n"
         "from stoker.data import tokens\n"
         "from stoker.data.documents import Document\n"
+        "from stoker.data.encoding import Encoded\n"
         "storage.write_atomically = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "tokens.tokenise([Document('0', '', 'abc')], encode=lambda t: [([1, 2, 3], None)], pad_id=0,\n"
+        "tokens.tokenise([Document('0', '', 'abc')], encode=lambda t: [Encoded([1, 2, 3], None)], pad_id=0,\n"
         "    vocab_size=27, sequence_length=8, fingerprint=('corpus', 'train', 0.05),\n"
         "    cache=Path(sys.argv[1]))\n"
     )
@@ -213,7 +215,7 @@ def test_a_kill_while_several_processes_tokenise_ends_them_and_leaves_nothing_ha
         "from stoker.data.documents import Document\n"
         "def encode(documents):\n"
         "    time.sleep(0.2 * ('slow' in sys.argv))\n"
-        "    return [([ord(c) for c in d.text], None) for d in documents]\n"
+        "    return [encoding.Encoded([ord(c) for c in d.text], None) for d in documents]\n"
         "if __name__ == '__main__':\n"
         "    encoding._DOCUMENTS = 5\n"
         "    documents = [Document(str(n), '', 'abc' * n) for n in range(1, 1001)]\n"
@@ -243,8 +245,9 @@ def test_two_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from stoker.data import tokens\n"
         "from stoker.data.documents import Document\n"
+        "from stoker.data.encoding import Encoded\n"
         "print(len(tokens.tokenise([Document('0', '', 'a' * 10**6)], pad_id=0, vocab_size=27,\n"
-        "    encode=lambda ds: [([ord(c) for c in d.text], None) for d in ds], sequence_length=16,\n"
+        "    encode=lambda ds: [Encoded([ord(c) for c in d.text], None) for d in ds], sequence_length=16,\n"
         "    fingerprint=(), cache=Path(sys.argv[1]))))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

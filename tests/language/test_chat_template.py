@@ -111,8 +111,10 @@ def test_a_named_template_writes_what_its_models_are_given_and_what_the_assistan
     assert whole.startswith(before + asks)
     end, space = ENDS[name], " " * (name == "mistral")
     expected = [f"{space}it is 1{end}", f"{space}it is 2{end}"]
-    assert [text[a:b] for a, b in conversation.answers(tokenizer, chat, text)] == expected
-    assert [text[a:b] for a, b in conversation.answers(tokenizer, chat, text, last=True)] == expected[1:]
+    assert [text[a:b] for a, b in conversation.answers(tokenizer, chat, text).spans] == expected
+    assert [text[a:b] for a, b in conversation.answers(tokenizer, chat, text, last=True).spans] == expected[
+        1:
+    ]
 
 
 @pytest.mark.parametrize("name", chat_template.NAMES)

@@ -16,6 +16,7 @@ from stoker.data import encoding, sources, tokens
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message, Splits
 from stoker.data.sources import Source
+from stoker.data.stream import Stream
 from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import data
@@ -119,7 +120,7 @@ def test_turns_that_are_not_to_be_learnt_are_not(bare: Any, template: str) -> No
 # Thoughts are cut out of earlier turns, whose header is written otherwise than the one that asks.
 CUTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}"
+    "{{ (m.content if loop.last else m.content.split('</think>')[-1]) | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 # As Qwen 3 does: a last answer has its thought, or an empty one; earlier ones have none.
@@ -143,7 +144,7 @@ SYSTEM_LAST = (  # as Mistral's: what the system says stands with the last user
     ("template", "said", "expected"),
     [
         (CUTS, ("say yes or no", "yes", "and is it no", "no"), ["yes<|im_end|>", "no<|im_end|>"]),
-        (CUTS, ("one", "<think>two</think> 1"), ["1<|im_end|>"]),
+        (CUTS, ("one", "<think>two</think> 1"), ["two</think> 1<|im_end|>"]),
         (CUTS, ("one", "<think>hm</think> one", "two", "one two"), ["one<|im_end|>", "one two<|im_end|>"]),
         (
             PARTS,
@@ -155,7 +156,17 @@ SYSTEM_LAST = (  # as Mistral's: what the system says stands with the last user
             ("one", "<think>hm</think>two", "what", "<think>is it</think>it is"),
             ["two<|im_end|>", "<think>\nis it\n</think>\n\nit is<|im_end|>"],
         ),
+        (
+            PARTS,
+            ("one", "hm\n</think>\n\ntwo", "what", "is it\n</think>\n\nit is"),
+            ["two<|im_end|>", "<think>\nis it\n</think>\n\nit is<|im_end|>"],
+        ),
         (SYSTEM_LAST, ("is it ok", "ok", "and no", "no"), ["ok<|endoftext|>", " no<|endoftext|>"]),
+        (
+            SYSTEM_LAST,
+            ("is it ok", "<think>hm</think> ok", "and no", "no"),
+            ["<think>hm</think> ok<|endoftext|>", " no<|endoftext|>"],
+        ),
     ],
 )
 def test_what_the_user_says_is_never_taken_for_the_answer(
@@ -166,6 +177,61 @@ def test_what_the_user_says_is_never_taken_for_the_answer(
     if template is SYSTEM_LAST:
         chat = (Message("system", "be brief"), *chat)
     assert learnt(of(bare, template), Document("k", "", "", chat)) == expected
+
+
+# As Phi 3: every conversation ends in its own way.
+ENDS = CHATML.removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
+# As Llama 2: a space stands before the token that ends a turn. Thoughts are cut out of earlier turns.
+SPACED = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content.split('</think>')[-1] if not loop.last else m.content }} {{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "said", "expected"),
+    [
+        (
+            ENDS, "uaua", ("one", "<think>\nhm\n</think>\n\ntwo", "and", "it"),
+            ["<think>\nhm\n</think>\n\ntwo<|im_end|>", "it<|im_end|>\n<|endoftext|>"],
+        ),
+        (
+            ENDS, "aua", ("<think>\nhm\n</think>\n\ntwo", "and", "it"),
+            ["<think>\nhm\n</think>\n\ntwo<|im_end|>", "it<|im_end|>\n<|endoftext|>"],
+        ),
+        (SPACED, "aua", ("it", "one", "two"), [" it <|endoftext|>", " two <|endoftext|>"]),
+        (
+            SPACED, "uaua", ("one", "<think>hm</think>two", "and", "<think>is</think>it"),
+            [" two <|endoftext|>", " <think>is</think>it <|endoftext|>"],
+        ),
+    ],
+    ids=["an end of its own", "an end of its own, assistant first", "assistant first", "earlier thoughts"],
+)  # fmt: skip
+def test_a_turn_is_learnt_from_its_first_token_to_the_one_that_ends_it(
+    bare: Any, template: str, roles: str, said: tuple[str, ...], expected: list[str]
+) -> None:
+    names = {"u": "user", "a": "assistant"}
+    chat = tuple(Message(names[role], text) for role, text in zip(roles, said, strict=True))
+    assert learnt(of(bare, template), Document("k", "", "", chat)) == expected
+
+
+# As R1: the thought of no turn is written.
+CUTS_ALL = CUTS.replace("m.content if loop.last else ", "")
+THOUGHTS = ("<think>hm</think> two", "hm\n</think>\n\ntwo")
+
+
+@pytest.mark.parametrize("answer", THOUGHTS)
+def test_a_thought_in_the_answer_that_a_template_does_not_write_is_refused(bare: Any, answer: str) -> None:
+    refused = r"k: .* with thoughts in content \(before </think>\), which the chat template does not write"
+    chat = (Message("user", "one"), Message("assistant", answer), *CHAT[:2])
+    for document in (Document("k", "", "", chat, where="k"), Document("k", "one", answer, where="k")):
+        with pytest.raises(BadInput, match=refused):
+            learnt(of(bare, CUTS_ALL), document)
+        for template in (CUTS, PARTS, CHATML, MARKED, ENDS):
+            assert learnt(of(bare, template), document)
+    silent = (chat[0], chat[1]._replace(more='{"silent": true}'), *CHAT[:2])
+    assert learnt(of(bare, CUTS_ALL), Document("k", "", "", silent)) == ["it is 1<|im_end|>"]
 
 
 def test_what_a_template_marks_as_the_assistant_s_is_learnt_and_nothing_else(bare: Any) -> None:
@@ -262,7 +328,7 @@ def test_a_template_marks_calls_too_each_with_the_tools_of_its_conversation(bare
     documents = [Document("k", "", "", chat, tools=tools) for tools in ("", '[{"name": "one"}]')]
     tokenizer = of(bare, marks)
     assert [learnt(tokenizer, document) for document in documents] == [[CALL_AS_JSON + "<|im_end|>"]] * 2
-    texts = [tokenizer.decode(ids) for ids, _ in Encoder(tokenizer, "answer")(documents)]
+    texts = [tokenizer.decode(ids) for ids, *_ in Encoder(tokenizer, "answer")(documents)]
     assert [text.startswith('{"name": "one"}') for text in texts] == [False, True]
 
 
@@ -403,7 +469,7 @@ def test_documents_of_every_kind_keep_their_order(bare: Any) -> None:
         Document("2", "two", "three"),
         Document("3", "", "four"),
     ]
-    texts = [tokenizer.decode(ids) for ids, _ in Encoder(tokenizer, "answer")(mixed)]
+    texts = [tokenizer.decode(ids) for ids, *_ in Encoder(tokenizer, "answer")(mixed)]
     assert [next(w for w in ("what", "one", "three", "four") if w in text) for text in texts] == [
         "one", "what", "three", "four",
     ]  # fmt: skip
@@ -424,8 +490,8 @@ def test_a_first_token_begins_what_has_no_template_where_the_tokenizer_adds_one(
             return {}
 
     made = list(Encoder(Beginning(), "answer")([Document("0", "", "text"), Document("1", "p", "text")]))
-    assert made[0] == ([5, 9, 9, 6], None)
-    assert made[1] == ([5, 9, 9, 9, 9, 6], [False, False, False, True, True, True])
+    assert made[0][:2] == ([5, 9, 9, 6], None)
+    assert made[1][:2] == ([5, 9, 9, 9, 9, 6], [False, False, False, True, True, True])
     held_out = [source([], [Document("0", "", "a text"), Document("1", "p", "text")], [])]
     assert data.prompts(held_out, Beginning()) == ("<s>a text", f"<s>{data.PROMPT.format(prompt='p')}")
     assert data.prompts(held_out, Beginning(), ["mine"]) == ("<s>mine",)
@@ -541,6 +607,46 @@ def test_a_conversation_of_which_nothing_said_is_found_again_is_counted_and_what
     assert "increase sequence_length" not in caplog.text
     with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): use .*; in 2 {helps}"):
         packed_of(chat * 2)
+
+
+# What is said decides what the template writes elsewhere, so such a turn is not found.
+LOUD = THINKING.replace("<|im_start|>{{ m.role }}", "<|im_start|>{{ m.role }}{{ '!' if 'no' in m.content }}")
+LAST_ONLY = "{% set messages = messages[-2:] %}" + THINKING
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_turn_that_is_not_found_is_counted_and_the_others_are_learnt(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    streaming: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    chat = (Message("user", "a"), Message("assistant", "no"), *CHAT)
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": m.role, "content": m.content} for m in chat]}))
+    lost = "train: 1 assistant turn is not found, and not learnt: mark where the chat template writes one"
+    for template, unfound in ((LOUD, 1), (THINKING, 0), (LAST_ONLY, 0)):
+        caplog.clear()
+        found = sources.read_all(str(file), validation=0, test=0, streaming=streaming)
+        with caplog.at_level("WARNING", "stoker"):
+            rows = data.pack(found, of(bare, template), sequence_length=128).train
+        (part,) = rows.looked_at() if isinstance(rows, Stream) else [rows]
+        assert isinstance(part, PackedDataset)
+        assert part.statistics.unfound_turns == unfound
+        assert (lost.replace("train", "sampled part" if streaming else "train") in caplog.text) == (
+            unfound > 0
+        )
+    assert learnt(of(bare, LOUD), Document("k", "", "", chat))[:1] == ["it is 1<|im_end|>"]
+    assert len(learnt(of(bare, LOUD), Document("k", "", "", chat))) == 2
+
+
+def test_turns_whose_thoughts_or_words_a_template_leaves_out_do_not_count_as_not_found(bare: Any) -> None:
+    thoughts = [message._replace(content=f"<think>hm</think>{message.content}") for message in CHAT]
+    chat = tuple(m if m.role == "assistant" else plain for m, plain in zip(thoughts, CHAT, strict=True))
+    blank = (CHAT[0], Message("assistant", ""), *CHAT[2:])
+    skips = PARTS.replace("messages %}", "messages if m.content %}", 1)
+    for template, said in ((PARTS, chat), (CUTS, chat), (ENDS, chat), (skips, blank)):
+        (encoded,) = Encoder(of(bare, template), "answer")([Document("k", "", "", said)])
+        assert encoded.unfound == 0
 
 
 def packed(cache: Path, documents: list[Document], encode: Encoder, **settings: Any) -> PackedDataset:

@@ -368,6 +368,7 @@ def _lines(splits: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
         ("answers cut off", [f"{n.truncated:,}" for n in splits]),
         ("left out, no answer left", [f"{n.dropped:,}" for n in splits]),
         ("left out, no turn found", [f"{n.unfound:,}" for n in splits]),
+        ("turns not found in others", [f"{n.unfound_turns:,}" for n in splits]),
         ("tokens per document, median", quantile("0.5")),
         ("  5% have at most", quantile("0.05")),
         ("  95% have at most", quantile("0.95")),

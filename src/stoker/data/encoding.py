@@ -42,6 +42,8 @@ class Encoded(NamedTuple):
     ids: Sequence[int]
     has_loss: Sequence[bool] | None
     """Which tokens are predicted; None: all, as in plain text, which may be cut into pieces."""
+    unfound: int = 0
+    """Turns of a conversation that should be predicted, but were not found among the tokens."""
 
 
 Encode = Callable[[Sequence[Document]], Iterable[Encoded]]
@@ -63,6 +65,8 @@ class Part(NamedTuple):
     """Those of which nothing to predict was left."""
     unfound: int
     """Those in which nothing to predict was found at all."""
+    unfound_turns: int
+    """Turns that were not found in the others."""
 
 
 Cut = Callable[[Sequence[Document]], Part]

@@ -33,7 +33,7 @@ from stoker.words import counted
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 8
+FORMAT = 9
 """Part of the fingerprint: increase it when the arrays, or their contents for the same input, change."""
 
 NO_LOSS = -100
@@ -61,6 +61,8 @@ class Statistics:
     """Those of which nothing to predict was left."""
     unfound: int
     """Those in which nothing to predict was found at all."""
+    unfound_turns: int
+    """Turns to predict that were not found in the others."""
     efficiency: float
     """Real tokens as a share of all tokens in all rows."""
 
@@ -306,8 +308,8 @@ def _cut(
     tokens, has_loss = [np.empty(0, dtype)], [np.empty(0, np.bool_)]
     sizes: list[int] = []
     pieces: list[int] = []
-    truncated = dropped = unfound = 0
-    for ids, predicted in encode(documents):
+    truncated = dropped = unfound = unfound_turns = 0
+    for ids, predicted, turns in encode(documents):
         count = len(ids)
         sizes.append(count)
         if predicted is None:
@@ -320,6 +322,7 @@ def _cut(
             if not own[1:].any():
                 unfound += count > 0
                 continue
+            unfound_turns += turns
             if not own[1:kept].any():
                 dropped += 1
                 continue
@@ -331,13 +334,15 @@ def _cut(
     joined = np.concatenate(has_loss)
     joined[_bounds(lengths)[:-1]] = False  # no token of another document predicts the first one
     joined_sizes = np.array(sizes, np.int32)
-    return Part(np.concatenate(tokens), joined, lengths, joined_sizes, truncated, dropped, unfound)
+    return Part(
+        np.concatenate(tokens), joined, lengths, joined_sizes, truncated, dropped, unfound, unfound_turns,
+    )  # fmt: skip
 
 
 def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[Any]]) -> Part:
     """All parts combined in order, with their tokens on disk."""
     lengths, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    truncated = dropped = unfound = 0
+    truncated = dropped = unfound = unfound_turns = 0
     with (folder / "encoded").open("wb") as tokens, (folder / "predicted").open("wb") as has_loss:
         for part in parts:
             tokens.write(part.tokens.data)
@@ -347,9 +352,10 @@ def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[
             truncated += part.truncated
             dropped += part.dropped
             unfound += part.unfound
+            unfound_turns += part.unfound_turns
     return Part(
         _mapped(folder / "encoded", dtype), _mapped(folder / "predicted", np.bool_),
-        np.concatenate(lengths), np.concatenate(sizes), truncated, dropped, unfound,
+        np.concatenate(lengths), np.concatenate(sizes), truncated, dropped, unfound, unfound_turns,
     )  # fmt: skip
 
 
@@ -381,6 +387,7 @@ def _place(pieces: Part, folder: Path, sequence_length: int, packing: bool) -> S
         truncated=pieces.truncated,
         dropped=pieces.dropped,
         unfound=pieces.unfound,
+        unfound_turns=pieces.unfound_turns,
         efficiency=len(pieces.tokens) / max(1, len(rows) * sequence_length),
     )
     (folder / "encoded").unlink()

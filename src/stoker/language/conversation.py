@@ -25,7 +25,8 @@ Span = tuple[int, int]
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
+_THOUGHT_INLINE = re.compile(r"(\s*(?:<think>)?).*(</think>\s*)(.*)", re.DOTALL)
+"""The opening tag is missing if the prompt for the answer already had it."""
 _LIKE_TOKENS = re.compile(r"<\|[^<>|\s]+\|>|</?\w+>|\[/?[A-Z_]+\]")
 _MARK = "5f3a9c"  # occurs in no conversation
 _DATE = datetime.datetime(2024, 7, 26)
@@ -49,6 +50,20 @@ class Chat(NamedTuple):
         """Its first messages."""
         return self._replace(messages=self.messages[:number])
 
+    def with_marks(self, number: int) -> Chat:
+        """The same with marks in place of what the assistant says in a message."""
+        marked = _with_marks(self.messages[number], number)
+        return self._replace(messages=(*self.messages[:number], marked, *self.messages[number + 1 :]))
+
+
+class Answers(NamedTuple):
+    """What the assistant says in a text."""
+
+    spans: list[Span]
+    """In characters, including the ends of turns."""
+    unfound: int
+    """Turns to be learnt that the text has, but in which place is not known."""
+
 
 def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES) -> Chat:
     """A document as a conversation, without messages if it cannot be one. Raises BadInput.
@@ -70,7 +85,7 @@ def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES
     system = (Message("system", document.system),) if document.system else ()
     turns = (*system, Message("user", document.prompt), Message("assistant", document.text))
     given = as_text({**values, **_values(document.template_values)})
-    return Chat(turns, where=document.where, values=given)
+    return _checked(Chat(turns, where=document.where, values=given), tokenizer)
 
 
 def as_text(values: Mapping[str, Any]) -> str:
@@ -87,9 +102,12 @@ def _values(text: str) -> dict[str, Any]:
 def _checked(chat: Chat, tokenizer: Any) -> Chat:
     """The chat itself, if its template writes everything in its messages. Raises BadInput."""
     had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
-    tried = _to_be_tried(tokenizer, chat) if had else ("", "")
+    openers = {opener for m in chat.messages if not _is_silent(m) and (opener := _opener(m)) is not None}
+    tried = _to_be_tried(tokenizer, chat) if had or openers else ("", "")
     thought = had & called.THOUGHT
     unwritten = set(thought) if thought and not _writes_thoughts(*tried) else set()
+    if not all(_writes_inline(*tried, opener) for opener in openers):
+        unwritten |= {"thoughts in content (before </think>)"}
     if "tool_calls" in had:
         form = _form_of_calls(*tried)
         if form is None:
@@ -155,6 +173,14 @@ def _writes_thoughts(template: str, special: str) -> bool:
     chats = (plain, Chat(calling, json.dumps([_TOOL])))
     least = (1, len(("name", "argument", "thought")))
     return any(_try(template, special, c, form).count(_MARK) >= n for c, n in zip(chats, least, strict=True))
+
+
+@functools.lru_cache(64)
+def _writes_inline(template: str, special: str, opener: str) -> bool:
+    """Whether a template writes the thought that a last answer begins with, as far as it can be tried."""
+    answer = Message("assistant", f"{opener}\n{_MARK}\n</think>\n\nb")
+    text = _try(template, special, Chat((Message("user", "a"), answer)), _Form())
+    return _MARK in text or not text
 
 
 _TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
@@ -261,8 +287,8 @@ def _dated(template: str) -> str:
     return _NOW.sub(lambda found: repr(_DATE.strftime(found[2])), template)
 
 
-def answers(tokenizer: Any, chat: Chat, text: str, *, last: bool = False) -> list[Span]:
-    """The spans of the text in which the assistant speaks, including the ends of turns, in characters.
+def answers(tokenizer: Any, chat: Chat, text: str, *, last: bool = False) -> Answers:
+    """The spans of the text in which the assistant speaks.
 
     If the template marks spans itself (`{% generation %}`), these are used. Tool output is excluded,
     wherever the template writes it, and so are turns that must not be learnt.
@@ -272,18 +298,25 @@ def answers(tokenizer: Any, chat: Chat, text: str, *, last: bool = False) -> lis
     """
     said = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
     wanted = set(said[-1:] if last else said)
-    wanted -= {n for n in said if called.SILENT in json.loads(chat.messages[n].more or "{}")}
-    if _GENERATION.search(template(tokenizer, chat.tools)):
+    wanted -= {n for n in said if _is_silent(chat.messages[n])}
+    marks = bool(_GENERATION.search(template(tokenizer, chat.tools)))
+    if marks and len(wanted) == len(said):
+        return Answers(_marked(tokenizer, chat), 0)
+    turns = _turns(tokenizer, chat, text)
+    unfound = sum(_is_written(tokenizer, chat, text, number) for number in wanted - turns.keys())
+    spans = [span for number, span in turns.items() if number in wanted]
+    if marks:
         marked = _marked(tokenizer, chat)
-        if len(wanted) == len(said):
-            return marked
-        own = [span for number, span in _turns(tokenizer, chat, text).items() if number in wanted]
-        return [(a, b) for a, b in marked if any(a < end and begin < b for begin, end in own)]
-    spans = [span for number, span in _turns(tokenizer, chat, text).items() if number in wanted]
+        own = [(a, b) for a, b in marked if any(a < end and begin < b for begin, end in spans)]
+        return Answers(own, unfound)
     heard = [m.content.strip() for m in chat.messages if m.role == "tool" and m.content.strip()]
     if any(said in text[begin:end] for said in heard for begin, end in spans):
-        return _without(spans, _of_tools(tokenizer, chat, text))  # Gemma 4 has it within a turn
-    return spans
+        spans = _without(spans, _of_tools(tokenizer, chat, text))  # Gemma 4 has it within a turn
+    return Answers(spans, unfound)
+
+
+def _is_silent(message: Message) -> bool:
+    return called.SILENT in json.loads(message.more or "{}")
 
 
 def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
@@ -298,80 +331,93 @@ def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
 
 
 def _turns(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
-    """The assistant's turns, by the numbers of their messages.
+    """The assistant's turns that are found, by the numbers of their messages.
 
     A turn begins after what the template writes to prompt for an answer, and ends with what the template
     writes for the conversation up to it. If one of these is not a prefix of the whole text (some templates
-    drop the reasoning of earlier turns), see `_between_others`.
+    drop the reasoning of earlier turns), the turn is located by its words.
     """
     spans: dict[int, Span] = {}
-    between: dict[int, Span] | None = None
+    behind = 0
     for number, message in enumerate(chat.messages):
         if message.role != "assistant":
             continue
         before = render(tokenizer, chat.until(number), to_be_answered=True) if number else ""
         last = number == len(chat.messages) - 1
         until = text if last else render(tokenizer, chat.until(number + 1))
-        if number and text.startswith(before) and text.startswith(until):
-            spans[number] = (len(before), len(until.rstrip()))
+        asked, ended = number > 0 and text.startswith(before), text.startswith(until)
+        words = (0, 0) if asked and ended else _words(tokenizer, chat, text, number)
+        if words is None:
             continue
-        between = _between_others(tokenizer, chat, text) if between is None else between
-        if number in between:
-            spans[number] = between[number]
+        begin = len(before) if asked else _begin_of_turn(tokenizer, chat, text, number, (behind, words[0]))
+        behind = len(until.rstrip()) if ended else _end_of_words(tokenizer, chat, text, number, words[1])
+        spans[number] = (begin, behind)
     return spans
 
 
-def _between_others(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
-    """Assistant messages, located by what the template writes around replacement words.
+def _words(tokenizer: Any, chat: Chat, text: str, number: int) -> Span | None:
+    """What the assistant says in a message, located by what the template writes around marks in its place.
 
-    Empty if the text is not the same with other words in these places: then they cannot be located.
+    None if the text is not the same with marks in this place: then it cannot be located.
     """
-    said = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
-    marked = [_with_marks(m, n) if m.role == "assistant" else m for n, m in enumerate(chat.messages)]
-    others = chat._replace(messages=tuple(marked))
     try:
-        found = _in_place_of(render(tokenizer, others), text)
+        places = _in_place_of(render(tokenizer, chat.with_marks(number)), text)
     except BadInput:  # the template depends on the replaced words
-        return {}
-    asks = _asks(tokenizer, chat, said[0])
-    spans: dict[int, Span] = {}
-    last = 0
-    for number in said:
-        own = [span for mark, span in found if int(mark.split("-")[1]) == number]
-        if not own:
-            continue
-        begin, end = _behind(asks, text, last, own[0][0]), own[-1][1]
-        if _calls(chat.messages[number]):
-            end = _end_of_calls(tokenizer, others.until(number + 1), text, end)
-        last = _end_of_turn(tokenizer, text, end)
-        spans[number] = (begin, last)
-    return spans
+        return None
+    return (places[0][1][0], places[-1][1][1]) if places else None
 
 
-def _behind(asks: str, text: str, last: int, begin: int) -> int:
-    """The start of a turn whose words are at a known place: after the prompt for it, or most of that.
+def _is_written(tokenizer: Any, chat: Chat, text: str, number: int) -> bool:
+    """Whether what the assistant says in a message has a part in the text, wherever that is."""
+    message = chat.messages[number]
+    try:
+        is_part = render(tokenizer, chat.with_marks(number)) != text
+    except BadInput:
+        is_part = True
+    return is_part and bool(message.content.strip() or message.more)
 
-    Some templates prompt with the beginning of a reasoning block, but write none in earlier turns.
+
+def _begin_of_turn(tokenizer: Any, chat: Chat, text: str, number: int, between: Span) -> int:
+    """Where a turn begins whose words do not follow its prompt: after most of that.
+
+    Some templates prompt with the beginning of a reasoning block, but write none in earlier turns. Without a
+    prompt, the turn begins with its words, and with the tag before them if they are a thought.
+
+    Args:
+        between: the end of the turn before it, and where its words begin.
     """
+    asks = _asks(tokenizer, chat, number)
     sizes = range(len(asks), len(asks) // 2, -1)
     whole = [size for size in sizes if size == len(asks) or asks[size - 1] in "\n>]"]
-    places = ((text.rfind(asks[:size], last, begin), size) for size in whole)
-    return next((place + size for place, size in places if place >= 0), begin)
+    places = ((text.rfind(asks[:size], *between), size) for size in whole)
+    opener = _opener(chat.messages[number])
+    tag = re.search(rf"{re.escape(opener)}\s*\Z", text[slice(*between)]) if opener else None
+    words = between[0] + tag.start() if tag else between[1]
+    return next((place + size for place, size in places if place >= 0), words)
 
 
-def _end_of_calls(tokenizer: Any, others: Chat, text: str, end: int) -> int:
-    """The end of calls written after a mark of theirs: as long as the text consists only of calls."""
+def _end_of_words(tokenizer: Any, chat: Chat, text: str, number: int, end: int) -> int:
+    """The end of a turn whose words end at a known place: with what the template writes after them.
+
+    If it writes something else after the last turn than here, calls end where the two begin to differ.
+    """
+    has_calls = bool(_calls(chat.messages[number]))
+    immediately = _end_of_turn(tokenizer, text, end)
+    if immediately > end and not has_calls:
+        return immediately
     try:
-        alone = render(tokenizer, others)
+        _, mark, after = render(tokenizer, chat.until(number + 1).with_marks(number)).rpartition(_MARK)
     except BadInput:
-        return end
-    tail = alone[alone.rindex(_MARK) + len(_MARK) :].rstrip()
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tail, text[end:], strict=False))
-    return end + sum(1 for _ in same)
+        return immediately
+    after = after.rstrip() if mark else ""
+    if text.startswith(after, end):
+        return max(end + len(after), immediately)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(after, text[end:], strict=False))
+    return _end_of_turn(tokenizer, text, end + sum(1 for _ in same)) if has_calls else end
 
 
 def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
-    """What the template writes to prompt for the first assistant message."""
+    """What the template writes to prompt for an assistant message."""
     before = chat.until(number)
     if not number:
         return ""
@@ -382,9 +428,15 @@ def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
 def _in_place_of(written: str, text: str) -> list[tuple[str, Span]]:
     """The parts of a text where another has marks for the first time; empty if the rest differs."""
     marks = list(re.finditer(rf"[a-z]+-\d+(?:-\d+)?-{_MARK}", written))
-    places = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(written)]
-    around = [written[begin:end] for begin, end in zip(places[::2], places[1::2], strict=True)]
-    found = re.fullmatch("(.*?)".join(map(re.escape, around)), text, re.DOTALL)
+    if not marks:
+        return []
+    begin, tail = marks[0].start(), written[marks[-1].end() :]
+    end = len(text) - len(tail)
+    if begin > end or not (text.startswith(written[:begin]) and text.endswith(tail)):
+        return []
+    around = [written[mark.end() : after.start()] for mark, after in itertools.pairwise(marks)]
+    pattern = "".join(f"(.*?){re.escape(words)}" for words in around) + "(.*)"
+    found = re.compile(pattern, re.DOTALL).fullmatch(text, begin, end)
     first: dict[str, Span] = {}
     for group, mark in enumerate(marks if found else [], start=1):
         assert found is not None
@@ -412,6 +464,15 @@ def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
     return found
 
 
+def _opener(message: Message) -> str | None:
+    """The tag before the thought in an answer's content, or nothing if it lacks; None without a thought."""
+    if message.role != "assistant" or "</think>" not in message.content:
+        return None
+    found = _THOUGHT_INLINE.fullmatch(message.content)
+    assert found is not None
+    return found[1].strip()
+
+
 def _with_marks(message: Message, number: int) -> Message:
     """An assistant message with marks in place of its reasoning, content and calls."""
     more = json.loads(message.more or "{}")
@@ -420,7 +481,7 @@ def _with_marks(message: Message, number: int) -> Message:
     for place, call in enumerate(more.get("tool_calls", ())):
         call["function"]["name"] = f"call-{number}-{place}-{_MARK}"
     said = f"answer-{number}-{_MARK}" if message.content or "tool_calls" not in more else ""
-    if inline := _THOUGHT_INLINE.fullmatch(message.content):
+    if _opener(message) is not None and (inline := _THOUGHT_INLINE.fullmatch(message.content)):
         begins, ends, answer = inline.groups()
         said = f"{begins}thought-{number}-{_MARK}{ends}{said if answer else ''}"
     return Message("assistant", said, json.dumps(more) if more else "")

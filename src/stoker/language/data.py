@@ -48,10 +48,8 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 
-_UNFOUND = (
-    "no assistant turn to learn was found: mark where the chat template writes one with "
-    "{% generation %} (chat_template=FILE)"
-)
+_MARKS = "mark where the chat template writes one with {% generation %} (chat_template=FILE)"
+_UNFOUND = f"no assistant turn to learn was found: {_MARKS}"
 
 _OFTEN = 4  # passes over a source per epoch
 
@@ -321,6 +319,9 @@ def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     unfound = sum(part.statistics.unfound for part in rows)
     if unfound:
         log.warning("%s: %s left out, since %s", name, _counted(unfound, "document"), _UNFOUND)
+    turns = sum(part.statistics.unfound_turns for part in rows)
+    if turns:
+        log.warning("%s: %s not found, and not learnt: %s", name, _counted(turns, "assistant turn"), _MARKS)
 
 
 def _counted(count: int, what: str) -> str:
@@ -476,8 +477,8 @@ class Encoder:
                 yield Encoded(ids, [True] * len(ids))
             else:
                 last = self._loss_on == "last"
-                spans = conversation.answers(self._tokenizer, chat, text, last=last)
-                yield Encoded(ids, _within(places, spans, text))
+                spans, unfound = conversation.answers(self._tokenizer, chat, text, last=last)
+                yield Encoded(ids, _within(places, spans, text), unfound)
 
 
 def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:

@@ -60,6 +60,8 @@ class Numbers:
     """Those of which nothing to learn was left."""
     unfound: int
     """Those in which nothing to learn was found at all."""
+    unfound_turns: int
+    """Turns to learn that were not found in the others."""
     padding: float
     """The share of all positions in all rows that is padding."""
     quantiles: dict[str, int]
@@ -95,6 +97,7 @@ def numbers(found: Sequence[PackedDataset]) -> Numbers:
         truncated=sum(s.truncated for s in statistics),
         dropped=sum(s.dropped for s in statistics),
         unfound=sum(s.unfound for s in statistics),
+        unfound_turns=sum(s.unfound_turns for s in statistics),
         padding=1 - tokens / max(1, rows * row),
         quantiles={f"{share:g}": int(lengths[round(share * (len(lengths) - 1))]) for share in QUANTILES},
         longer=int((lengths > row).sum()),
