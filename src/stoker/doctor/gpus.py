@@ -142,7 +142,8 @@ def _cpu() -> Finding:
     speed = precision.bf16_speed(storage.cache_folder() / precision.SPEED, kept=False)
     usual = "bf16" if speed >= precision.WORTH_IT else "fp32"
     return ok(
-        f"no GPU: ranks use the CPU, in {usual} by default, since bf16 is {speed:.2g} times as fast as fp32"
+        f"no GPU: ranks use the CPU, in {usual} by default (bf16 is {speed:.2g} times as fast as fp32, and "
+        f"the default from {precision.WORTH_IT:g} times on)"
     )
 
 

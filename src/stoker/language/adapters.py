@@ -55,6 +55,7 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message=".*did not match any targeted module")
+        warnings.filterwarnings("ignore", message="(?s).*ensure_weight_tying")
         try:
             made = get_peft_model(model, config)
         except ValueError as error:  # modules that do not support such an adapter
