@@ -96,7 +96,8 @@ def test_a_run_goes_on_with_another_number_of_sources(
         "--name", "grows", *place,
     )  # fmt: skip
     assert done.code == 0, done.err
-    done = stoker("resume", "grows", f"data={after}", "max_steps=4", *place)
+    own = tmp_path / "runs" / "llm" / "grows" / "artifacts" / "shape"
+    done = stoker("resume", "grows", f"data={after}", f"tokenizer={own}", "max_steps=4", *place)
     assert done.code == 0, done.err
     assert "from step 2 on the samples come in a different order" in done.err
     assert list(loaded(tmp_path / "runs" / "llm" / "grows").points["loss"]) == [1, 2, 3, 4]
