@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import shutil
@@ -200,16 +202,45 @@ def test_a_trial_that_was_handed_over_and_not_begun_is_begun_when_the_search_goe
     assert [trial.params for trial in gone_on.trials.values()] == [t.params for t in whole.trials.values()]
 
 
+_FULL = "OSError: [Errno 28] No space left on device: 'checkpoints/step-00000005'"
+
+
+def test_a_trial_that_the_disk_ended_resumes_when_there_is_room_again(tmp_path: Path) -> None:
+    """Whether its controller heard of it, or was killed before."""
+    full = Script([Report(0, 1, 1.0), Ended(0, "failed", _FULL, "Traceback"), Ended(1, "preempted")], room=2)
+    stopped = _search(tmp_path, full, 3)
+    with pytest.raises(
+        StokerError, match=r"No space left on device.*make room or repair it, then run the same"
+    ):
+        stopped.run()
+    assert stopped.trials[0].state == "running"
+    for number in (0, 1):
+        with (
+            contextlib.suppress(OSError, RuntimeError),
+            Run(tmp_path.name, f"trial-{number:04d}", runs=tmp_path.parent),
+        ):
+            raise (
+                OSError(errno.ENOSPC, "No space left on device", "file")
+                if number == 0
+                else RuntimeError("bug")
+            )
+    cluster = Cluster([], {})
+    gone_on = _search(tmp_path, cluster, 3)
+    gone_on.run()
+    assert cluster.started == [0, 2]
+    assert [trial.state for trial in gone_on.trials.values()] == ["complete", "failed", "complete"]
+
+
 class Script:
-    """Room for all; each thing that happens is written down beforehand."""
+    """Room for some; each thing that happens is written down beforehand."""
 
     takes_ahead = False
 
-    def __init__(self, events: list[Report | Ended]) -> None:
-        self._events = events
+    def __init__(self, events: list[Report | Ended], room: int = 4) -> None:
+        self._events, self._room = events, room
         self.running: list[int] = []
 
-    free = property(lambda self: len(self.running) < 4)
+    free = property(lambda self: len(self.running) < self._room)
 
     def prepare(self) -> None:
         pass

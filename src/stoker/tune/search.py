@@ -15,6 +15,8 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from stoker import config as configs
+from stoker import storage
+from stoker.errors import StokerError
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import pareto_front
@@ -81,6 +83,8 @@ class Search:
         self._started: dict[int, float] = {}
         """When the processes of the running trials were started."""
         self._said_full = False
+        self._disk_failed = ""
+        """The error of a trial that the disk ended, if there was one."""
         for trial in self._entries.earlier():
             self._take_in(trial)
 
@@ -108,6 +112,8 @@ class Search:
         finally:
             self._workers.close()
         self._kept.sync()
+        if self._disk_failed:
+            raise StokerError(self._disk_failed)
 
     def on_change(self, call: Callable[[], None]) -> None:
         """Call something after everything that happens."""
@@ -363,12 +369,15 @@ class Search:
             self._share_done(trial)
             return
         state = _OF_A_RUN.get(run.status) if run is not None else None
+        error = str(run.attempts[-1].error or "") if run is not None and run.attempts else ""
+        if state == "failed" and storage.says_disk_failed(error):
+            state = None
         if state == "paused":
             self._pause(trial)
         elif state is None:
             trial.resumes = True
         else:
-            trial.error = str(run.attempts[-1].error or "") if run is not None and run.attempts else ""
+            trial.error = error
             self._tell(trial, state)
 
     # -- trials on shares of the data ----------------------------------------------------------
@@ -442,6 +451,13 @@ class Search:
                 trial.resumes = True
                 return
         state = _OF_A_RUN.get(ended.status, "failed" if ended.status == "killed" else None)
+        if state == "failed" and storage.says_disk_failed(ended.error):  # any other trial would fail too
+            self.stop()
+            self._disk_failed = (
+                f"trial {trial.number} could not go on because of the disk ({ended.error}): make room or "
+                "repair it, then run the same command again; the trial resumes"
+            )
+            state = None
         if state is None:  # told to stop: it resumes when the search continues
             trial.resumes = not self._ending
         elif state == "paused":
