@@ -36,7 +36,7 @@ from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
 from stoker.tracking import follower
 from stoker.tracking.shipping import SweepShipping
-from stoker.tune import local, on_ray, peers, plan, record, schedulers
+from stoker.tune import local, on_ray, peers, plan, record, schedulers, tables
 from stoker.tune import study as studies
 from stoker.tune.executor import Executor
 from stoker.tune.plan import Budget, Goal, Objective, Plan
@@ -395,7 +395,7 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
 
 def _check_nobodys(study: Study, wanted: Record) -> None:
     """Raises BadInput if a study that should be new has trials of a search in another folder."""
-    count = sum(peers.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
+    count = sum(tables.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     if count:
         raise BadInput(
             f"the study {wanted.study} in {wanted.storage} has {counted(count, 'trial')} of a search in "

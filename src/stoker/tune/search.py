@@ -32,6 +32,7 @@ from stoker.tune.schedulers import Decision, Full, Known, PopulationBased, Sched
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
 from stoker.tune.study import Kept
+from stoker.tune.tables import DatabaseAway
 from stoker.tune.trial import Ended, Job, Report
 
 log = logging.getLogger("stoker")
@@ -95,17 +96,10 @@ class Search:
         self._failures.check_count()
         self._workers.prepare()
         try:
-            while True:
-                full = self._fill()
-                self._changed()
-                if not self._workers.running and not self._awaits_others:
-                    if full and not self.over:
-                        self._say_full()
-                    elif self._gives_up():
-                        break
-                self._hear()
-                if self.overspent and not self._ending:
-                    self.stop()
+            self._until_over()
+        except DatabaseAway:
+            self._let_save()
+            raise
         except BaseException:
             self._workers.kill()
             raise
@@ -114,6 +108,32 @@ class Search:
         self._kept.sync()
         if self._disk_failed:
             raise StokerError(self._disk_failed)
+
+    def _until_over(self) -> None:
+        while True:
+            full = self._fill()
+            self._changed()
+            if not self._workers.running and not self._awaits_others:
+                if full and not self.over:
+                    self._say_full()
+                elif self._gives_up():
+                    return
+            self._hear()
+            if self.overspent and not self._ending:
+                self.stop()
+
+    def _let_save(self) -> None:
+        """Stop the trials with a checkpoint, and wait for their ends, which cannot be told to the study."""
+        try:
+            self.stop()
+            waiting = self._workers.running if self._waits else []
+            while self._workers.running:
+                for number in waiting:
+                    self._workers.answer(number, _ANSWERS[Decision.CONTINUE], save=False)
+                happened = self._workers.wait()
+                waiting = [one.number for one in happened if isinstance(one, Report) and self._waits]
+        finally:
+            self._workers.kill()
 
     def on_change(self, call: Callable[[], None]) -> None:
         """Call something after everything that happens."""

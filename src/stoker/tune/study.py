@@ -26,7 +26,7 @@ import orjson
 from numpy.random import SeedSequence, default_rng  # numpy imports numpy.random lazily
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
@@ -35,6 +35,7 @@ from stoker.errors import BadInput, StokerError, nearest
 from stoker.tune import promising, record
 from stoker.tune.plan import Goal
 from stoker.tune.space import Space
+from stoker.tune.tables import Tables
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
@@ -98,7 +99,7 @@ class Database:
             said = str(error).strip().splitlines()[0]
             raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
         self.storage: BaseStorage = tables
-        self._engine = tables.engine
+        self._tables, self._engine = tables, tables.engine
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: each statement is written on its own."""
@@ -115,24 +116,37 @@ class Database:
         if not take:
             yield
             return
-        with self._engine.connect() as connection:
+        from sqlalchemy.exc import DBAPIError
+
+        connection = self._tables.patiently(lambda: self._locked(take))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(DBAPIError):  # the connection is lost, and the lock with it
+                connection.exec_driver_sql(give)
+                connection.close()
+
+    def _locked(self, take: str) -> Any:
+        """A connection that holds the lock. Raises StokerError."""
+        connection = self._engine.connect()
+        try:
             if connection.exec_driver_sql(take).scalar() in (0, None):  # MySQL's answers without the lock
                 raise StokerError(f"{self._engine.url.database}: the database gives no lock")
-            try:
-                yield
-            finally:
-                connection.exec_driver_sql(give)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def sync(self) -> None:
         """Does nothing: each statement is durable already."""
 
 
-def _tables(url: str, tries: int = 5) -> RDBStorage:
+def _tables(url: str, tries: int = 5) -> Tables:
     """Optuna's tables, created if missing; retries if other controllers create them at the same time."""
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
     try:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        return Tables(url)
     except (IntegrityError, ProgrammingError, OperationalError) as error:
         if tries == 1 or (isinstance(error, OperationalError) and "already exists" not in str(error)):
             raise
