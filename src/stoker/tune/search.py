@@ -372,6 +372,8 @@ class Search:
             trial.others = seen.newest(run, self.plan.objectives)
             trial.per_step = seen.per_step(run, self.plan.unit) or 1.0
             trial.spent = seen.spent(run)
+        elif found.state.is_finished():  # its run may have been deleted: it keeps its part in the search
+            seen.recall(trial, found, self.plan)
         trial.spent = max(trial.spent, found.user_attrs.get("spent", {}).get("hour", 0.0) * 3600)
         trial.written = max(found.intermediate_values, default=-1.0)
         trial.furthest = trial.step
