@@ -58,6 +58,10 @@ _LOCKS = {
 """The statements that take and release a lock shared by all controllers, by SQLAlchemy dialect."""
 
 
+_SQLITE = re.compile(r"^(sqlite(?:\+\w+)?:///)(?!:memory:|file:)([^?]+)")
+"""The URL of a file of SQLite, up to its options."""
+
+
 class Kept(Protocol):
     """The storage of a study."""
 
@@ -82,14 +86,20 @@ class Database:
     Each statement is durable on its own. If a controller died before it had drawn all values of a trial, the
     controller that takes the trial over draws the rest as it would have been (with `qmc`, of the next point).
 
+    Args:
+        new: create a file of SQLite and the tables if they do not exist.
+
     Raises:
         BadInput: the database cannot be used, or its driver is not installed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, new: bool = True) -> None:
+        file = _SQLITE.match(url := absolute(url))
+        if not new and file is not None and not Path(file[2]).exists():
+            raise BadInput(f"--storage {url}: there is no file {file[2]}")
         url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)  # the driver that stoker installs
         try:
-            tables = _tables(url)
+            tables = _tables(url) if new else Tables(url, new=False)
         except ImportError as error:
             raise BadInput(
                 f"--storage {record.shown(url)}: the database driver is not installed: {error}; for "
@@ -139,6 +149,11 @@ class Database:
 
     def sync(self) -> None:
         """Does nothing: each statement is durable already."""
+
+
+def absolute(url: str) -> str:
+    """A database's URL that means the same in every folder."""
+    return _SQLITE.sub(lambda found: found[1] + str(Path(found[2]).absolute()), url)
 
 
 def _tables(url: str, tries: int = 5) -> Tables:
@@ -492,14 +507,19 @@ def of(folder: Path) -> Study:
 def read_shared(url: str, name: str) -> Study:
     """The study of this name in a database. Raises BadInput."""
     try:
-        return optuna.load_study(study_name=name, storage=Database(url).storage)
+        return optuna.load_study(study_name=name, storage=Database(url, new=False).storage)
     except KeyError as error:
         raise BadInput(f"{record.shown(url)} has no study {name}") from error
 
 
+def exists(kept: Kept, name: str) -> bool:
+    """Whether there is a study of this name."""
+    return name in optuna.get_all_study_names(kept.storage)
+
+
 def opened(kept: Kept, made_by: BaseSampler, goals: Sequence[Goal], name: str = NAME) -> Study:
     """The study of this name, created if it does not exist."""
-    if name in optuna.get_all_study_names(kept.storage):
+    if exists(kept, name):
         return optuna.load_study(study_name=name, storage=kept.storage, sampler=made_by)
     directions = [StudyDirection.MINIMIZE if goal == "min" else StudyDirection.MAXIMIZE for goal in goals]
     with kept.together():  # if two processes create it at once, one loads it

@@ -36,12 +36,15 @@ class Tables(RDBStorage):
     """Optuna's storage, which waits for its database as long as that does not answer.
 
     A statement is repeated without knowing whether it was executed: each has the same effect as one.
+
+    Args:
+        new: create the tables if they do not exist.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, new: bool = True) -> None:
         self._tried: set[str] = set()
         """The tokens of trials that may have been created."""
-        super().__init__(url, engine_kwargs={"pool_pre_ping": True})
+        super().__init__(url, engine_kwargs={"pool_pre_ping": True}, skip_table_creation=not new)
 
     def patiently(self, call: Callable[[], T]) -> T:
         """The result of a call, repeated while the database is away. Raises DatabaseAway."""
