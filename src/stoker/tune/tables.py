@@ -55,7 +55,8 @@ class Tables(RDBStorage):
             except Exception as error:
                 if not self._is_away(error):
                     raise
-                reason = redaction.text(str(error.__cause__ or error).strip().splitlines()[0])
+                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+                reason = redaction.text(str(getattr(cause, "orig", cause)).strip().splitlines()[0])
                 if time.monotonic() - begun > PATIENCE:
                     raise DatabaseAway(
                         f"the database of the study does not answer ({reason}): run the same "
