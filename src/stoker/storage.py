@@ -28,6 +28,8 @@ import xxhash
 
 _PIECE = 2**20  # bytes read at once
 _LEAST_PIECE = 2**12  # the same for a small file, to avoid allocating a large buffer
+_OF_SYSTEM = re.compile(r"OSError: \[Errno (\d+)\]")
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 # File systems that are local to one machine.
@@ -60,6 +62,12 @@ def said_of_full_disk(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
     return f"the disk is full ({error}): make room, then run the same command again"
+
+
+def says_disk_failed(error: str) -> bool:
+    """Whether the text of an error, as a run records it, is of a full, read-only or broken disk."""
+    found = _OF_SYSTEM.match(error)
+    return found is not None and int(found[1]) in _OF_DISK
 
 
 def unfinished(path: Path) -> Path:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -428,3 +429,14 @@ def test_rm_asks_and_refuses_a_living_run(cli: Cli, three: list[RunDirectory]) -
     assert answer["removed"] == [str(run.path) for run in three[:2]]
     assert _ids(cli("list", "--json").stdout) == ["c"]
     assert not three[0].path.exists()
+
+
+def test_rm_says_what_becomes_of_a_sweeps_trials(
+    cli: Cli, three: list[RunDirectory], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    cli("rm", "a", "--yes")
+    assert "sweep" not in caplog.text
+    (three[1].path.parent / "sweep.json").write_text("{}")
+    cli("rm", "b", "c", "--yes")
+    assert "2 trials of the sweep llm: its study keeps what they came to" in caplog.text

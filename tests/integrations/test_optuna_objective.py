@@ -48,6 +48,17 @@ def test_a_failed_run_is_a_failed_trial_with_its_error(tmp_path: Path) -> None:
         study.optimize(trained, n_trials=1)
 
 
+def test_a_function_of_a_file_is_a_recipe_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(RECIPE).parent)
+    from searched import train
+
+    study = optuna.create_study()
+    study.optimize(objective(train, {"x": "uniform(0, 1)", "steps": 1}, runs=tmp_path), n_trials=1)
+    assert study.best_value == pytest.approx((study.best_params["x"] - 0.3) ** 2 + 1)
+    with pytest.raises(BadInput, match="define it at the top level"):
+        objective(lambda run: None, {"x": "uniform(0, 1)"})
+
+
 SCRIPT = """
 import sys
 import optuna

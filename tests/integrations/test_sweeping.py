@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from stoker.errors import BadInput, StokerError
 from stoker.integrations.sweeping import Sweep, sweep
+from stoker.tune import study as studies
 
 from commands import Command
 from support import loaded, until
@@ -120,6 +121,12 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
         ({"recipe": "imag"}, "did you mean 'image'"),
         ({"runs": "s3://bucket/runs"}, "a search cannot be in an object store"),
         ({"tries": {"x": 2}}, "x"),
+        ({"seed": None}, "--seed None: give a whole number"),
+        ({"quantile": "0.25", "scheduler": "pbt", "least": 2}, "--quantile '0.25': give a number"),
+        ({"perturb": (0.8,), "scheduler": "pbt", "least": 2}, "--perturb 0.8: give two factors"),
+        ({"perturb": 2, "scheduler": "pbt", "least": 2}, "--perturb 2: give two factors"),
+        ({"parallel": "2"}, "--parallel '2': give a whole number"),
+        ({"max_time": 60}, "--max-time: '60' is not a length of time"),
         ({"nproc": 0}, "--nproc 0: give a whole number of 1 or more"),
         ({"trials": "3"}, "--trials 3: give a whole number"),
         ({"seed": -1}, "--seed -1"),
@@ -132,6 +139,42 @@ def test_what_cannot_be_searched_starts_nothing(arguments: dict[str, Any], said:
     with pytest.raises(BadInput, match=said):
         sweep(**{**asked, **arguments})
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_written_as_for_the_command_or_as_values_is_the_same(tmp_path: Path) -> None:
+    space = {("x", "kind"): [(0.25, "near"), (0.5, "far")], "steps": 1}
+    given: dict[str, Any] = {"scheduler": "pbt", "least": 2, "quantile": 0.5, "trials": 2, "runs": tmp_path}
+    found = sweep(SEARCHED, space, perturb="0.5,2", **given, name="s")
+    assert all((trial.params["x"], trial.params["kind"]) in space["x", "kind"] for trial in found.trials)
+    assert sweep(SEARCHED, {"(x, kind)": "[(0.25, near), (0.5, far)]", "steps": 1}, perturb=(0.5, 2), **given,
+                 name="s").trials == found.trials  # fmt: skip
+
+
+def test_a_study_in_a_file_is_the_same_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    given: dict[str, Any] = {"trials": 1, "runs": tmp_path / "runs", "name": "s"}
+    url = f"sqlite:///{tmp_path}/rel.db"
+    monkeypatch.chdir(tmp_path)
+    (trial,) = sweep(SEARCHED, SPACE, **given, storage="sqlite:///rel.db").trials
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(BadInput, match=f"storage: {url} -> sqlite:///{tmp_path}/other/rel.db"):
+        sweep(SEARCHED, SPACE, **given, storage="sqlite:///rel.db")
+    assert sweep(SEARCHED, SPACE, **given, storage=url).trials == (trial,)
+    assert len(studies.of(tmp_path / "runs" / "s").trials) == 1
+    (tmp_path / "rel.db").unlink()
+    for call in (
+        lambda: sweep(SEARCHED, SPACE, **given, storage=url), lambda: studies.of(tmp_path / "runs" / "s")
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match="there is no file"):
+            call()
+    assert not (tmp_path / "rel.db").exists()
+    assert not any((tmp_path / "other").iterdir())
+    studies.Database(url)
+    with pytest.raises(BadInput, match=r"the study of the search in .* is not in sqlite"):
+        sweep(SEARCHED, SPACE, **given, storage=url)
+    assert loaded(trial.run).status == "finished"
 
 
 def test_a_trial_that_fails_says_why(tmp_path: Path) -> None:

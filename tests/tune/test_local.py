@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import os
 import signal
@@ -12,7 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from stoker.tune.local import Workers
+from stoker.errors import BadInput
+from stoker.tune.local import Over, Workers, outcome
 from stoker.tune.trial import Began, Ended, Job, Link, Report
 
 from support import until
@@ -87,6 +89,27 @@ def test_a_rank_that_fails_takes_the_others_with_it() -> None:
     assert time.monotonic() - begun < 60
     assert (ended.status, ended.error) == ("failed", "RuntimeError: rank 1 cannot do it")
     assert "one_of_two_fails" in ended.trace
+
+
+def test_a_full_disk_is_what_a_trial_says_whichever_rank_it_stopped() -> None:
+    error = "OSError: [Errno 28] No space left on device: 'step-10'"
+    first = Over(
+        {"status": "failed", "error": "RuntimeError: rank 1 is gone", "trace": "", "refused": False}, 0
+    )
+    second = Over({"status": "failed", "error": error, "trace": "", "refused": False}, 0)
+    assert outcome(0, first, [first, second]).error == error
+
+
+def no_disk_to_begin_on(job: Job, link: Link) -> dict[str, Any]:
+    try:
+        raise OSError(errno.EROFS, "Read-only file system", "runs")
+    except OSError as error:
+        raise BadInput("cannot write the run to runs") from error
+
+
+def test_a_run_that_the_disk_does_not_let_begin_is_not_refused() -> None:
+    (ended,) = searched(Workers(no_disk_to_begin_on, parallel=1), 1)
+    assert (ended.error, ended.refused) == ("OSError: [Errno 30] Read-only file system: 'runs'", False)
 
 
 @pytest.mark.parametrize("parallel", [1, 2])

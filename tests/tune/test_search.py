@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from optuna.trial import TrialState
 from stoker import Run, Trainer, Training
+from stoker.cli import trials as trials_seen
 from stoker.duration import Duration
 from stoker.errors import StokerError
 from stoker.run.directory import RunDirectory
@@ -97,14 +100,13 @@ def _search(
     trials: int,
     rule: Scheduler | None = None,
     sampler: str = "random",
+    metrics: Sequence[str] = ("val_loss",),
     **planned: object,
 ) -> Search:
     kept = studies.JournalFile(folder / "study.journal")
-    study = studies.opened(kept, studies.sampler(sampler, SPACE, 0), ["min"])
-    plan = Plan(
-        folder, "recipe", SPACE.config, (Objective("val_loss", "min"),), trials, folder / "provenance",
-        **planned,
-    )  # fmt: skip
+    objectives = tuple(Objective(metric, "min") for metric in metrics)
+    study = studies.opened(kept, studies.sampler(sampler, SPACE, 0), [one.goal for one in objectives])
+    plan = Plan(folder, "recipe", SPACE.config, objectives, trials, folder / "provenance", **planned)
     return Search(plan, SPACE, study, kept, rule or schedulers.make("none"), cluster)
 
 
@@ -200,16 +202,83 @@ def test_a_trial_that_was_handed_over_and_not_begun_is_begun_when_the_search_goe
     assert [trial.params for trial in gone_on.trials.values()] == [t.params for t in whole.trials.values()]
 
 
+_FULL = "OSError: [Errno 28] No space left on device: 'checkpoints/step-00000005'"
+
+
+def test_a_trial_that_the_disk_ended_resumes_when_there_is_room_again(tmp_path: Path) -> None:
+    """Whether its controller heard of it, or was killed before."""
+    full = Script([Report(0, 1, 1.0), Ended(0, "failed", _FULL, "Traceback"), Ended(1, "preempted")], room=2)
+    stopped = _search(tmp_path, full, 3)
+    with pytest.raises(
+        StokerError, match=r"No space left on device.*make room or repair it, then run the same"
+    ):
+        stopped.run()
+    assert stopped.trials[0].state == "running"
+    for number in (0, 1):
+        with (
+            contextlib.suppress(OSError, RuntimeError),
+            Run(tmp_path.name, f"trial-{number:04d}", runs=tmp_path.parent),
+        ):
+            raise (
+                OSError(errno.ENOSPC, "No space left on device", "file")
+                if number == 0
+                else RuntimeError("bug")
+            )
+    cluster = Cluster([], {})
+    gone_on = _search(tmp_path, cluster, 3)
+    gone_on.run()
+    assert cluster.started == [0, 2]
+    assert [trial.state for trial in gone_on.trials.values()] == ["complete", "failed", "complete"]
+
+
+@pytest.mark.parametrize("unit", ["epoch", SHARE])
+def test_a_trial_whose_run_was_deleted_keeps_its_part_in_the_search(unit: str, tmp_path: Path) -> None:
+    """There are no runs here at all."""
+    ends = [
+        Ended(n, "finished", logged=("val_loss",), values={"val_loss": v}) for n, v in ((0, 3.0), (1, 1.0))
+    ]
+    stopped = [Report(2, 10, 2.0, 0.5), Ended(2, "stopped")] if unit != SHARE else [Ended(2, "failed")]
+    events = [Report(0, 10, 4.0, 0.5), Report(0, 20, 3.0, 0.5), Report(1, 20, 1.0, 0.5), *ends, *stopped]
+    if unit == SHARE:
+        events = [*(event for event in events if isinstance(event, Ended))]
+    rule = schedulers.make("asha-stop", least=100 if unit == SHARE else 5, most=100)
+    first = _search(tmp_path, Script(events), 3, rule, unit=unit)
+    first.run()
+    again = _search(tmp_path, Script([]), 3, rule, unit=unit)
+    assert again.best is not None
+    assert (again.best.number, again.best.value) == (1, 1.0)
+    for number, before in first.trials.items():
+        after = again.trials[number]
+        assert (after.state, after.values, after.done) == (before.state, before.values, before.done)
+        assert after.outcome(again.plan.objectives) == before.outcome(first.plan.objectives)
+    assert again.spent == first.spent > 0
+
+
+def test_the_best_is_printed_where_no_trial_was_trained_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = [Report(n, 10, 1.0 + n) for n in range(2)]
+    events += [Ended(n, "stopped", values={"val_loss": 1.0 + n, "cost": 7.5}) for n in range(2)]
+    rule = schedulers.make("asha-stop", least=5, most=100)
+    searched = _search(tmp_path, Script(events, room=2), 2, rule, metrics=("val_loss", "cost"))
+    searched.run()
+    trials_seen.answer(searched, json=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"trial-0000 val_loss 1, cost 7.5 x={searched.trials[0].params['x']:.5g}" in told
+    again = _search(tmp_path, Script([]), 2, rule, metrics=("val_loss", "cost"))
+    assert again.trials[0].others == {"val_loss": 1.0, "cost": 7.5}
+
+
 class Script:
-    """Room for all; each thing that happens is written down beforehand."""
+    """Room for some; each thing that happens is written down beforehand."""
 
     takes_ahead = False
 
-    def __init__(self, events: list[Report | Ended]) -> None:
-        self._events = events
+    def __init__(self, events: list[Report | Ended], room: int = 4) -> None:
+        self._events, self._room = events, room
         self.running: list[int] = []
 
-    free = property(lambda self: len(self.running) < 4)
+    free = property(lambda self: len(self.running) < self._room)
 
     def prepare(self) -> None:
         pass

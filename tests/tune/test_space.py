@@ -181,6 +181,10 @@ def test_what_cannot_be_searched_is_refused_with_what_to_change(override: str, s
         (["lora.rank=[4] if optimizer == adamw"], "optimizer in its condition is neither searched nor fixed"),
         (["lora.rank=[4] if optimizer == adam", "optimizer=sgd"], "did you mean 'adamw'?"),
         (["lora.rank=[4] if optimizer", "optimizer=sgd"], "optimizer is not a condition"),
+        (["lora.rank=[4] if optimizer == sgd and lr == 1", "optimizer=sgd"], "more than one comparison"),
+        (["lora.rank=[4] if model != a or optimizer==sgd", "model=b"], "more than one comparison"),
+        (["lora.rank=[4] if model == a if optimizer in [sgd]", "model=b"], "more than one comparison"),
+        (["lora.rank=4 if model == a and b", "model=b"], "write one, `if model == value`"),
         (["lora.rank=[4] if", "optimizer=sgd"], "nothing is not a condition"),
         (["lora.rank=[4] if optimizer in sgd", "optimizer=sgd"], "write `if optimizer in [a, b]`"),
         (["lora.rank=[4] if optimizer = sgd", "optimizer=sgd"], "is not a condition"),
@@ -222,6 +226,11 @@ def test_a_plain_value_may_have_a_condition() -> None:
     assert space.parameters[1] == Parameter(("lora.rank",), Choice((8,)), Condition("optimizer", ("sgd",)))
     space = parse(["sizes=[1, 2] if optimizer == sgd", "optimizer=[adamw, sgd]"], Config)
     assert space.parameters[1].domain == Choice(([1, 2],))
+
+
+def test_a_text_in_quotes_may_look_like_several_comparisons() -> None:
+    space = parse(["lora.rank=[4] if model == 'a and b'", "model=['a and b', c]"], Config)
+    assert space.parameters[1].condition == Condition("model", ("a and b",))
 
 
 def test_a_condition_on_a_fixed_key_is_settled_at_once() -> None:

@@ -30,6 +30,7 @@ def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[studie
 class Searched:
     x: float = 0.0
     layers: int = 1
+    data_share: float = 1.0
 
 
 SPACE = parse(["x=uniform(0, 1)", "layers=int(1, 3)"], Searched)
@@ -177,7 +178,7 @@ def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
 
 def test_another_controller_knows_values_at_shares_of_the_data_as_they_are(tmp_path: Path) -> None:
     space, goal = parse(["x=[1, 2]"], Three), Objective("loss", "min")
-    plan: Any = SimpleNamespace(objectives=[goal], unit=SHARE, trials=1)
+    plan: Any = SimpleNamespace(objectives=[goal], unit=SHARE, trials=1, folder=tmp_path)
     kept = studies.Database(f"sqlite:///{tmp_path / 'study.db'}")
     study = studies.opened(kept, studies.sampler("random", space, 0), ["min"])
     one, other = (Peers(study, name, goal) for name in "ab")
@@ -188,6 +189,7 @@ def test_another_controller_knows_values_at_shares_of_the_data_as_they_are(tmp_p
     entries.publish(trial, paused=True)
     other.look_again()
     assert other.known()[trial.number].values == trial.values
+    assert other.trials[0].user_attrs["sweep"] == tmp_path.name  # where its run is
 
 
 def searched(folder: Path, space: Any, sampler: str, earlier: optuna.Study | None = None) -> optuna.Study:

@@ -36,7 +36,7 @@ from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
 from stoker.tracking import follower
 from stoker.tracking.shipping import SweepShipping
-from stoker.tune import local, on_ray, peers, plan, record, schedulers
+from stoker.tune import local, on_ray, peers, plan, record, schedulers, tables
 from stoker.tune import study as studies
 from stoker.tune.executor import Executor
 from stoker.tune.plan import Budget, Goal, Objective, Plan
@@ -51,6 +51,7 @@ log = logging.getLogger("stoker")
 
 _SINKS_TIMEOUT = 60.0
 _SINKS_SECONDS = 2.0  # between looks at the process that ships
+_TRIALS = 20
 _LOOKED_AT = 10  # points sampled from a space, besides its ends
 
 
@@ -65,7 +66,8 @@ class Asked:
     new: bool = False
     metrics: Sequence[str] = ()
     goals: Sequence[str] = ()
-    trials: int = 20
+    trials: int | None = None
+    """By default 20; for a grid, all of its points."""
     nproc: int = 1
     sampler: str | None = None
     scheduler: str | None = None
@@ -118,6 +120,7 @@ class Places:
 def prepare(asked: Asked) -> Prepared:
     """Check the request, without writing anything. Raises BadInput."""
     _check_counts(asked)
+    asked = dataclasses.replace(asked, storage=studies.absolute(asked.storage))
     if object_store.of(asked.runs) is not None:
         raise BadInput("--runs: a search cannot be kept in an object store; give a local folder")
     searched = asked.space
@@ -129,9 +132,11 @@ def prepare(asked: Asked) -> Prepared:
     sampler, scheduler = _ways(asked, several=len(objectives) > 1)
     _check_ways(asked, sampler, scheduler)
     shortest, whole, unit = plan.span(asked.least, asked.most)
+    trials = _trials(asked, sampler)
     rule = schedulers.make(
-        scheduler, least=shortest, most=whole, population=asked.trials, **_settings(asked, scheduler)
-    )
+        scheduler, least=shortest, most=whole, population=asked.trials or trials,
+        **_settings(asked, scheduler),
+    )  # fmt: skip
     if scheduler == "pb2" and importlib.util.find_spec("sklearn") is None:
         raise BadInput("--scheduler pb2 needs scikit-learn: pip install scikit-learn")
     if unit == plan.SHARE:
@@ -140,16 +145,15 @@ def prepare(asked: Asked) -> Prepared:
     folder = asked.runs / (record.free_name(asked.runs, name) if asked.new else name)
     stored = (record.shown(asked.storage), asked.study or folder.name) if asked.storage else ("", "")
     wanted = Record(
-        asked.recipe.reference, searched.described(), ", ".join(one.metric for one in objectives),
-        ", ".join(one.goal for one in objectives), sampler, _said(scheduler, rule, unit), asked.seed,
-        asked.nproc, asked.tries, asked.warm_start, *stored,
+        record.resolved(asked.recipe.reference), searched.described(),
+        ", ".join(one.metric for one in objectives), ", ".join(one.goal for one in objectives), sampler,
+        _said(scheduler, rule, unit), asked.seed, asked.nproc, asked.tries, asked.warm_start, *stored,
     )  # fmt: skip
     record.check(folder, wanted)
     if asked.storage and scheduler in schedulers.POPULATIONS:
         raise BadInput(f"--storage: {scheduler} copies checkpoints within one folder; leave out --storage")
     if asked.warm_start and not record.is_sweep(folder):
         record.check_earlier(asked.runs / asked.warm_start, wanted)
-    trials = min(asked.trials, len(searched.combinations())) if sampler == "grid" else asked.trials
     if len(asked.tries) > trials:
         raise BadInput(
             f"{len(asked.tries)} --try for {counted(trials, 'trial')}: give as many --trials, or fewer"
@@ -239,13 +243,29 @@ def wait_for_sinks(shipping: SweepShipping) -> None:
         )
 
 
+def _trials(asked: Asked, sampler: str) -> int:
+    """The number of trials. Raises BadInput for a grid without end."""
+    if sampler != "grid":
+        return _TRIALS if asked.trials is None else asked.trials
+    points = len(asked.space.combinations())
+    trials = points if asked.trials is None else min(asked.trials, points)
+    if trials < points:
+        log.info("%d of the %d points of the grid are searched; without --trials, all are", trials, points)
+    return trials
+
+
 def _check_counts(asked: Asked) -> None:
     """Raises BadInput. The command line already checks most of this."""
     lowest = {"trials": 1, "nproc": 1, "factor": 2, "seed": 0, "max_failures": 0}
     for name, low in lowest.items():
         value = getattr(asked, name)
-        if value is not None and (not isinstance(value, int) or value < low):
+        optional = name not in ("nproc", "seed")
+        if not (optional and value is None) and (not isinstance(value, int) or value < low):
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a whole number of {low} or more")
+    for name in ("quantile", "resample"):
+        value = getattr(asked, name)
+        if value is not None and not isinstance(value, int | float):
+            raise BadInput(f"--{name} {value!r}: give a number such as 0.25")
     if asked.study and not asked.storage:
         raise BadInput(f"--study {asked.study} names a study in --storage; also give --storage")
 
@@ -373,7 +393,10 @@ def _check_ways(asked: Asked, sampler: str, scheduler: str) -> None:
 def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
     """The search with its study, new or existing. Raises BadInput."""
     asked, wanted = made.asked, made.record
-    kept = _kept(made.folder, asked.storage)
+    continues = record.is_sweep(made.folder)
+    kept = _kept(made.folder, asked.storage, new=not continues)
+    if continues:
+        _check_exists(kept, made.folder, wanted)
     goals = [one.goal for one in made.objectives]
     study = studies.opened(kept, made.sampler, goals, wanted.study or studies.NAME)
     if wanted.study:
@@ -395,7 +418,7 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
 
 def _check_nobodys(study: Study, wanted: Record) -> None:
     """Raises BadInput if a study that should be new has trials of a search in another folder."""
-    count = sum(peers.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
+    count = sum(tables.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     if count:
         raise BadInput(
             f"the study {wanted.study} in {wanted.storage} has {counted(count, 'trial')} of a search in "
@@ -403,8 +426,17 @@ def _check_nobodys(study: Study, wanted: Record) -> None:
         )
 
 
-def _kept(folder: Path, url: str) -> Kept:
-    return studies.Database(url) if url else studies.JournalFile(folder / record.STUDY)
+def _check_exists(kept: Kept, folder: Path, wanted: Record) -> None:
+    """Raises BadInput for runs of a study that is gone: a new one would take them for its own."""
+    if any(folder.glob("*/run.json")) and not studies.exists(kept, wanted.study or studies.NAME):
+        raise BadInput(
+            f"the study of the search in {folder} is not in {wanted.storage or record.STUDY}: restore it, or "
+            "give another --name or --new to start a separate search"
+        )
+
+
+def _kept(folder: Path, url: str, *, new: bool) -> Kept:
+    return studies.Database(url, new=new) if url else studies.JournalFile(folder / record.STUDY)
 
 
 def _begin(study: Any, asked: Asked, earlier: Path | None) -> None:
@@ -435,8 +467,8 @@ def _said(name: str, rule: Scheduler, unit: str) -> str:
 def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
     """The executor of the trials, here or on a Ray cluster. Raises BadInput."""
     for name, value in (("--parallel", where.parallel), ("--per-gpu", where.per_gpu)):
-        if value is not None and value < 1:
-            raise BadInput(f"{name} {value}: give 1 or more")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise BadInput(f"{name} {value!r}: give a whole number of 1 or more")
     preload = _preload(recipe)
     if where.on == RAY:
         if where.reuse or where.per_gpu > 1:

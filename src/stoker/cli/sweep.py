@@ -82,7 +82,10 @@ def sweep(
             metavar="min|max", help="The direction of each metric.", show_default="by the metric's name"
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Number of trials.")] = 20,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of trials.", show_default="20; for a grid, all of its points"),
+    ] = None,
     parallel: Annotated[
         int | None,
         typer.Option(
@@ -284,9 +287,10 @@ def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks:
         ranks: ranks that train concurrently in each job.
     """
     from stoker.tune import record
+    from stoker.tune import study as studies
 
     command = Command.of_verb("sweep")
-    if command.has("--storage") and wanted.storage != command.value("--storage"):
+    if command.has("--storage") and wanted.storage != studies.absolute(command.value("--storage")):
         raise BadInput(
             "--storage: the password would be written to a file; set STOKER_STORAGE instead, or put the "
             "password in ~/.pgpass"

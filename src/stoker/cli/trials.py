@@ -177,7 +177,7 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
     states = Counter(_ended(trial) for trial in search.trials.values())
     out.print(f"\n{plan.folder.name}: {_in_words(states) or 'no trials'}")
     if several:
-        for trial in search.front:
+        for trial in search.front or ([best] if best is not None else []):
             params = " ".join(f"{key}={_number(value)}" for key, value in trial.params.items())
             out.print(f"  {trial.run:24} {_outcome(search, trial)}   {params}")
     elif best is not None:

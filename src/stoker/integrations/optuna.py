@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from stoker import machine, recipes
+from stoker import machine
 from stoker.errors import BadInput, StokerError
 from stoker.integrations import training
 from stoker.integrations.training import Training
@@ -33,7 +33,7 @@ _RESTARTS = 3
 
 
 def objective(
-    recipe: str,
+    recipe: str | Path | Callable[..., None],
     space: Mapping[str, Any],
     *,
     metric: str = "val_loss",
@@ -44,7 +44,7 @@ def objective(
     """Make an objective that trains a recipe with the values that a trial suggests.
 
     Args:
-        recipe: a shipped recipe, or a file with a `train(run, config)` function.
+        recipe: a shipped recipe, a file with a `train(run, config)` function, or such a function from a file.
         space: the searched and the fixed values by config key, written as for `stoker sweep`.
         metric: the metric whose latest value is the objective; every value is reported, and the trial is
             pruned if its pruner says so.
@@ -63,7 +63,7 @@ def objective(
     """
     if nproc < 1 or n_jobs < 1:
         raise BadInput(f"nproc={nproc}, n_jobs={n_jobs}: must be at least 1")
-    found = recipes.load(recipe)
+    found = training.recipe_of(recipe)
     searched = parse_mapping(space, found.config)
     if not searched.parameters:
         raise BadInput("nothing is searched: give a key a range or choices, as in {'lr': 'log(1e-5, 1e-3)'}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class _Spec:
 
 
 def trainable(
-    recipe: str,
+    recipe: str | Path | Callable[..., None],
     fixed: Mapping[str, Any] | None = None,
     *,
     metric: str = "val_loss",
@@ -78,7 +78,8 @@ def trainable(
     if the cluster has any, for each rank; `tune.with_resources` overrides this.
 
     Args:
-        recipe: a shipped recipe, or a file with a `train(run, config)` function that all machines can reach.
+        recipe: a shipped recipe, a file with a `train(run, config)` function, or such a function from a file,
+            which all machines can reach.
         fixed: config values that are the same in all trials.
         metric: the same metric that Ray Tune is given.
         runs: the folder that contains the runs, shared by all machines; by default STOKER_RUNS, else `runs`.
@@ -88,7 +89,7 @@ def trainable(
     Raises:
         BadInput: the recipe does not exist, or its config does not accept a fixed value.
     """
-    found = recipes.load(recipe)
+    found = training.recipe_of(recipe)
     given = configs.flatten(fixed or {}, "fixed", configs.describe(found.config))
     for key, value in given.items():
         configs.checked(found.config, key, value, "fixed")

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker import recipes
 from stoker.cli import searching
 from stoker.cli import trials as trials_seen
 from stoker.errors import BadInput, Stopped
 from stoker.integrations import training
 from stoker.launch.targets import LOCAL, RAY
-from stoker.recipes import Recipe
 from stoker.stopping import STATUS
 from stoker.tune import plan
 from stoker.tune.search import Search
@@ -60,11 +58,11 @@ class Sweep:
 
 def sweep(
     recipe: str | Path | Callable[..., None],
-    space: Mapping[str, Any],
+    space: Mapping[str | tuple[str, ...], Any],
     *,
     metric: str | Sequence[str] = "val_loss",
     goal: str | Sequence[str] | None = None,
-    trials: int = 20,
+    trials: int | None = None,
     parallel: int | None = None,
     nproc: int = 1,
     per_gpu: int = 1,
@@ -76,13 +74,13 @@ def sweep(
     factor: int | None = None,
     quantile: float | None = None,
     resample: float | None = None,
-    perturb: tuple[float, float] | None = None,
+    perturb: str | tuple[float, float] | None = None,
     tries: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     warm_start: str = "",
     seed: int = 0,
     max_failures: int | None = None,
     budget: str | int | None = None,
-    max_time: str | None = None,
+    max_time: str | int | None = None,
     name: str | None = None,
     new: bool = False,
     storage: str = "",
@@ -121,7 +119,7 @@ def sweep(
         raise BadInput(
             "stoker.sweep is called while a file is imported; call it below if __name__ == '__main__':"
         )
-    found = _loaded(recipe)
+    found = training.recipe_of(recipe)
     searched = parse_mapping(space, found.config)
     if on not in (LOCAL, RAY):
         raise BadInput(f"on={on!r}: give {LOCAL} or {RAY}; to submit jobs, use `stoker sweep --on {on}`")
@@ -130,14 +128,14 @@ def sweep(
         metrics=_several(metric), goals=_several(goal), trials=trials, nproc=nproc, sampler=sampler,
         scheduler=scheduler, strategy=strategy, least=_text(least), most=_text(most), factor=factor,
         quantile=quantile, resample=resample,
-        perturb=None if perturb is None else ",".join(map(str, perturb)),
+        perturb=_factors(perturb),
         tries=tuple(searched.params(values) for values in _several_values(tries)), warm_start=warm_start,
         seed=seed, max_failures=max_failures, budget=_text(budget),
         storage=storage or os.environ.get("STOKER_STORAGE", ""), study=study,
     )  # fmt: skip
     made = searching.prepare(asked)
     places = searching.Places(on, address, parallel, nproc, per_gpu, reuse_processes)
-    deadline = plan.deadline(max_time)
+    deadline = plan.deadline(_text(max_time))
     with searching.begun(made, places, deadline) as (search, shipping):
         with searching.answering_signals(search) as told, trials_seen.live(search):
             search.run()
@@ -145,18 +143,6 @@ def sweep(
             raise Stopped(STATUS[told[0]])
     searching.wait_for_sinks(shipping)
     return _of(search)
-
-
-def _loaded(recipe: str | Path | Callable[..., None]) -> Recipe:
-    if not callable(recipe):
-        return recipes.load(str(recipe))
-    found = recipes.from_function(recipe)
-    if not found.source.is_file() or not getattr(recipe, "__qualname__", "").isidentifier():
-        raise BadInput(
-            f"{getattr(recipe, '__name__', recipe)}: each trial has its own process, which loads a "
-            "function from its file: define it at the top level of a file, and pass that function"
-        )
-    return found
 
 
 def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -167,7 +153,11 @@ def _several_values(given: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> S
     return (given,) if isinstance(given, Mapping) else given
 
 
-def _text(given: str | int | None) -> str | None:
+def _factors(given: str | Sequence[float] | None) -> str | None:
+    return ",".join(map(str, given)) if isinstance(given, tuple | list) else _text(given)
+
+
+def _text(given: Any) -> str | None:
     return None if given is None else str(given)
 
 

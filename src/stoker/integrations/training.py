@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import object_store
+from stoker import object_store, recipes
 from stoker.cli import train
 from stoker.cli.trial import train_trial
 from stoker.errors import BadInput
@@ -45,6 +45,19 @@ def job_of(
         0, found.reference, resolved.values, resolved.sources, run.parent.parent, run.parent.name, run.name,
         (metric,), "step", None, tags,
     )  # fmt: skip
+
+
+def recipe_of(recipe: str | Path | Callable[..., None]) -> Recipe:
+    """The recipe of this name, of a file, or of a function. Raises BadInput."""
+    if not callable(recipe):
+        return recipes.load(str(recipe))
+    found = recipes.from_function(recipe)
+    if not found.source.is_file() or not getattr(recipe, "__qualname__", "").isidentifier():
+        raise BadInput(
+            f"{getattr(recipe, '__name__', recipe)}: each trial has its own process, which loads a "
+            "function from its file: define it at the top level of a file, and pass that function"
+        )
+    return found
 
 
 def runs_folder(given: Path | str | None) -> Path:

@@ -28,6 +28,7 @@ _STATES = {
 }  # fmt: skip
 _MOST_ERRORS = 20
 _EARLIER = "earlier"  # the attribute of trials from another search that the sampler learnt from
+_NEWEST = "newest"  # the attribute with the newest values of a trial, if there are several objectives
 _UNITS = {"percent": "% of the data"}
 _DRAWABLE = 3  # objectives of a Pareto front
 
@@ -82,9 +83,10 @@ def _best(study: Study, record: Mapping[str, Any]) -> Html:
     best = _best_of(study, record)
     if best is None:
         return section("Best", tag("p", "No trial has logged the metric yet."))
+    values = zip(metrics, _values(best, len(metrics)), strict=True)
     rows = [
-        ("trial", best.user_attrs.get("run", str(best.number))),
-        (metrics[0], facts.number(_values(best, 1)[0])),
+        ("trial", _run(best)),
+        *((metric, facts.number(value)) for metric, value in values),
         *((key, _said(value)) for key, value in best.params.items()),
     ]  # fmt: skip
     return section("Best", table((), ([tag("td", key, class_="name"), number(value)] for key, value in rows)))
@@ -111,7 +113,7 @@ def _front(study: Study, metrics: Sequence[str]) -> Html:
     front = [complete[number] for number in pareto_front(points)]
     names = sorted({name for trial in front for name in trial.params})
     rows = [
-        [trial.user_attrs.get("run", str(trial.number)), *(number(facts.number(v)) for v in trial.values),
+        [_run(trial), *(number(facts.number(v)) for v in trial.values),
          *(number(_said(trial.params.get(name))) for name in names)]
         for trial in sorted(front, key=lambda trial: trial.values)
     ]  # fmt: skip
@@ -192,11 +194,18 @@ def _figures_of_several(study: Study, metrics: Sequence[str]) -> Iterator[tuple[
         def value(trial: FrozenTrial, index: int = index) -> float:
             return float(trial.values[index])
 
+        def lower(trial: FrozenTrial, index: int = index) -> float:
+            """PED-ANOVA takes the lowest values of a given target for the best."""
+            best = study.directions[index].name == "MINIMIZE"
+            return float(trial.values[index]) if best else -float(trial.values[index])
+
         shown: dict[str, Any] = {"target": value, "target_name": metric}
         yield f"History: {metric}", functools.partial(drawn.plot_optimization_history, study, **shown)
         yield (
             f"Parameter importance: {metric}",
-            functools.partial(drawn.plot_param_importances, study, evaluator=evaluator, **shown),
+            functools.partial(
+                drawn.plot_param_importances, study, evaluator=evaluator, target=lower, target_name=metric
+            ),
         )
         yield (
             f"Parallel coordinates: {metric}",
@@ -243,13 +252,17 @@ def _lineage(study: Study) -> Html:
 def _trials(study: Study, record: Mapping[str, Any]) -> Html:
     names = sorted({name for trial in _own(study) for name in trial.params})
     metrics = [metric for metric, _ in _objectives(record)]
+    shared = any("sweep" in trial.user_attrs for trial in study.trials)  # by controllers of several folders
     rows = [
-        [number(str(t.number)), _STATES[t.state.name], number(f"{max(points_of(t), default=0):,.0f}"),
+        [number(str(t.number)), *([_run(t)] if shared else []), _STATES[t.state.name],
+         number(f"{max(points_of(t), default=0):,.0f}"),
          *(number(facts.number(value)) for value in _values(t, len(metrics))),
          *(number(_said(t.params.get(name))) for name in names)]
         for t in _own(study)
     ]  # fmt: skip
-    return section("Trials", table(("trial", "state", "steps", *metrics, *names), rows))
+    return section(
+        "Trials", table(("trial", *(["run"] if shared else []), "state", "steps", *metrics, *names), rows)
+    )
 
 
 def _errors(study: Study) -> Html:
@@ -274,7 +287,15 @@ def _values(trial: FrozenTrial, count: int) -> list[float | None]:
     """The latest value of each objective, as far as it is known."""
     if trial.values is not None:
         return [*trial.values]
+    if _NEWEST in trial.user_attrs:
+        return [*trial.user_attrs[_NEWEST]["values"]]
     return [next(reversed(points_of(trial).values()), None), *[None] * (count - 1)]
+
+
+def _run(trial: FrozenTrial) -> str:
+    """The id of a trial's run; in a study that several sweeps share, with the name of its sweep."""
+    run = str(trial.user_attrs.get("run", trial.number))
+    return f"{trial.user_attrs['sweep']}/{run}" if "sweep" in trial.user_attrs else run
 
 
 def _params(trial: FrozenTrial) -> str:

@@ -138,6 +138,8 @@ class Entries:
             self._peers.claim(trial)
         params = self._space.suggest(trial)
         if "run" not in trial.user_attrs:
+            if self._peers is not None:
+                trial.set_user_attr("sweep", self._plan.folder.name)
             trial.set_user_attr("run", seen.run_id(trial.number))
         return params
 

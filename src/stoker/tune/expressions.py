@@ -33,6 +33,7 @@ _TOKEN = re.compile(
 _CALL = re.compile(r"([A-Za-z_]\w*)\(")
 _UNKNOWN = re.compile(r"[A-Za-z_]\w*\([^()]*\)")  # looks like a form, but is not one
 _COMPARISON = re.compile(r"([\w.]+)(\s*==|\s*!=|\s+in\b|\s+not\s+in\b)\s*(.+)", re.DOTALL)
+_SEVERAL = re.compile(r"\s(and|or)\s|==|!=|\s(not\s+)?in\s*[\[(]")
 _PLAIN_IF = re.compile(r"(.*\S)\s+if\s+(([\w.]+)(?:\s*==|\s*!=|\s+in\b|\s+not\s+in\b).+)", re.DOTALL)
 
 
@@ -200,6 +201,11 @@ def _comparison(text: str) -> Comparison:
         raise ValueError(f"{text or 'nothing'} is not a condition: write `if key == value`, != or in [a, b]")
     key, operator, value = match[1], match[2].strip(), match[3].strip()
     if not operator.endswith("in"):
+        if value[0] not in "'\"" and _SEVERAL.search(value):
+            raise ValueError(
+                f"{text} is more than one comparison: write one, `if {key} {operator} value`; "
+                "put the value in quotes if it is a text like this"
+            )
         return Comparison(key, (plain(value),), negated=operator == "!=")
     items, rest = bracketed(value) if value[0] in "[(" else ([], value)
     if rest or not items:

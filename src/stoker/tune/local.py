@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
-from stoker import disk, machine, redaction, signals
+from stoker import disk, machine, redaction, signals, storage
 from stoker.errors import BadInput, StokerError, Stopped, trace_of
 from stoker.run import view
 from stoker.tune.trial import Began, Ended, Job, Link, Report
@@ -58,6 +58,11 @@ class Over:
     @property
     def failed(self) -> bool:
         return self.last is None or self.last["status"] == "failed"
+
+    @property
+    def of_disk(self) -> bool:
+        """Whether it failed because of the disk."""
+        return self.last is not None and storage.says_disk_failed(self.last.get("error", ""))
 
 
 class Rank:
@@ -440,7 +445,7 @@ def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
     if lost and lost[0].code is not None:
         said = f"its process was killed by {signal.Signals(-lost[0].code).name}"
         return Ended(number, "killed", said, logged=logged)
-    for end in failed:
+    for end in sorted(failed, key=lambda end: not end.of_disk):  # the other ranks only lost that one
         if end.last is not None:
             last = end.last
             return Ended(number, "failed", last["error"], last["trace"], logged, refused=last["refused"])
@@ -519,15 +524,22 @@ def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
     except Stopped as stopped:  # before the run was created
         return {"status": stopped.status}
     except StokerError as error:
+        if (cause := error.__cause__) is not None and storage.says_disk_failed(_named(cause)):
+            return {"status": "failed", "error": redaction.text(_named(cause)), "trace": "", "refused": False}
         refused = isinstance(error, BadInput)
         return {"status": "failed", "error": redaction.text(str(error)), "trace": "", "refused": refused}
     except BaseException as error:
         return {
             "status": "failed",
             "refused": False,
-            "error": redaction.text(f"{type(error).__name__}: {error}"),
+            "error": redaction.text(_named(error)),
             "trace": redaction.text(trace_of(error)),
         }
+
+
+def _named(error: BaseException) -> str:
+    """An error as a run records it."""
+    return f"{type(error).__name__}: {error}"
 
 
 def _leave(*, grouped: bool) -> None:

@@ -18,12 +18,12 @@ from stoker.tune.plan import Objective
 from stoker.tune.schedulers import Known, State
 from stoker.tune.seen import ENDED, Seen
 from stoker.tune.study import EARLIER
+from stoker.tune.tables import BY
 
 _BEAT = 5.0  # seconds between heartbeats
 _GONE = 30.0  # seconds without a heartbeat after which a controller counts as dead
+_AWAY = 8.0  # seconds without a look at the others after which the database counts as having been away
 _FRESH = 0.5  # seconds for which the cached trials of the others are used
-BY = "controller"
-"""The trial attribute with the name of its controller."""
 
 
 class Peers:
@@ -40,6 +40,7 @@ class Peers:
     def __init__(self, study: Study, me: str, objective: Objective) -> None:
         self._study, self._me, self._objective = study, me, objective
         self._read = self._beaten = -_GONE
+        self._looked = time.monotonic()
         self._signs: dict[str, tuple[Any, float]] = {}
         """By controller, its newest heartbeat, and when this process first saw it by its own clock."""
         self.trials: list[FrozenTrial] = []
@@ -100,6 +101,10 @@ class Peers:
             return
         self._read = time.monotonic()
         found = self._study.get_trials(deepcopy=False)
+        now = time.monotonic()
+        if now - self._looked > _AWAY:  # nobody could write a heartbeat either
+            self._signs = {name: (sign, now) for name, (sign, _) in self._signs.items()}
+        self._looked = now
         self.trials = [
             trial for trial in found
             if trial.state != TrialState.WAITING and EARLIER not in trial.user_attrs

@@ -194,15 +194,30 @@ def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> N
         )
 
 
+def resolved(reference: str) -> str:
+    """A recipe's reference with the path of its file, however that was written."""
+    path, _, function = reference.rpartition(":")
+    return f"{Path(path).resolve()}:{function}" if "/" in path else reference
+
+
 def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     changes = []
     for key, now in wanted.items():
         before = known.get(key)
+        if key == "recipe":
+            before = resolved(before or "")
         if key == "space":
             changes += _changes(before or {}, now)
         elif before != (list(now) if isinstance(now, tuple) else now):
-            changes.append(f"{key}: {before} -> {now}")
+            changes.append(f"{key}: {before} -> {now}{_of_population(before, now)}")
     return changes
+
+
+def _of_population(before: Any, now: Any) -> str:
+    """Why a scheduler is a different one if only --trials was changed."""
+    if all("population" in str(scheduler) for scheduler in (before, now)):
+        return " (a population is --trials, and stays as large as it began)"
+    return ""
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -15,6 +15,8 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from stoker import config as configs
+from stoker import storage
+from stoker.errors import StokerError
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import pareto_front
@@ -30,6 +32,7 @@ from stoker.tune.schedulers import Decision, Full, Known, PopulationBased, Sched
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
 from stoker.tune.study import Kept
+from stoker.tune.tables import DatabaseAway
 from stoker.tune.trial import Ended, Job, Report
 
 log = logging.getLogger("stoker")
@@ -81,6 +84,8 @@ class Search:
         self._started: dict[int, float] = {}
         """When the processes of the running trials were started."""
         self._said_full = False
+        self._disk_failed = ""
+        """The error of a trial that the disk ended, if there was one."""
         for trial in self._entries.earlier():
             self._take_in(trial)
 
@@ -91,23 +96,44 @@ class Search:
         self._failures.check_count()
         self._workers.prepare()
         try:
-            while True:
-                full = self._fill()
-                self._changed()
-                if not self._workers.running and not self._awaits_others:
-                    if full and not self.over:
-                        self._say_full()
-                    elif self._gives_up():
-                        break
-                self._hear()
-                if self.overspent and not self._ending:
-                    self.stop()
+            self._until_over()
+        except DatabaseAway:
+            self._let_save()
+            raise
         except BaseException:
             self._workers.kill()
             raise
         finally:
             self._workers.close()
         self._kept.sync()
+        if self._disk_failed:
+            raise StokerError(self._disk_failed)
+
+    def _until_over(self) -> None:
+        while True:
+            full = self._fill()
+            self._changed()
+            if not self._workers.running and not self._awaits_others:
+                if full and not self.over:
+                    self._say_full()
+                elif self._gives_up():
+                    return
+            self._hear()
+            if self.overspent and not self._ending:
+                self.stop()
+
+    def _let_save(self) -> None:
+        """Stop the trials with a checkpoint, and wait for their ends, which cannot be told to the study."""
+        try:
+            self.stop()
+            waiting = self._workers.running if self._waits else []
+            while self._workers.running:
+                for number in waiting:
+                    self._workers.answer(number, _ANSWERS[Decision.CONTINUE], save=False)
+                happened = self._workers.wait()
+                waiting = [one.number for one in happened if isinstance(one, Report) and self._waits]
+        finally:
+            self._workers.kill()
 
     def on_change(self, call: Callable[[], None]) -> None:
         """Call something after everything that happens."""
@@ -346,6 +372,8 @@ class Search:
             trial.others = seen.newest(run, self.plan.objectives)
             trial.per_step = seen.per_step(run, self.plan.unit) or 1.0
             trial.spent = seen.spent(run)
+        elif found.state.is_finished():  # its run may have been deleted: it keeps its part in the search
+            seen.recall(trial, found, self.plan)
         trial.spent = max(trial.spent, found.user_attrs.get("spent", {}).get("hour", 0.0) * 3600)
         trial.written = max(found.intermediate_values, default=-1.0)
         trial.furthest = trial.step
@@ -363,12 +391,15 @@ class Search:
             self._share_done(trial)
             return
         state = _OF_A_RUN.get(run.status) if run is not None else None
+        error = str(run.attempts[-1].error or "") if run is not None and run.attempts else ""
+        if state == "failed" and storage.says_disk_failed(error):
+            state = None
         if state == "paused":
             self._pause(trial)
         elif state is None:
             trial.resumes = True
         else:
-            trial.error = str(run.attempts[-1].error or "") if run is not None and run.attempts else ""
+            trial.error = error
             self._tell(trial, state)
 
     # -- trials on shares of the data ----------------------------------------------------------
@@ -442,6 +473,13 @@ class Search:
                 trial.resumes = True
                 return
         state = _OF_A_RUN.get(ended.status, "failed" if ended.status == "killed" else None)
+        if state == "failed" and storage.says_disk_failed(ended.error):  # any other trial would fail too
+            self.stop()
+            self._disk_failed = (
+                f"trial {trial.number} could not go on because of the disk ({ended.error}): make room or "
+                "repair it, then run the same command again; the trial resumes"
+            )
+            state = None
         if state is None:  # told to stop: it resumes when the search continues
             trial.resumes = not self._ending
         elif state == "paused":

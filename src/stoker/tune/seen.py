@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from stoker import duration
 from stoker.checkpoint import manifest
 from stoker.run.view import RunView
-from stoker.tune.plan import Objective
+from stoker.tune.plan import SHARE, Objective, Plan
+from stoker.tune.promising import NEWEST
 from stoker.tune.schedulers import Known, State
 
 ENDED: dict[TrialState, State] = {
@@ -109,6 +110,21 @@ class Seen:
 def run_id(number: int, share: float | None = None) -> str:
     """The id of a trial's run, or of its run on a share of the data."""
     return f"trial-{number:04d}" + (f"-on-{share:.4g}" if share is not None and share < 100 else "")
+
+
+def recall(trial: Seen, found: FrozenTrial, plan: Plan) -> None:
+    """Add to a trial what the study knows about it."""
+    told = found.user_attrs
+    known = found.intermediate_values.items() or told.get("values", ())
+    trial.values = {**{float(step): value for step, value in sorted(known)}, **trial.values}
+    newest = found.values or told.get(NEWEST, {}).get("values") or ([trial.value] if trial.values else [])
+    trial.others = {
+        **dict(zip((one.metric for one in plan.objectives), newest, strict=False)),
+        **trial.others,
+    }
+    steps, done = trial.step - told.get("fork", {}).get("step", 0), told.get("spent", {}).get(plan.unit)
+    if plan.unit != SHARE and steps > 0 and done is not None:
+        trial.per_step = done / steps
 
 
 def begins(run: RunView) -> float:

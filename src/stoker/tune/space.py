@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["Choice", "Condition", "Number", "Parameter", "Space", "parse", "parse_mapping", "parse_tries"]
+
+log = logging.getLogger("stoker")
 
 _PAIRED = re.compile(r"\((.*)\)", re.DOTALL)
 
@@ -267,9 +270,16 @@ def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> S
     return _space(config, list({frozenset(entry.keys): entry for entry in (*below, *above)}.values()))
 
 
-def parse_mapping(values: Mapping[str, Any], config: type) -> Space:
-    """Read a space from a Python mapping with dotted or nested keys; otherwise like `parse`."""
+def parse_mapping(values: Mapping[Any, Any], config: type) -> Space:
+    """Read a space from a Python mapping with dotted or nested keys; otherwise like `parse`.
+
+    Keys that take their values together can be a tuple.
+    """
     source = "the mapping"
+    values = {
+        f"({', '.join(map(str, key))})" if isinstance(key, tuple) else key: value
+        for key, value in values.items()
+    }
     return _space(
         config, _entries(config, configs.flatten(values, source, configs.describe(config)).items(), source)
     )
@@ -484,6 +494,11 @@ def _drawable(parameters: Iterable[Parameter], fixed: Mapping[str, Any]) -> Iter
         condition = parameter.condition
         if condition is not None and condition.key not in drawn:
             if not condition.holds(fixed):
+                key = condition.key
+                now = f"fixed at {item(fixed[key])}" if key in fixed else "not searched"
+                log.info(
+                    "%s is not searched: drawn only if %s, and %s is %s", parameter.name, condition, key, now
+                )
                 continue
             condition = None
         drawn |= set(parameter.keys)

@@ -26,7 +26,7 @@ import orjson
 from numpy.random import SeedSequence, default_rng  # numpy imports numpy.random lazily
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
@@ -35,6 +35,7 @@ from stoker.errors import BadInput, StokerError, nearest
 from stoker.tune import promising, record
 from stoker.tune.plan import Goal
 from stoker.tune.space import Space
+from stoker.tune.tables import Tables
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
@@ -55,6 +56,10 @@ _LOCKS = {
     "mysql": _MYSQL, "mariadb": _MYSQL,
 }  # fmt: skip
 """The statements that take and release a lock shared by all controllers, by SQLAlchemy dialect."""
+
+
+_SQLITE = re.compile(r"^(sqlite(?:\+\w+)?:///)(?!:memory:|file:)([^?]+)")
+"""The URL of a file of SQLite, up to its options."""
 
 
 class Kept(Protocol):
@@ -81,14 +86,20 @@ class Database:
     Each statement is durable on its own. If a controller died before it had drawn all values of a trial, the
     controller that takes the trial over draws the rest as it would have been (with `qmc`, of the next point).
 
+    Args:
+        new: create a file of SQLite and the tables if they do not exist.
+
     Raises:
         BadInput: the database cannot be used, or its driver is not installed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, new: bool = True) -> None:
+        file = _SQLITE.match(url := absolute(url))
+        if not new and file is not None and not Path(file[2]).exists():
+            raise BadInput(f"--storage {url}: there is no file {file[2]}")
         url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)  # the driver that stoker installs
         try:
-            tables = _tables(url)
+            tables = _tables(url) if new else Tables(url, new=False)
         except ImportError as error:
             raise BadInput(
                 f"--storage {record.shown(url)}: the database driver is not installed: {error}; for "
@@ -98,7 +109,7 @@ class Database:
             said = str(error).strip().splitlines()[0]
             raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
         self.storage: BaseStorage = tables
-        self._engine = tables.engine
+        self._tables, self._engine = tables, tables.engine
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: each statement is written on its own."""
@@ -115,24 +126,42 @@ class Database:
         if not take:
             yield
             return
-        with self._engine.connect() as connection:
+        from sqlalchemy.exc import DBAPIError
+
+        connection = self._tables.patiently(lambda: self._locked(take))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(DBAPIError):  # the connection is lost, and the lock with it
+                connection.exec_driver_sql(give)
+                connection.close()
+
+    def _locked(self, take: str) -> Any:
+        """A connection that holds the lock. Raises StokerError."""
+        connection = self._engine.connect()
+        try:
             if connection.exec_driver_sql(take).scalar() in (0, None):  # MySQL's answers without the lock
                 raise StokerError(f"{self._engine.url.database}: the database gives no lock")
-            try:
-                yield
-            finally:
-                connection.exec_driver_sql(give)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def sync(self) -> None:
         """Does nothing: each statement is durable already."""
 
 
-def _tables(url: str, tries: int = 5) -> RDBStorage:
+def absolute(url: str) -> str:
+    """A database's URL that means the same in every folder."""
+    return _SQLITE.sub(lambda found: found[1] + str(Path(found[2]).absolute()), url)
+
+
+def _tables(url: str, tries: int = 5) -> Tables:
     """Optuna's tables, created if missing; retries if other controllers create them at the same time."""
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
     try:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        return Tables(url)
     except (IntegrityError, ProgrammingError, OperationalError) as error:
         if tries == 1 or (isinstance(error, OperationalError) and "already exists" not in str(error)):
             raise
@@ -478,14 +507,19 @@ def of(folder: Path) -> Study:
 def read_shared(url: str, name: str) -> Study:
     """The study of this name in a database. Raises BadInput."""
     try:
-        return optuna.load_study(study_name=name, storage=Database(url).storage)
+        return optuna.load_study(study_name=name, storage=Database(url, new=False).storage)
     except KeyError as error:
         raise BadInput(f"{record.shown(url)} has no study {name}") from error
 
 
+def exists(kept: Kept, name: str) -> bool:
+    """Whether there is a study of this name."""
+    return name in optuna.get_all_study_names(kept.storage)
+
+
 def opened(kept: Kept, made_by: BaseSampler, goals: Sequence[Goal], name: str = NAME) -> Study:
     """The study of this name, created if it does not exist."""
-    if name in optuna.get_all_study_names(kept.storage):
+    if exists(kept, name):
         return optuna.load_study(study_name=name, storage=kept.storage, sampler=made_by)
     directions = [StudyDirection.MINIMIZE if goal == "min" else StudyDirection.MAXIMIZE for goal in goals]
     with kept.together():  # if two processes create it at once, one loads it

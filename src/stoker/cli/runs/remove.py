@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -11,8 +13,10 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunNames
 from stoker.errors import BadInput
 from stoker.run import artifacts, finding, mirror, opening
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import SWEEP, RunDirectory
 from stoker.words import counted
+
+log = logging.getLogger("stoker")
 
 
 def remove(
@@ -29,6 +33,7 @@ def remove(
         if each.alive:
             raise BadInput(f"run {each.id!r} is being trained now: stop it first")
     sizes = [sum(file.stat().st_size for file in storage.files_under(each.path)) for each in found]
+    _tell_of_trials(found)
     if not yes:
         _ask(found, sizes)
     for each in found:
@@ -39,6 +44,16 @@ def remove(
         return
     for each, size in zip(found, sizes, strict=True):
         console().print(f"removed {each.experiment}/{each.id}, {words.size(size)}", markup=False)
+
+
+def _tell_of_trials(found: list[RunDirectory]) -> None:
+    trials = Counter(each.path.parent.name for each in found if (each.path.parent / SWEEP).is_file())
+    for sweep, count in trials.items():
+        log.warning(
+            "%s of the sweep %s: its study keeps what they came to, and a trial that has not ended would be "
+            "trained again from its start",
+            counted(count, "trial"), sweep,
+        )  # fmt: skip
 
 
 def _ask(found: list[RunDirectory], sizes: list[int]) -> None:

@@ -1,0 +1,77 @@
+"""A request for a search, checked without starting anything."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stoker import recipes
+from stoker.cli import searching
+from stoker.cli.searching import Asked, Prepared
+from stoker.errors import BadInput
+from stoker.tune import record, space
+
+RECIPE = Path(__file__).parent / "searched.py"
+
+
+def _prepared(folder: Path, *given: str, recipe: Path = RECIPE, **asked: Any) -> Prepared:
+    found = recipes.load(str(recipe))
+    return searching.prepare(
+        Asked(recipe=found, space=space.parse(given, found.config), runs=folder, name="s", **asked)
+    )
+
+
+@pytest.mark.parametrize(("trials", "planned"), [(None, 30), (12, 12), (40, 30)])
+def test_a_grid_is_tried_whole_unless_fewer_trials_are_asked_for(
+    trials: int | None,
+    planned: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    points = ("x=uniform(0.1, 1.5, step=0.1)", "kind=[near, far]")
+    assert _prepared(tmp_path, *points, sampler="grid", trials=trials).trials == planned
+    assert ("12 of the 30 points of the grid" in caplog.text) == (planned == 12)
+    assert _prepared(tmp_path, *points, trials=trials).trials == (trials or 20)
+
+
+def test_a_recipe_is_the_same_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code" / "deep").mkdir(parents=True)
+    (tmp_path / "code" / "mine.py").write_text(RECIPE.read_text())
+    (tmp_path / "link").symlink_to(tmp_path / "code")
+    made = _prepared(tmp_path, "x=uniform(0, 1)", recipe=tmp_path / "code" / "mine.py")
+    made.folder.mkdir()
+    record.begin(made.folder, made.record)
+    monkeypatch.chdir(tmp_path / "code" / "deep")
+    for path in ("../mine.py", "../../link/mine.py"):
+        _prepared(tmp_path, "x=uniform(0, 1)", recipe=Path(path))
+    (tmp_path / "code" / "deep" / "mine.py").write_text(RECIPE.read_text())
+    with pytest.raises(BadInput, match=r"recipe: .*/code/mine.py:train -> .*/deep/mine.py:train"):
+        _prepared(tmp_path, "x=uniform(0, 1)", recipe=Path("mine.py"))
+
+
+def test_a_population_that_is_to_grow_is_told_that_it_is_its_trials(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"scheduler": "pbt", "least": "2", "most": "9"}
+    made = _prepared(tmp_path, "x=uniform(0, 1)", trials=4, **given)
+    made.folder.mkdir()
+    record.begin(made.folder, made.record)
+    with pytest.raises(
+        BadInput, match=r"population 4.* -> .*population 8.*a population is --trials, and stays"
+    ):
+        _prepared(tmp_path, "x=uniform(0, 1)", trials=8, **given)
+
+
+def test_a_key_whose_condition_never_holds_is_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    found = space.parse(["x=uniform(0, 1) if kind == far", "kind=near"], recipes.load(str(RECIPE)).config)
+    assert not found.parameters
+    assert "x is not searched: drawn only if kind == far, and kind is fixed at near" in caplog.text
