@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import disk, threads, words
+from stoker import disk, redaction, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -92,6 +92,8 @@ class Attempt:
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
     _compared: frozenset[str] = frozenset()
+    _notes: frozenset[str] = frozenset()
+    """The notes of the run so far, as they are recorded; only rank 0 knows them."""
 
     def __init__(
         self,
@@ -229,6 +231,7 @@ class Attempt:
         self.warns_of_continuing = self.step > 0
         self.goals.update(before.goals)
         self.recorded = dict(before.artifacts)
+        self._notes = frozenset(text for _, text in before.notes)
         self.layout = before.attempts[-1].layout if before.attempts else {}
         self._code_before = before.attempts[-1].code if before.attempts else {}
         if before.config.get("data_share") == record["config"].get("data_share"):
@@ -321,6 +324,12 @@ class Attempt:
             newest = {name: s.newest(step) for name, s in self._before.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)
             self._before = {}
+
+    def note(self, text: str) -> None:
+        """Add a note, unless the run has it already."""
+        if redaction.text(text) not in self._notes:
+            self.event("note", text=text)
+            self._notes |= {redaction.text(text)}
 
     def listen(
         self, listener: Callable[[int, Mapping[str, Any]], None], compared: Sequence[str] = ()

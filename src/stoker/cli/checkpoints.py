@@ -31,6 +31,8 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
 
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
 Which = Annotated[str, typer.Argument(metavar="[WHICH]", help="last, best, or a step number.")]
 Metric = Annotated[
     str | None,
@@ -92,6 +94,11 @@ def export(
     target = output or Path(f"{seen.directory.id}-{exports.meant(seen, which, metric).name}")
     if target.exists():
         raise BadInput(f"{target} already exists: choose another name with -o")
+    if target.suffix in _PICKLES:
+        raise BadInput(
+            f"{target}: no {target.suffix} file is written; give {target.with_suffix('.safetensors')} for "
+            f"one file, or {target.with_suffix('')} for a folder in the format of the run's own export"
+        )
     from stoker.checkpoint import store
 
     target.parent.mkdir(parents=True, exist_ok=True)
