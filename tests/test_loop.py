@@ -1250,6 +1250,48 @@ def test_a_loop_that_is_left_is_saved_as_it_is_and_one_that_failed_is_not(
     assert not list((run.directory.path.parent / "failed").glob("checkpoints/*/manifest.json"))
 
 
+@pytest.mark.parametrize(("log_at", "ends_at"), [((), 3), ((2,), 3), ((), 9), ((5,), 9), ((10,), 9)])
+def test_a_run_ends_at_the_step_that_was_trained_whatever_was_logged(
+    open_run: Callable[..., Run], log_at: tuple[int, ...], ends_at: int
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+            loss = trainer.step(batch)
+            if run.step in log_at:
+                run.log(loss=loss)
+            if run.step == ends_at:
+                break
+        for step in log_at:
+            run.log({"more": 1.0}, step=step)
+    assert view.load(run.directory).step == ends_at
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_run_that_failed_within_a_step_ends_at_the_last_one_that_was_trained(
+    open_run: Callable[..., Run], trained: bool
+) -> None:
+    with contextlib.suppress(ZeroDivisionError), open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+            if run.step < 3 or trained:
+                trainer.step(batch)
+            if run.step == 3:
+                raise ZeroDivisionError
+    assert view.load(run.directory).step == 2 + trained
+
+
+def test_a_run_that_fails_before_it_resumes_keeps_its_step(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), checkpoint_every=3)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=6):
+            trainer.step(batch)
+    with contextlib.suppress(ZeroDivisionError), open_run() as run:
+        raise ZeroDivisionError
+    assert view.load(run.directory).step == 6
+    assert run.step == 6
+
+
 def test_a_loop_that_is_left_before_its_step_is_saved_without_it(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         trainer = _trainer(run, _model())

@@ -89,6 +89,8 @@ class Attempt:
     _ended = False
     _finish: Callable[[float], None] | None = None
     _conclude: Callable[[], None] | None = None
+    _trained: Callable[[], int] | None = None
+    _has_resumed = False
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
     _compared: frozenset[str] = frozenset()
@@ -320,6 +322,7 @@ class Attempt:
             self._uploads.begin()
         if kind == "resumed":
             step = self.begun_at = fields["step"]
+            self._has_resumed = True
             self._saved = frozenset(saved for saved in self._saved if saved <= step)
             newest = {name: s.newest(step) for name, s in self._before.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)
@@ -355,7 +358,11 @@ class Attempt:
     # -- what a Trainer asks ------------------------------------------------------------
 
     def take_over_steps(
-        self, finish: Callable[[float], None], conclude: Callable[[], None], heart: Heart
+        self,
+        finish: Callable[[float], None],
+        conclude: Callable[[], None],
+        heart: Heart,
+        trained: Callable[[], int],
     ) -> None:
         """From now on a Trainer sets the step. Raises ValueError if another one already does.
 
@@ -363,11 +370,12 @@ class Attempt:
             finish: waits up to this many seconds for what the Trainer is still writing, however the run ends.
             conclude: saves the state of a loop that was left early without an error.
             heart: says how far the Trainer's loop is.
+            trained: returns the number of steps that the run has made.
         """
         if self._stepped_by_trainer:
             raise ValueError("a run has one Trainer, to which its checkpoints belong")
         self._stepped_by_trainer = True
-        self._finish, self._conclude = finish, conclude
+        self._finish, self._conclude, self._trained = finish, conclude, trained
         threads.at_end_of_script(self._conclude_script)
         self.heart = heart
 
@@ -481,7 +489,10 @@ class Attempt:
             watch.close()
         self._sample_system()
         self._shipping.finish()
-        self.recorder.event("attempt_ended", status=status, error=error)
+        made: dict[str, int] = {}
+        if self._trained is not None and (self._has_resumed or not self.continued):
+            made["step"] = self._trained()  # a Trainer that failed before it resumed does not know it
+        self.recorder.event("attempt_ended", status=status, error=error, **made)
         self.recorder.write_arrived(wait=True)
         if self._waits_for_disk:
             self.recorder.sync()

@@ -176,7 +176,10 @@ class Trainer:
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the loop has done so far with the current batch; empty between steps."""
         self._due, self._may_be_best, self._keeps_best = False, False, bool(self.training.checkpoint_best)
-        self._attempt.take_over_steps(self._checkpoints.wait, self._leave_loop, self._heart)
+        self._attempt.take_over_steps(
+            self._checkpoints.wait, self._leave_loop, self._heart,
+            lambda: self.steps_done + (self._batch_is == "trained on"),
+        )  # fmt: skip
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
