@@ -14,6 +14,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, StokerError
 from stoker.report import facts
+from stoker.report.terminal import print_table
 from stoker.run import finding, mirror, opening, view
 from typer.core import TyperGroup
 
@@ -167,4 +168,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
         shown = [facts.number(loss) if loss is not None else "" for loss in losses]
         size = words.size(row["bytes"]) if row["bytes"] is not None else ""
         table.add_row(str(row["step"]), size, *shown, row["problem"] or Path(row["path"]).name)
-    console().print(table)
+    print_table(console(), table)
