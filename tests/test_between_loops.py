@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_weights_that_are_set_before_the_loop_are_those_of_the_checkpoint_later(
         return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
     _assert_goes_on(tmp_path, train, (7,))
-    assert caplog.text.count("the weights were changed after the Trainer had restored them (2.weight)") == 1
+    assert caplog.text.count("the Trainer had restored was changed before the loop (2.weight)") == 1
 
 
 def test_what_is_logged_behind_a_loop_that_is_over_is_kept_if_no_other_follows(tmp_path: Path) -> None:
@@ -154,3 +155,69 @@ def test_what_is_logged_behind_a_loop_that_is_over_is_kept_if_no_other_follows(t
             if steps == 4:
                 run.log(test_loss=trainer.evaluate(_dataset(), batch_size=8))
     assert list(dict(view.load(run.directory).points["test_loss"].items())) == [8]
+
+
+@pytest.mark.parametrize("change", [_slow_down, _thaw])
+def test_what_is_between_loops_is_done_once_the_first_is_over_earlier(change: Change, tmp_path: Path) -> None:
+    """A run that died in its first stage, which is made shorter to go on with the second."""
+    with pytest.raises(_Killed), Run("test", "a", runs=tmp_path) as run:
+        _in_two_stages(run, change, 5)
+    with Run("test", "a", runs=tmp_path) as run:
+        trainer = _trainer(run)
+        for steps in (2, 8):
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                run.log(lr=trainer.optimizer.param_groups[-1]["lr"])
+                trainer.step(batch)
+            if steps == 2:
+                run.log(val_loss=1.0)
+                change(trainer)
+    seen = view.load(run.directory)
+    assert seen.points["lr"][8] == pytest.approx(0.01)
+    assert "val_loss" in seen.points
+
+
+@pytest.mark.parametrize("ends", [SystemExit(0), RuntimeError("no export")])
+def test_what_is_held_back_is_logged_however_the_script_ends(ends: BaseException, tmp_path: Path) -> None:
+    with Run("test", "a", runs=tmp_path) as run:
+        _in_two_stages(run, _slow_down)
+
+    def without_second_stage(run: Run) -> None:
+        trainer = _trainer(run)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=6):
+            trainer.step(batch)
+        run.log(test_loss=0.5)
+        raise ends
+
+    with pytest.raises(type(ends)), Run("test", "a", runs=tmp_path) as run:
+        without_second_stage(run)
+    assert view.load(run.directory).last("test_loss") == 0.5
+
+
+def test_a_curve_of_its_own_steps_between_loops_stays_whole(tmp_path: Path) -> None:
+    for dies_at in (7, 0):
+        with contextlib.suppress(_Killed), Run("test", "a", runs=tmp_path) as run:
+            trainer = _trainer(run)
+            for steps in (4, 8):
+                for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                    trainer.step(batch)
+                    if run.step == dies_at:
+                        raise _Killed
+                for point in range(20) if steps == 4 else ():
+                    run.log(calibration=float(point), step=point)
+    assert len(view.load(run.directory).points["calibration"]) == 20
+
+
+def test_early_stopping_looks_at_each_value_once(tmp_path: Path) -> None:
+    for dies_at in (14, 0):
+        with contextlib.suppress(_Killed), Run("test", "a", runs=tmp_path) as run:
+            trainer = _trainer(run)
+            loader = trainer.loader(_dataset(), batch_size=8)
+            for stage in range(1, 6):
+                for batch in trainer.steps(loader, max_steps=4 * stage):
+                    trainer.step(batch)
+                    if run.step == dies_at:
+                        raise _Killed
+                run.log(val_loss=1 / stage)
+                if trainer.stale("val_loss", 2):
+                    break
+    assert run.step == 20

@@ -454,6 +454,26 @@ def test_of_several_optimizers_that_with_a_bad_loss_is_left_out(open_run: Callab
     assert seen == [("small", 13)]
 
 
+def test_a_loss_that_counts_nothing_or_is_discarded_is_not_judged(open_run: Callable[..., Run]) -> None:
+    """A part without labels, whose mean is NaN; a loss whose gradients the loop itself has cleared."""
+    with open_run() as run:
+        trainer = _trainer(run, _model(), loss=None)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=6):
+            total, weight = _loss(trainer.forward(batch), batch)
+            if run.step == 3:
+                trainer.backward(total * math.nan, weight)
+                trainer.model.zero_grad()
+                continue
+            trainer.backward(total.reshape(1), weight)
+            if run.step == 4:
+                trainer.backward(_loss(trainer.forward(batch), batch)[0] * 0, torch.tensor(0))
+                nothing = cross_entropy(trainer.forward(batch), torch.full_like(batch[1], -100))
+                trainer.backward(nothing * 0, 0)
+            trainer.update()
+    assert trainer.steps_done == 6
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
 def test_what_a_script_keeps_in_evaluation_mode_stays_so(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         trainer = _trainer(run, _model())
@@ -1248,6 +1268,48 @@ def test_a_loop_that_is_left_is_saved_as_it_is_and_one_that_failed_is_not(
     with pytest.raises(ZeroDivisionError):
         train("failed", lambda: bool(1 / 0))
     assert not list((run.directory.path.parent / "failed").glob("checkpoints/*/manifest.json"))
+
+
+@pytest.mark.parametrize(("log_at", "ends_at"), [((), 3), ((2,), 3), ((), 9), ((5,), 9), ((10,), 9)])
+def test_a_run_ends_at_the_step_that_was_trained_whatever_was_logged(
+    open_run: Callable[..., Run], log_at: tuple[int, ...], ends_at: int
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+            loss = trainer.step(batch)
+            if run.step in log_at:
+                run.log(loss=loss)
+            if run.step == ends_at:
+                break
+        for step in log_at:
+            run.log({"more": 1.0}, step=step)
+    assert view.load(run.directory).step == ends_at
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_run_that_failed_within_a_step_ends_at_the_last_one_that_was_trained(
+    open_run: Callable[..., Run], trained: bool
+) -> None:
+    with contextlib.suppress(ZeroDivisionError), open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+            if run.step < 3 or trained:
+                trainer.step(batch)
+            if run.step == 3:
+                raise ZeroDivisionError
+    assert view.load(run.directory).step == 2 + trained
+
+
+def test_a_run_that_fails_before_it_resumes_keeps_its_step(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), checkpoint_every=3)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=6):
+            trainer.step(batch)
+    with contextlib.suppress(ZeroDivisionError), open_run() as run:
+        raise ZeroDivisionError
+    assert view.load(run.directory).step == 6
+    assert run.step == 6
 
 
 def test_a_loop_that_is_left_before_its_step_is_saved_without_it(open_run: Callable[..., Run]) -> None:

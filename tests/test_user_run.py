@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import math
 import os
@@ -73,6 +74,13 @@ def test_a_value_that_is_no_number_is_named(
 ) -> None:
     with open_run() as run, pytest.raises(error, match=said):
         run.log(loss=value)
+
+
+@pytest.mark.parametrize("value", [np.array([1.5]), np.array([[1.5]]), torch.tensor([1.5])])
+def test_an_array_or_a_tensor_of_one_element_is_a_number(open_run: Open, value: Any) -> None:
+    with open_run() as run:
+        run.log(loss=value)
+    assert list(_seen(run).points["loss"].values()) == [1.5]
 
 
 def test_every_way_of_logging_writes_the_same(open_run: Open) -> None:
@@ -232,6 +240,29 @@ def test_images_come_from_arrays_tensors_and_pillow(open_run: Open) -> None:
         assert (np.asarray(Image.open(run.directory.path / file["path"])) == grey).all(), name
     assert seen["bytes"].about == {"width": 4, "height": 3, "caption": "a caption"}
     assert (seen["colour"].about["width"], seen["colour"].about["height"]) == (8, 8)
+
+
+def test_an_image_whose_floats_are_clipped_is_warned_of_once_for_each_name(
+    open_run: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    bytes_as_floats = np.linspace(0.0, 255.0, 16).reshape(4, 4)
+    with open_run() as run:
+        for _ in range(2):
+            run.image("bytes", bytes_as_floats)
+            run.image("normalised", torch.tensor(bytes_as_floats / 100 - 1))
+            run.image("resized", bytes_as_floats / 254)
+            run.image("good", bytes_as_floats / 255)
+            run.image("nothing", np.full((4, 4), math.nan))
+            run.step += 1
+    said = [record.getMessage() for record in caplog.records if "clipped" in record.getMessage()]
+    assert len(said) == 2
+    assert "'bytes' has floats from 0 to 255" in said[0]
+    assert "'normalised' has floats from -1 to 1.55" in said[1]
+
+
+def test_a_text_that_is_none_is_named(open_run: Open) -> None:
+    with open_run() as run, pytest.raises(TypeError, match="text 'said' is of type int"):
+        run.text("said", 5)  # type: ignore[arg-type]
 
 
 def test_figures_texts_and_histograms(open_run: Open) -> None:
@@ -475,6 +506,58 @@ def test_params_tags_notes_and_the_machine(open_run: Open, monkeypatch: pytest.M
     assert list(seen.points) == ["loss"]
 
 
+def test_a_note_at_the_start_of_a_script_is_added_once_however_often_it_starts(open_run: Open) -> None:
+    for number in range(3):
+        with open_run() as run:
+            run.note("the baseline")
+            run.note(f"start {number}")
+            run.note(f"start {number}")
+            run.log(loss=1.0)
+    assert [text for _, text in _seen(run).notes] == ["the baseline", "start 0", "start 1", "start 2"]
+
+
+def test_a_tag_that_is_set_to_none_is_removed(open_run: Open) -> None:
+    with open_run() as run:
+        run.tag(team="blue", size=3)  # type: ignore[arg-type]
+        run.tag(team=None, never=None)
+    assert _seen(run).tags == {"size": "3"}
+
+
+class _Mode(enum.Enum):
+    FAST = "fast"
+
+
+_ARGUMENTS: dict[str, Any] = {
+    "data": Path("x/y"), "rate": np.float32(0.1), "n": np.int64(3), "names": {"b", "a"},
+    "kind": torch.float32, "where": torch.device("cpu"), "mode": _Mode.FAST, "mixed": {1, "a"},
+    "sizes": np.arange(2),
+    "scale": torch.tensor(2.0), "inside": {"path": Path("z"), "pair": (1, Path("w"))}, "nan": math.nan,
+}  # fmt: skip
+_RECORDED = {
+    "data": "x/y", "rate": float(np.float32(0.1)), "n": 3, "names": ["a", "b"], "kind": "torch.float32",
+    "where": "cpu", "mode": "fast", "mixed": [1, "a"], "sizes": [0, 1], "scale": 2.0,
+    "inside": {"path": "z", "pair": [1, "w"]}, "nan": "nan",
+}  # fmt: skip
+
+
+def test_what_a_parser_of_arguments_gives_is_recorded_and_is_no_drift(open_run: Open) -> None:
+    for _ in range(2):
+        with open_run(config=_ARGUMENTS) as run:
+            run.params(**{f"later_{key}": value for key, value in _ARGUMENTS.items()})
+            run.log(loss=1.0)
+    seen = _seen(run)
+    assert seen.config == _RECORDED
+    assert seen.params == {f"later_{key}": value for key, value in _RECORDED.items()}
+    assert seen.drift == {}
+
+
+def test_a_value_that_cannot_be_recorded_is_refused_by_its_key(open_run: Open) -> None:
+    with pytest.raises(TypeError, match=r"config: 'activation' is .*cannot be recorded"):
+        open_run(config={"activation": math.sin})
+    with open_run() as run, pytest.raises(TypeError, match=r"params: 'what' is .*cannot be recorded"):
+        run.params(what=object())
+
+
 def test_of_a_folder_that_is_gone_the_machine_is_still_known(tmp_path: Path) -> None:
     found = SystemSampler(tmp_path / "gone").sample()
     assert "memory_percent" in found
@@ -633,8 +716,9 @@ def test_values_that_are_reduced_have_a_step_where_ranks_differ_in_what_they_log
         run.log(loss=1.0, reduce="mean")
         run.log(val_loss=2.0, step=1)
         run.log(loss=1.0, reduce="mean")
+        run.log(test_loss=2.0)  # at the end, for example
         with pytest.raises(ValueError, match="give step= to every"):
-            run.log(val_loss=2.0)
+            run.log(loss=1.0, reduce="mean")
         run.attempt.end("failed")
 
 

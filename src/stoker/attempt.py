@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import disk, threads, words
+from stoker import disk, redaction, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -93,9 +93,13 @@ class Attempt:
     _ended = False
     _finish: Callable[[float], None] | None = None
     _conclude: Callable[[], None] | None = None
+    _trained: Callable[[], int] | None = None
+    _has_resumed = False
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
     _compared: frozenset[str] = frozenset()
+    _notes: frozenset[str] = frozenset()
+    """The notes of the run so far, as they are recorded; only rank 0 knows them."""
 
     def __init__(
         self,
@@ -120,7 +124,7 @@ class Attempt:
         self.world = World.current()
         self.directory = finding.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
-        self._moved_by: set[bool] = set()
+        self._moved_alone = False
         self.step = 0
         """The step that values are logged at; a Trainer moves it, or else `log` does."""
         self.begun_at = 0
@@ -234,6 +238,7 @@ class Attempt:
         self.warns_of_continuing = self.step > 0
         self.goals.update(before.goals)
         self.recorded = dict(before.artifacts)
+        self._notes = frozenset(text for _, text in before.notes)
         self.layout = before.attempts[-1].layout if before.attempts else {}
         self._code_before = before.attempts[-1].code if before.attempts else {}
         if before.config.get("data_share") == record["config"].get("data_share"):
@@ -281,7 +286,7 @@ class Attempt:
 
     def log(self, values: Mapping[str, Any], step: int | None, reduce: How | None) -> None:
         """Write metrics; see `Run.log`."""
-        if self._held is not None:
+        if self._held is not None and (step is None or step <= self.step):  # what is later is void
             taken = {key: _as_now(value) for key, value in flatten(values).items()}
             at = self.step if step is None else step
             self._held.append(functools.partial(self.log, taken, at, reduce))
@@ -307,19 +312,18 @@ class Attempt:
     def _move(self, *, reduces: bool) -> None:
         """Move to the next step, as each `log` without one does if there is no Trainer. Raises ValueError."""
         self.step += 1
-        if self.world.size > 1:
-            self._moved_by.add(reduces)
-            if len(self._moved_by) > 1:
-                raise ValueError(
-                    "each run.log without step= moves this rank's step, and values are reduced with those of "
-                    "other ranks at the same step, so ranks whose other calls of run.log differ would "
-                    "mix the values of different steps: give step= to every run.log"
-                )
+        if self.world.size > 1 and reduces and self._moved_alone:
+            raise ValueError(
+                "each run.log without step= moves this rank's step, also one without reduce=, and values are "
+                "reduced with those of other ranks at the same step, so ranks that differ in their calls "
+                "would mix the values of different steps: give step= to every run.log"
+            )
+        self._moved_alone |= not reduces
 
     def hold(self) -> None:
         """Hold back what is logged from now on: a resumed run may have logged it before.
 
-        It is left out if `drop_held` is called, and logged if the user's code comes to its end first.
+        It is left out if `drop_held` is called, and logged if the user's code ends first.
         """
         if self._held is None:
             self._held = []
@@ -327,6 +331,11 @@ class Attempt:
     def drop_held(self) -> None:
         """Leave out what is held back: it was logged before."""
         self._held = None
+
+    def _log_held(self) -> None:
+        held, self._held = self._held or [], None
+        for write in held:
+            write()
 
     @property
     def holds(self) -> bool:
@@ -364,10 +373,17 @@ class Attempt:
             self._uploads.begin()
         if kind == "resumed":
             step = self.begun_at = fields["step"]
+            self._has_resumed = True
             self._saved = frozenset(saved for saved in self._saved if saved <= step)
             newest = {name: s.newest(step) for name, s in self._before.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)
             self._before = {}
+
+    def note(self, text: str) -> None:
+        """Add a note, unless the run has it already."""
+        if redaction.text(text) not in self._notes:
+            self.event("note", text=text)
+            self._notes |= {redaction.text(text)}
 
     def listen(
         self, listener: Callable[[int, Mapping[str, Any]], None], compared: Sequence[str] = ()
@@ -393,7 +409,11 @@ class Attempt:
     # -- what a Trainer asks ------------------------------------------------------------
 
     def take_over_steps(
-        self, finish: Callable[[float], None], conclude: Callable[[], None], heart: Heart
+        self,
+        finish: Callable[[float], None],
+        conclude: Callable[[], None],
+        heart: Heart,
+        trained: Callable[[], int],
     ) -> None:
         """From now on a Trainer sets the step. Raises ValueError if another one already does.
 
@@ -401,11 +421,12 @@ class Attempt:
             finish: waits up to this many seconds for what the Trainer is still writing, however the run ends.
             conclude: saves the state of a loop that was left early without an error.
             heart: says how far the Trainer's loop is.
+            trained: returns the number of steps that the run has made.
         """
         if self._stepped_by_trainer:
             raise ValueError("a run has one Trainer, to which its checkpoints belong")
         self._stepped_by_trainer = True
-        self._finish, self._conclude = finish, conclude
+        self._finish, self._conclude, self._trained = finish, conclude, trained
         threads.at_end_of_script(self._conclude_script)
         self.heart = heart
 
@@ -437,9 +458,7 @@ class Attempt:
 
     def conclude(self) -> None:
         """The user's code is over without an error: a Trainer saves what its loop left."""
-        held, self._held = self._held or [], None
-        for write in held:
-            write()
+        self._log_held()
         if self._conclude is not None and not self._ended:
             self._conclude()
 
@@ -457,6 +476,8 @@ class Attempt:
 
     def _leave(self, error: BaseException | None) -> None:
         try:
+            if not self._ended:
+                self._log_held()
             if self._finish is not None and not self.stop.at_once:
                 self._finish_writing(self._finish)
             if isinstance(error, Stopped):
@@ -522,7 +543,10 @@ class Attempt:
             watch.close()
         self._sample_system()
         self._shipping.finish()
-        self.recorder.event("attempt_ended", status=status, error=error)
+        made: dict[str, int] = {}
+        if self._trained is not None and (self._has_resumed or not self.continued):
+            made["step"] = self._trained()  # a Trainer that failed before it resumed does not know it
+        self.recorder.event("attempt_ended", status=status, error=error, **made)
         self.recorder.write_arrived(wait=True)
         if self._waits_for_disk:
             self.recorder.sync()

@@ -179,7 +179,10 @@ class Trainer:
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the loop has done so far with the current batch; empty between steps."""
         self._due, self._may_be_best, self._keeps_best = False, False, bool(self.training.checkpoint_best)
-        self._attempt.take_over_steps(self._checkpoints.wait, self._leave_loop, self._heart)
+        self._attempt.take_over_steps(
+            self._checkpoints.wait, self._leave_loop, self._heart,
+            lambda: self.steps_done + (self._batch_is == "trained on"),
+        )  # fmt: skip
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
@@ -318,7 +321,9 @@ class Trainer:
             raise ValueError(_NO_OPTIMIZER)
         _check_loader(loader)
         self._leave_loop(another=True)
-        again, self._loader, self._loops = self._loader is not None, loader, self._loops + 1
+        if again := self._loader is not None:
+            self._at.behind.add(self._loops)
+        self._loader, self._loops = loader, self._loops + 1
         self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader, self.steps_done, self.samples_done)
@@ -339,8 +344,10 @@ class Trainer:
                 '(trainer.every("1ep") is true at the end of each epoch), or give this loop the sum of both '
                 "lengths"
             )
-        if self.steps_done > self._total:
-            self._pass_by(duration)
+        if self.steps_done > self._total and self.world.rank == 0:
+            log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
+        if self._resumption is not None:
+            self._pass_by_or_go_on(self._resumption)
         if self._schedule is not None and self.world.rank == 0 and self.steps_done < self._total:
             warn_of_no_peak(self._schedule, self._total)
         tokens = loader.tokens_per_sample
@@ -396,8 +403,7 @@ class Trainer:
             while self.steps_done < self._total:
                 with pace.waiting():
                     batch = next(source)
-                self.run.step = self.steps_done + 1
-                self._batch_is = "handed out"
+                self._take_up(self.steps_done + 1)
                 with determinism.remembering() if remembering else contextlib.nullcontext():
                     yield from self._handed_out(batch)
                 remembering = False
@@ -428,6 +434,13 @@ class Trainer:
             self.run.step = self.steps_done
         self._save()
         self._end_loop()
+
+    def _take_up(self, step: int) -> None:
+        """Begin a step."""
+        self.run.step = step
+        self._batch_is = "handed out"
+        if not self._adding_up:  # a loop may have cleared the gradients of a loss that it did not like
+            self._loss = self._weight = 0.0
 
     @property
     def _adding_up(self) -> bool:
@@ -472,6 +485,7 @@ class Trainer:
         self._batch_is = ""
         if another:
             self._at.left[self._loops] = self.steps_done
+            self._at.behind.add(self._loops)
         if self.world.rank == 0:
             log.info("the loop was left at step %d of %d", self.steps_done, self._total)
         self._save()
@@ -488,9 +502,6 @@ class Trainer:
         if self._begun:
             return
         self._begun = True
-        if self._resumption is not None:
-            self._resumption.restore_changed()
-        self._attempt.drop_held()
         self._warn_of_other_samples(loader)
         if self._random is not None:  # last, so that nothing draws from it before the next step
             random_state.restore(*self._random)
@@ -501,13 +512,18 @@ class Trainer:
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
 
-    def _pass_by(self, duration: Duration) -> None:
-        """Go past a loop that is over; a checkpoint has what the script does between it and the next one."""
-        if self.world.rank == 0:
-            log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
-        if self._resumption is not None and not self._begun:
-            self._resumption.passes_by = True
+    def _pass_by_or_go_on(self, resumption: Resumption) -> None:
+        """A loop of a resumed run: it is one that the run has left behind, or the one in which it goes on.
+
+        What the script does behind a loop that was left behind is in the checkpoint, and was logged.
+        """
+        if self.steps_done > self._total and self._loops in self._at.behind:
+            resumption.passes_by = True
             self._attempt.hold()
+            return
+        resumption.restore_changed()
+        self._resumption = None
+        self._attempt.drop_held()
 
     def _begin_loop(self) -> None:
         self._saved_at = time.monotonic()
@@ -652,7 +668,7 @@ class Trainer:
             self._scale.fit(self._over_ranks(weight))
         with determinism.explained():
             step.backward(loss_sum)
-        self._loss = self._loss + loss_sum.detach().float()
+        self._loss = self._loss + _counted(loss_sum.detach().float().sum(), weight)
         self._weight = self._weight + weight
 
     def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -873,6 +889,8 @@ class Trainer:
         if metric not in self.run.latest or goal is None:
             why = "was not logged" if goal else "may be better low or high: say which with run.goal(...)"
             raise ValueError(f"stale({metric!r}): the metric {why}")
+        if self._attempt.holds:  # the run went on past this loop
+            return False
         seen = self._at.history.setdefault(metric, [])
         seen.append((self.run.step, self.run.latest[metric]))
         return early_stopping.stale([value for _, value in seen], goal, patience, min_delta)
@@ -957,7 +975,7 @@ class Trainer:
             self._checkpoints.check_none_lost(passed_over)
         if found is not None:
             saved, self._random, whole = self._checkpoints.restore(found, waits=True)
-            self._resumption = Resumption(found, self._checkpoints, whole=whole)
+            self._resumption = Resumption(found, self._checkpoints, whole=whole, own=self.run.continued)
             self._at = position.read(saved)
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()
@@ -997,6 +1015,13 @@ def computed_in(run: Run, training: Training) -> precision.Resolved:
         return "bf16"  # what GPUs would use
     found = precision.resolve(asked, device.pick(run.world), storage.cache_folder())
     return cast("precision.Resolved", distributed.from_rank_zero(found))
+
+
+def _counted(loss: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The loss of a part, or zero if nothing in it has a weight: the mean over nothing is NaN."""
+    if isinstance(weight, torch.Tensor):
+        return torch.where(weight.to(loss.device) == 0, torch.zeros_like(loss), loss)
+    return loss if weight else torch.zeros_like(loss)
 
 
 def _known(training: object) -> Training:

@@ -97,8 +97,10 @@ class Saved:
         """Restore a checkpoint, but for the random state, which must be restored last.
 
         Args:
-            waits: see `state.load`.
+            waits: see `state.load`; only if the run has left a loop behind, after which it may have given
+                an optimizer more.
         """
+        waits = waits and bool(store.load_values(checkpoint)["position"].get("behind"))
         tensors, values, whole = self._put(checkpoint, waits)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
@@ -114,7 +116,7 @@ class Saved:
         """Checksums of the trained weights and the buffers that this rank holds, by name."""
         model = self.step.model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return frozen.checksums({**trained, **state.saved_buffers(model)})
+        return {**frozen.checksums(trained), **frozen.checksums(state.saved_buffers(model), integers=True)}
 
     def _part(self) -> tuple[int, ...]:
         """The part of the model that this rank holds. DeepSpeed partitions the weights itself."""
@@ -319,36 +321,36 @@ class Checkpoints:
 
 
 class Resumption:
-    """What a resumed run has restored, until its loop begins.
+    """What a resumed run has restored, until it goes on in a loop.
 
-    A script does at each start what it does before its loop, and between two loops also if the run is past
-    the first: it initialises, thaws, sets rates. All that was done before the checkpoint, which must not be
-    done to it again.
+    A script does at each start what it does before its loop, and between two loops also if the run has left
+    the first behind: it initialises, thaws, sets rates. All that was done before the checkpoint, and must not
+    be done to it again.
 
     Args:
         whole: whether all of the checkpoint was restored.
+        own: whether the checkpoint is the run's own. What begins from another's may be changed before it.
     """
 
-    def __init__(self, restored: manifest.Checkpoint, checkpoints: Checkpoints, *, whole: bool) -> None:
+    def __init__(
+        self, restored: manifest.Checkpoint, checkpoints: Checkpoints, *, whole: bool, own: bool
+    ) -> None:
         self._restored, self._checkpoints, self.whole = restored, checkpoints, whole
-        self._before = checkpoints.checksums()
+        self._before = checkpoints.checksums() if own else {}
         self.passes_by = False
-        """Whether the run is past a loop of the script."""
+        """Whether the run has left a loop of the script behind."""
 
     def restore_changed(self) -> None:
-        """The loop begins: restore the checkpoint again if the script has changed it. All ranks call it."""
-        changed = self._changed()
+        """Restore the checkpoint again if the script has changed it. All ranks call it."""
+        now = self._checkpoints.checksums() if self._before else {}
+        changed = [
+            n for n, sums in now.items() if n in self._before and not torch.equal(sums, self._before[n])
+        ]
         if any(distributed.gathered(bool(changed) or self.passes_by or not self.whole)):
             self._checkpoints.restore(self._restored)
         if changed and not self.passes_by:
             log.warning(
-                "the weights were changed after the Trainer had restored them (%s): the run continues with "
-                "those of its checkpoint. Set the weights to begin with before the Trainer is created",
-                words.some(changed, _NAMED),
+                "what the Trainer had restored was changed before the loop (%s): the run continues with what "
+                "its checkpoint has",
+                words.some(sorted(changed), _NAMED),
             )  # fmt: skip
-
-    def _changed(self) -> list[str]:
-        now = self._checkpoints.checksums()
-        return sorted(
-            n for n, sums in now.items() if n in self._before and not torch.equal(sums, self._before[n])
-        )

@@ -21,6 +21,7 @@ from stoker.reproduce import data, provenance
 from stoker.run import artifacts, lineage, view
 from stoker.run.reduction import How
 from stoker.run.series import Goal, Summary
+from stoker.run.values import recorded
 
 log = logging.getLogger("stoker")
 
@@ -36,14 +37,15 @@ class Run:
     Args:
         experiment: the folder of runs that belong together.
         name: the run's id. If the run exists it is continued. By default a new id is made.
-        config: a dataclass, or a dict of JSON values (dotted keys); kept in `run.json`, without secrets.
+        config: a dataclass, or a dict (dotted keys), such as `vars(args)`; kept in `run.json` as JSON,
+            without secrets. Paths, dates and dtypes are recorded as strings, sets and arrays as lists.
         runs: the folder that contains the runs, or the URL of one in an object store (`s3://bucket/runs`);
             by default STOKER_RUNS, or else `runs/`.
         sources: where each config value came from.
         recipe: what starts this run again: `name` and `reference`.
-        seed: Python, NumPy and, if it is imported, torch are seeded with it, and a Trainer's order of the
-            data and dropout derive from it. Without one, these derive from 0 and nothing is seeded here;
-            `stoker.main` and `stoker train` do that.
+        seed: Python, NumPy and, if it is imported, torch are seeded with it, on all ranks alike, and a
+            Trainer's order of the data and dropout derive from it. Without one, these derive from 0 and
+            nothing is seeded here; `stoker.main` and `stoker train` do that.
         code: the script whose code is recorded, or a folder in its git repository. By default it is the
             script that this process runs, or the working directory if there is none.
         accept_drift: continue a run although its config has changed, and record what changed.
@@ -82,6 +84,8 @@ class Run:
         self.seed = self.attempt.seed
         self.continued = self.attempt.continued
         """Whether the run existed before this process opened it."""
+        self._clipped: set[str] = set()
+        """The images of which it was said that their values are clipped."""
         if seed is not None:
             from stoker.engine import random_state
 
@@ -126,10 +130,11 @@ class Run:
     ) -> None:
         """Log metrics at a step (by default the current one).
 
-        Takes numbers, one-element tensors on any device, and nested dicts of these (joined by "/"). A tensor
-        on an accelerator is copied in the background and written once it has arrived, so the device is never
-        waited for. A metric has one point per step: the first one stands. Without a Trainer, every call
-        without `step` moves to the next step, and one with a higher `step` moves to that step.
+        Takes numbers, one-element arrays, one-element tensors on any device, and nested dicts of these
+        (joined by "/"). A tensor on an accelerator is copied in the background and written once it has
+        arrived, so the device is never waited for. A metric has one point per step: the first one stands.
+        Without a Trainer, every call without `step` moves to the next step, and one with a higher `step`
+        moves to that step.
 
         Args:
             reduce: with several processes, keep the mean, sum, max or min over them. They must log the same
@@ -144,17 +149,21 @@ class Run:
         self.attempt.log({**values, **metrics} if values and metrics else values or metrics, step, reduce)
 
     def params(self, **values: Any) -> None:
-        """Record what the config could not know when the run began: JSON values by name."""
-        if values:
-            self.attempt.event("params", values=values)
+        """Record what the config could not know when the run began: values by name, as in a config.
 
-    def tag(self, **tags: str) -> None:
-        """Set tags. A tag that is set again is replaced."""
-        self.attempt.event("tags", tags={key: str(value) for key, value in tags.items()})
+        Raises TypeError for a value that cannot be recorded.
+        """
+        if values:
+            self.attempt.event("params", values=recorded(values, "params"))
+
+    def tag(self, **tags: str | None) -> None:
+        """Set tags. A tag that is set again is replaced, and one that is set to None is removed."""
+        texts = {key: value if value is None else str(value) for key, value in tags.items()}
+        self.attempt.event("tags", tags=texts)
 
     def note(self, text: str) -> None:
-        """Add a note."""
-        self.attempt.event("note", text=str(text))
+        """Add a note, unless the run has it already: a script that is started again adds it once."""
+        self.attempt.note(str(text))
 
     def goal(self, **goals: Goal) -> None:
         """Say whether metrics are better low or high: `run.goal(score="max", distance="min")`.
@@ -188,14 +197,25 @@ class Run:
         """Log an image at the current step: a Pillow image, an array or a tensor.
 
         Arrays are (height, width), (height, width, channels) or (channels, height, width), of bytes, or of
-        floats from 0 to 1.
+        floats from 0 to 1. Floats beyond that are clipped, with a warning for each name.
         """
         from stoker.run import media
 
+        found = media.beyond(image) if self.world.rank == 0 and name not in self._clipped else None
+        if found is not None:
+            self._clipped.add(name)
+            log.warning(
+                "image %r has floats from %.4g to %.4g: what is beyond 0 to 1 is clipped; scale them to "
+                "that, or give uint8 from 0 to 255",
+                name, *found,
+            )  # fmt: skip
         self._media("image", name, lambda: media.image(image, caption))
 
     def text(self, name: str, text: str) -> None:
-        """Log a text at the current step."""
+        """Log a text at the current step. Raises TypeError for anything but a string."""
+        kind: type = type(text)
+        if not issubclass(kind, str):
+            raise TypeError(f"text {name!r} is of type {kind.__name__}: give a string, such as its str()")
         from stoker.run import media
 
         self._media("text", name, lambda: media.text(text))
@@ -238,9 +258,9 @@ class Run:
         name = artifacts.checked_name(name or source.name)
         if self.world.rank > 0:
             return source
-        if self.attempt.holds and name in self.attempt.recorded:  # it is of when the run was here
-            return self.directory.path / str(self.attempt.recorded[name]["path"])
         if not source.resolve().is_relative_to(self.directory.path.resolve()):
+            if self.attempt.holds and name in self.attempt.recorded:  # it is of when the run was here
+                return self.directory.path / str(self.attempt.recorded[name]["path"])
             artifacts.check_free(name, self._taken(name))
             source = artifacts.bring_in(self.directory, source, name)
         files = artifacts.describe(self.directory, source)

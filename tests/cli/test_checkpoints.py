@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stoker import Run
 from stoker.checkpoint import manifest
 from stoker.checkpoint.store import export_model, load_tensors, shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,6 +97,19 @@ def test_what_is_as_it_was_described_is_not_described_again(
 ) -> None:
     _stopped(start, tmp_path, "a", data, "model=tiny", "tie_embeddings=false")
     assert ["artifact" in file.read_text() for file in _journals(stopped)] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["w.pt", "deep.er/w.ckpt"])
+def test_a_file_of_a_format_that_is_not_written_is_refused_and_no_folder_is_made(
+    stoker: Command, tmp_path: Path, name: str
+) -> None:
+    with Run("llm", "a", runs=tmp_path / "runs") as run:
+        run.log(loss=1.0)
+    refused = stoker("checkpoints", "export", "a", "-o", name)
+    assert refused.code == 2
+    plain = name.rpartition(".")[0]
+    assert f"give {plain}.safetensors for one file, or {plain} for a folder" in refused.err
+    assert not (tmp_path / name).exists()
 
 
 def test_weights_that_nothing_describes_are_not_exported_as_a_model(

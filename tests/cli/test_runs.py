@@ -89,6 +89,23 @@ def _read_csv(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
+def test_a_long_value_is_shortened_for_people_and_whole_for_programs(cli: Cli, tmp_path: Path) -> None:
+    long = "begin " + "x" * 9000 + " end"
+    for name, value in (("a", long), ("b", long.replace("begin", "other"))):
+        run = _create(tmp_path, name, prompt=value)
+        said = (("params", {"values": {"found": value}}), ("tags", {"tags": {"tag": value}}))
+        _log(run, *said, _metrics(1, loss=1.0))
+    for arguments in (("show", "a"), ("compare", "a", "b"), ("list",)):
+        lines = cli(*arguments).stdout.splitlines()
+        assert max(map(len, lines)) < 400, arguments
+        assert all(line == line.rstrip() for line in lines), arguments
+    shown = [line for line in cli("show", "a").stdout.splitlines() if "begin xxx" in line]
+    assert [line.split()[0] for line in shown] == ["prompt", "found", "tag"]
+    assert all("xxx … xxx" in line and "xxx end" in line for line in shown)
+    assert json.loads(cli("show", "a", "--json").stdout)["config"]["prompt"]["value"] == long
+    assert json.loads(cli("compare", "a", "b", "--json").stdout)["config"]["prompt"][0] == long
+
+
 def test_csv_has_a_row_a_step_with_every_bit_of_what_was_logged(cli: Cli, killed_twice: RunDirectory) -> None:
     rows = _read_csv(cli("export", "a").stdout)
     assert list(rows[0]) == ["step", "loss", "val_loss"]

@@ -70,6 +70,18 @@ def test_a_name_that_no_run_has_is_refused_with_the_nearest() -> None:
     Query("best(val_loss) < 1 and lora.rank > 2").check_names(FACTS)
 
 
+@pytest.mark.parametrize("text", ["loss/train > 1", "acc@1 > 1", "`val/acc` > loss-1", "top-5 % > 1"])
+def test_a_name_that_must_be_in_backticks_is_refused_with_how_to_write_it(text: str) -> None:
+    with pytest.raises(BadInput, match="in backticks, such as `"):
+        Query(text)
+
+
+@pytest.mark.parametrize("text", ["status == failed", "0 < lr and status in ('finished', failed)"])
+def test_a_text_without_quotes_is_refused_with_how_to_write_it(text: str) -> None:
+    with pytest.raises(BadInput, match="tag 'failed'; a text is in quotes, 'failed'"):
+        Query(text).check_names([*FACTS, "fold"])
+
+
 def test_the_facts_of_a_run_are_its_metrics_config_params_and_tags() -> None:
     view = RunView(
         RunDirectory(Path("runs/llm/a")), {"config": {"lr": 0.1, "loss": "mse"}, "sources": {}},

@@ -43,6 +43,27 @@ def test_resuming_from_a_step_voids_every_later_point(tmp_path: Path) -> None:
     assert [a.resumed_from for a in seen.attempts] == [None, 2]
 
 
+def test_the_step_of_a_trainers_run_is_what_it_has_trained_not_what_it_has_logged(tmp_path: Path) -> None:
+    def ended(**made: int) -> dict[str, Any]:
+        return {"type": "attempt_ended", "status": "failed", "error": None, **made}
+
+    directory = _run(tmp_path)
+    _attempt(directory, [*_points(50, 100), ended(step=80)])
+    assert view.load(directory).step == 80
+    _attempt(directory, [])
+    assert view.load(directory).step == 100, "it has not resumed yet"
+    _attempt(directory, [_resumed(80)])
+    assert view.load(directory).step == 80, "it has not logged yet"
+    _attempt(directory, [ended()])
+    assert view.load(directory).step == 80, "it failed before it resumed"
+    _attempt(directory, [_resumed(80), *_points(90), ended(step=95)])
+    assert view.load(directory).step == 95
+    _attempt(directory, [_resumed(40), ended(step=40)])
+    assert view.load(directory).step == 40
+    _attempt(directory, [_resumed(0), *_points(1)])
+    assert view.load(directory).step == 1
+
+
 def test_an_attempt_that_found_no_checkpoint_begins_anew(tmp_path: Path) -> None:
     directory = _run(tmp_path)
     _attempt(directory, _points(0, 1, 2))

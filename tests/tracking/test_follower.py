@@ -318,6 +318,41 @@ def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stop
     assert taken == [(s, 0 if s < 700 else 1 if s < 1000 else 2) for s in range(1300)]
 
 
+def test_an_artifact_that_replaces_another_leaves_nothing_of_it_in_mlflow(
+    runs: Path, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    _log_artifact(run, "other")
+    finish(run)
+    versions: list[dict[str, str]] = [
+        {"w.bin": "1", "old": "1", "deep/shard-1": "1"},
+        {"w.bin": "2", "shipped-by-a-killed-follower": "2"},
+        {"w.bin": "3", "new": "3"},
+    ]
+    for number, contents in enumerate(versions):
+        shutil.rmtree(run.artifacts / "model", ignore_errors=True)
+        for name, text in contents.items():
+            _write(run.artifacts / "model" / name, text.encode())
+        _record_artifact(run, "model")
+        if number == 1:
+            process = warm.process(run_dying_follower, run.path, "ship")
+            process.start()
+            process.join(DEADLINE)
+            assert process.exitcode == -signal.SIGKILL
+            assert "model/shipped-by-a-killed-follower" in seen(runs).artifacts("model")
+        else:
+            finish(run)
+    mlflow = seen(runs)
+    assert mlflow.artifacts("model") == ["model/new", "model/w.bin"]
+    assert Path(mlflow.client.download_artifacts(mlflow.run.info.run_id, "model/w.bin")).read_text() == "3"
+    shutil.rmtree(run.artifacts / "model")
+    _write(run.artifacts / "model", b"now a file")
+    _record_artifact(run, "model")
+    finish(run)
+    assert mlflow.artifacts() == ["model", "other"]
+    assert mlflow.artifacts("model") == []
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_artifacts_stand_in_the_runs_folder_wherever_it_is_moved_to(
     runs: Path, finish: Any, seen: Any, copied: bool
@@ -454,6 +489,31 @@ def test_no_name_that_mlflow_refuses_reaches_it() -> None:
     assert all(0 < len(key) <= 250 for key in keys)
 
 
+def test_names_that_mlflow_refuses_for_an_at_or_a_percent_sign_are_spelled_out_and_stay_distinct() -> None:
+    assert mlflow_sink.key("acc@1") == "acc__at__1"
+    assert mlflow_sink.key("top-5 %") == "top-5 __percent__"
+    names = ["recall_at_5", "a__b"]
+    assert [mlflow_sink.key(name) for name in names] == names
+    names += ["acc@1", "acc__at__1", "acc%1", "@at__", "__at@", "@@", "__at____at__", "a@(", "a__at__("]
+    names += ["@" * 90]
+    assert len({mlflow_sink.key(name) for name in names}) == len(names)
+    assert all(len(mlflow_sink.key(name)) <= 250 for name in names)
+
+
+def test_a_metric_with_another_name_in_mlflow_is_logged_once(runs: Path, finish: Any, seen: Any) -> None:
+    run = make_run(runs)
+    trainer = Trainer(run)
+    for step in (1, 2):
+        trainer.log(step, **{"acc@1": step / 2, "loss": 1.0})
+    trainer.end("finished")
+    assert follower.spawn(run).wait(DEADLINE) == 0
+    assert seen(runs).points("acc__at__1") == [(1, 0.5), (2, 1.0)]
+    said = (run.logs / "follower.log").read_text().splitlines()
+    assert [line for line in said if "acc" in line] == [line for line in said if "'acc__at__1'" in line]
+    assert sum("'acc__at__1'" in line for line in said) == 1
+    assert not [line for line in said if "'loss'" in line]
+
+
 def test_following_leaves_training_without_mlflow() -> None:
     code = "import sys, stoker.tracking.follower; assert not {'mlflow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -472,6 +532,10 @@ def _log(run: RunDirectory, *steps: int) -> None:
 
 def _log_artifact(run: RunDirectory, name: str) -> None:
     _write(run.artifacts / name, name.encode())
+    _record_artifact(run, name)
+
+
+def _record_artifact(run: RunDirectory, name: str) -> None:
     trainer = Trainer(run)
     files = artifacts.describe(run, run.artifacts / name)
     trainer.journal.append("artifact", name=name, kind="file", files=files)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from stoker.run import view
+from stoker.run import artifacts, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, store
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
@@ -132,6 +132,39 @@ def test_a_server_that_asks_who_it_is_is_told_from_the_environment_and_nothing_i
         guarded.close()
     for file in run.path.rglob("*"):
         assert not file.is_file() or b"secret" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("ok", []), ("405", ["model/old", "model/older"])])
+def test_replaced_artifacts_are_deleted_over_http_if_the_server_allows_it(
+    tmp_path: Path, server: str, stoker: Any, monkeypatch: pytest.MonkeyPatch, mode: str, kept: list[str]
+) -> None:
+    proxy = Proxy(server, only=lambda method, path: method == "DELETE")
+    proxy.mode = mode
+    monkeypatch.setenv("STOKER_SINKS", "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+    run = make_run(tmp_path / "runs", experiment=f"replaced-{mode}")
+    try:
+        for contents in (["old", "older", "same"], ["new", "same"]):
+            folder = tmp_path / "model"
+            folder.mkdir(exist_ok=True)
+            for name in ("old", "older", "new", "same"):
+                (folder / name).unlink(missing_ok=True)
+            for name in contents:
+                (folder / name).write_text(str(contents))
+            files = artifacts.describe(run, artifacts.bring_in(run, folder, "model"))
+            trainer = Trainer(run)
+            trainer.journal.append("artifact", name="model", kind="model", files=files)
+            trainer.end("finished")
+            assert stoker("sync", run.id).code == 0
+            assert pending(run) == 0
+    finally:
+        proxy.close()
+    seen = Seen(server, run.experiment)
+    assert seen.artifacts("model") == sorted(["model/new", "model/same", *kept])
+    same = seen.client.download_artifacts(seen.run.info.run_id, "model/same")
+    assert Path(same).read_text() == "['new', 'same']"
+    said = (run.logs / "follower.log").read_text()
+    assert said.count("MLflow cannot delete artifacts") == bool(kept)
 
 
 def test_a_full_disk_under_sqlite_stops_nothing_and_room_completes_it(

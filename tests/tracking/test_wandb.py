@@ -85,6 +85,24 @@ def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
     assert {row["step"]: row["loss"] for row in rows if "loss" in row} == {s: s for s in range(1, 121)}
 
 
+def test_metrics_whose_names_begin_with_an_underscore_arrive_once_and_with_their_values(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "runs")
+    values = {"_priv": 1.0, "_step": 2.0, "_step_": 3.0, "_timestamp": 4.0, "_runtime": 5.0, "step": 6.0}
+    for begin in (1, 4):
+        trainer = Trainer(run)
+        for step in range(begin, begin + 3):
+            trainer.journal.append("metrics", step=step, values=values)
+        trainer.end("finished")
+        assert follower.spawn(run).wait(DEADLINE) == 0
+    rows = [row for file in wandb_files.of_run(run.path, "uid-of-a") for row in wandb_files.history(file)]
+    expected = {"_priv": 1, "_step_": 2, "_step__": 3, "_timestamp_": 4, "_runtime_": 5, "step_": 6}
+    for name, value in expected.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        assert points == [(step, value) for step in range(1, 7)], name
+
+
 def test_a_copy_has_a_run_of_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs")
     copy = RunDirectory(run.path.with_name("b"))

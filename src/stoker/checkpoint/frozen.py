@@ -81,17 +81,26 @@ def _names(model: nn.Module) -> set[str]:
     return buffers | {name for name, _ in model.named_parameters()}
 
 
-def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Checksums of this rank's part of each tensor, but for those that are quantised or no real numbers."""
-    return {name: _checksums(values) for name, t in tensors.items() if (values := held(t)) is not None}
+def checksums(tensors: Mapping[str, torch.Tensor], *, integers: bool = False) -> dict[str, torch.Tensor]:
+    """Checksums of this rank's part of each tensor.
+
+    Args:
+        integers: also of those that are no real numbers, which as parameters are quantised.
+    """
+    of = _own if integers else held
+    return {name: _checksums(values) for name, t in tensors.items() if (values := of(t)) is not None}
 
 
 def held(parameter: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of a parameter as real numbers; None if it is quantised."""
-    values = local(getattr(parameter, "ds_tensor", parameter).detach())  # ds_tensor: DeepSpeed's partition
-    if type(values) is not torch.Tensor or values.is_meta or not real(values).is_floating_point():
-        return None
-    return real(values)
+    values = _own(parameter)
+    return values if values is not None and values.is_floating_point() else None
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor | None:
+    """This rank's part of a tensor, complex numbers as real ones; None if it has no plain values."""
+    values = local(getattr(tensor, "ds_tensor", tensor).detach())  # ds_tensor: DeepSpeed's partition
+    return real(values) if type(values) is torch.Tensor and not values.is_meta else None
 
 
 def _checksums(values: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,8 @@ def load(
     )
     values = store.load_values(checkpoint)
     compare_optimizers(values, optimizers)
+    for optimizer in optimizers.values():
+        optimizer.state.clear()  # before there is memory for what is read
     others = _others(specs, model, optimizers, world, elsewhere)
     store.load_tensors(checkpoint, {**model_now, **others}, world)
     thawed = {n for n, trained in values.get("turned", {}).items() if trained}

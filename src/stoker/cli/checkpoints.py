@@ -14,6 +14,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, StokerError
 from stoker.report import facts
+from stoker.report.terminal import print_table
 from stoker.run import finding, mirror, opening, view
 from typer.core import TyperGroup
 
@@ -30,6 +31,8 @@ app = typer.Typer(
     cls=_ListsByDefault, help="A run's checkpoints; `stoker checkpoints RUN` lists them.",
     no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 Which = Annotated[str, typer.Argument(metavar="[WHICH]", help="last, best, or a step number.")]
 Metric = Annotated[
@@ -92,6 +95,11 @@ def export(
     target = output or Path(f"{seen.directory.id}-{exports.meant(seen, which, metric).name}")
     if target.exists():
         raise BadInput(f"{target} already exists: choose another name with -o")
+    if target.suffix in _PICKLES:
+        raise BadInput(
+            f"{target}: no {target.suffix} file is written; give {target.with_suffix('.safetensors')} for "
+            f"one file, or {target.with_suffix('')} for a folder in the format of the run's own export"
+        )
     from stoker.checkpoint import store
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,4 +168,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
         shown = [facts.number(loss) if loss is not None else "" for loss in losses]
         size = words.size(row["bytes"]) if row["bytes"] is not None else ""
         table.add_row(str(row["step"]), size, *shown, row["problem"] or Path(row["path"]).name)
-    console().print(table)
+    print_table(console(), table)

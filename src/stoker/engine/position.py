@@ -21,6 +21,8 @@ class Position:
     """The step at which a loop was ended early, by its planned number of steps."""
     left: dict[int, int] = field(default_factory=dict)
     """The step at which a loop was left that another one followed, by its number in the script, from 1."""
+    behind: set[int] = field(default_factory=set)
+    """The loops of the script, by number, after which another one has begun."""
     data: Any = None
     """The position in the data, see `Loader.place`."""
 
@@ -38,7 +40,7 @@ class Position:
         """The position as JSON values."""
         return {
             "step": self.step, "samples": self.samples, "ended": list(self.ended.items()),
-            "left": list(self.left.items()), "data": self.data,
+            "left": list(self.left.items()), "behind": sorted(self.behind), "data": self.data,
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self.history.items()},
         }  # fmt: skip
 
@@ -51,5 +53,6 @@ def read(saved: Mapping[str, Any]) -> Position:
         history={n: [(s, journal.decode(v)) for s, v in seen] for n, seen in saved["history"].items()},
         ended=dict(saved.get("ended", ())),
         left=dict(saved.get("left", ())),
+        behind=set(saved.get("behind", ())),
         data=saved.get("data"),
     )

@@ -155,8 +155,7 @@ class PlainStep:
         )
         self.model = model
         self.optimizers = optimizers
-        self.adding_up = False
-        """Whether there are gradients of a user's own loop that no optimizer has used yet."""
+        self._adds_up = False
         for optimizer in optimizers.values():
             optimizer.register_step_post_hook(self._used)
         self._setting = setting
@@ -210,10 +209,15 @@ class PlainStep:
     def publish(self) -> None:
         """See `Step`: the forward pass uses the weights themselves."""
 
+    @property
+    def adding_up(self) -> bool:
+        """Whether there are gradients of a user's own loop that no optimizer has used yet."""
+        return self._adds_up and any(parameter.grad is not None for parameter in self._parameters)
+
     def backward(self, loss_sum: torch.Tensor) -> None:
         """The backward pass of a user's own loop; `update` reduces its gradients."""
         self._backward(loss_sum)
-        self._reduced, self.adding_up = False, True
+        self._reduced, self._adds_up = False, True
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
@@ -235,12 +239,12 @@ class PlainStep:
 
     def clear(self) -> None:
         """See `Step`."""
-        self.adding_up = False
+        self._adds_up = False
         for parameter in self._parameters:
             parameter.grad = None
 
     def _used(self, *_: Any) -> None:
-        self.adding_up = False
+        self._adds_up = False
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
         if self._setting.scale.enabled:

@@ -14,7 +14,7 @@ from rich.text import Text
 from stoker.progress import clock
 from stoker.report import facts
 from stoker.report.html import run_names
-from stoker.report.terminal import plain
+from stoker.report.terminal import plain, print_table, shortened
 from stoker.run.series import Series, Summary
 from stoker.run.view import RunView
 
@@ -80,13 +80,13 @@ def print_comparison(console: Console, compared: Comparison) -> None:
     table.add_row("time", *(clock(view.seconds) for view in compared.views))
     _heading(table, f"config that differs ({compared.same} keys are the same)")
     for key, values in compared.config.items():
-        table.add_row(plain(key), *(_NOTHING if v is None else plain(facts.text(v)) for v in values))
+        table.add_row(plain(key), *(_NOTHING if v is None else plain(shortened(v)) for v in values))
     _heading(table, "metrics")
     for name, found in compared.metrics.items():
         _add_metric(table, compared, name, found)
     if not console.is_terminal:
         console.width = 10_000
-    console.print(table)
+    print_table(console, table)
 
 
 def sparkline(series: Series, low: float, high: float, width: int = _WIDTH) -> str:

@@ -29,6 +29,8 @@ _STYLES = {"finished": "green", "running": "blue", "failed": "red", "damaged": "
 _DROPPED_FIRST = ("time", "started", "val_loss", "loss", "step", "status")
 _GAP = 2
 _UNLIMITED = 10_000
+_LONGEST = 120  # characters of a value
+_END = 30  # of them, from its end
 _MOST_DAMAGE = 10
 _METRICS = ("", "last", "at step", "best", "at step", "lowest", "highest")
 
@@ -60,7 +62,18 @@ def print_whole(console: Console, table: Table) -> None:
     """Print a table without truncating anything; a terminal that is too narrow wraps it."""
     widest = table.__rich_measure__(console, console.options.update(max_width=_UNLIMITED)).maximum
     console.width = max(console.width, widest)
-    console.print(table)
+    print_table(console, table)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; if the output is not a terminal, without spaces at the ends of lines."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: Sequence[str] = ()) -> None:
@@ -84,7 +97,7 @@ def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: S
     console.width = max(
         console.width, _width(lines, columns, all_columns)
     )  # a long id is the terminal's to wrap
-    console.print(table)
+    print_table(console, table)
     for run in runs:
         if run.error:
             console.print(Text(f"damaged: {plain(run.error)}", "red"), soft_wrap=True)
@@ -152,6 +165,12 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def shortened(value: Any) -> str:
+    """A value of a config as text; of a long one its beginning and its end, since `--json` has all of it."""
+    text = facts.text(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - _END - 3]} … {text[-_END:]}"
+
+
 def when(seconds: float, now: datetime) -> str:
     """A local time, as short as possible while unambiguous today: `05:12`, `Nov 21 05:12`, `2025-11-23`."""
     then = datetime.fromtimestamp(seconds).astimezone()
@@ -175,7 +194,7 @@ def _line(run: Listed, now: datetime, more: Sequence[str] = ()) -> tuple[str, ..
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return facts.number(value) if isinstance(value, float) else plain(facts.text(value))
+    return facts.number(value) if isinstance(value, float) else plain(shortened(value))
 
 
 def _width(rows: Sequence[Sequence[str]], columns: Sequence[str], all_columns: Sequence[str]) -> int:
@@ -247,8 +266,8 @@ def _print_attempts(console: Console, view: RunView) -> None:
 
 def _print_said(console: Console, view: RunView) -> None:
     """Params, tags and notes, and the damaged lines of the journal."""
-    print_section(console, "params", ("", "value"), [(k, facts.text(v)) for k, v in view.params.items()])
-    print_section(console, "tags", ("", "value"), list(view.tags.items()))
+    print_section(console, "params", ("", "value"), [(k, shortened(v)) for k, v in view.params.items()])
+    print_section(console, "tags", ("", "value"), [(k, shortened(v)) for k, v in view.tags.items()])
     if view.notes:
         print_heading(console, "notes")
         for _, text in view.notes:
@@ -287,7 +306,7 @@ def _metrics(view: RunView) -> list[tuple[str, ...]]:
 
 
 def _config(view: RunView) -> list[tuple[str, ...]]:
-    return [(v.key, facts.text(v.value), v.source) for v in facts.config(view)]
+    return [(v.key, shortened(v.value), v.source) for v in facts.config(view)]
 
 
 def _artifacts(view: RunView) -> list[tuple[str, ...]]:
@@ -313,7 +332,7 @@ def print_section(
         table.add_column(heading, overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row("", *(Text(plain(cell)) for cell in row))
-    console.print(table)
+    print_table(console, table)
 
 
 def print_heading(console: Console, title: str) -> None:

@@ -18,7 +18,7 @@ from stoker.run.journal import Damage
 from stoker.run.series import Series
 from stoker.run.state import Attempt, Media, RunView, Use
 
-FORMAT = 4
+FORMAT = 5
 _WORTH_IT = 5_000  # points
 _COLUMNS = ("x", "y", "time")
 
@@ -68,8 +68,8 @@ def load(directory: RunDirectory, sizes: Mapping[str, int]) -> Callable[[dict[st
 
 
 _REST = (
-    "total_steps", "samples_per_step", "tokens_per_step", "samples_per_epoch", "best", "checkpoints",
-    "artifacts", "used_by", "params", "goals", "tags", "notes",
+    "trained", "total_steps", "samples_per_step", "tokens_per_step", "samples_per_epoch", "best",
+    "checkpoints", "artifacts", "used_by", "params", "goals", "tags", "notes",
 )  # fmt: skip
 
 

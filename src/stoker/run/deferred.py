@@ -7,6 +7,7 @@ device, so that logging never waits for a device. torch is imported only for ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,11 +112,13 @@ def _is_complex(value: Any) -> bool:
 def _number(key: str, value: Any) -> float:
     if getattr(value, "requires_grad", False):
         value = value.detach()  # torch warns about float() of a tensor with gradients
+    shape = getattr(value, "shape", ())
+    if len(shape) and math.prod(shape) == 1 and hasattr(value, "reshape"):
+        value = value.reshape(())  # NumPy reads no array with dimensions as a number
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        shape = getattr(value, "shape", ())
-        if len(shape):
+        if len(shape) and math.prod(shape) != 1:
             raise _of_many(key, shape) from None
         found = f"{key} is of type {type(value).__name__}"
         raise TypeError(f"{found}: a metric must be a number or a tensor of one element") from None

@@ -20,6 +20,7 @@ from stoker.run.directory import RunDirectory
 FOLDERS = {"table": "tables", "figure": "figures", "image": "images", "text": "texts"}
 """The folder of each kind, below the run's artifacts."""
 _CHANNELS = (1, 3, 4)
+_SLIGHTLY = 0.02
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,21 @@ def image(picture: Any, caption: str | None) -> Encoded:
     drawn.save(sink, format="PNG")
     about = {"width": drawn.width, "height": drawn.height}
     return Encoded(sink.getvalue(), ".png", {**about, "caption": caption} if caption else about)
+
+
+def beyond(picture: Any) -> tuple[float, float] | None:
+    """The lowest and highest of an image's floats, if they are clearly beyond 0 to 1; otherwise None.
+
+    An image that was resized or computed may be beyond by a little.
+    """
+    if not hasattr(picture, "dtype"):  # one of Pillow's
+        return None
+    array = _array(picture)
+    if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).any():
+        return None
+    finite = array[np.isfinite(array)]
+    low, high = float(finite.min()), float(finite.max())
+    return None if low >= -_SLIGHTLY and high <= 1 + _SLIGHTLY else (low, high)
 
 
 def text(content: str) -> Encoded:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import multiprocessing
 import os
 import shlex
@@ -22,6 +21,7 @@ from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.run import directory, lease, mirror, rendezvous
 from stoker.run.directory import RunDirectory
+from stoker.run.values import recorded
 from stoker.world import World
 
 _PACKAGE = Path(configs.__file__).parent
@@ -60,36 +60,13 @@ def record(
 def _values(config: Any) -> dict[str, Any]:
     """A config as a dict, as it would be read back from JSON. Raises TypeError."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return _as_read(configs.record(config))
+        return recorded(configs.record(config), "config")
     if config is not None and not isinstance(config, Mapping):
         kind = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
         raise TypeError(
             f"config is {kind}: give a dataclass or a dict of JSON values, such as vars(arguments)"
         )
-    values = dict(config or {})
-    for key, value in values.items():
-        try:
-            orjson.dumps({key: value})
-        except TypeError as error:
-            raise TypeError(
-                f"config: {key!r} is {value!r}, of a type that cannot be recorded ({error}): keys must be "
-                "strings, and values numbers, strings, booleans, None, or lists and dicts of these"
-            ) from None
-    return _as_read(values)
-
-
-def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as they are read back: dates, NaN and infinities become strings."""
-    found: dict[str, Any] = orjson.loads(orjson.dumps(_spelled(values)))
-    return found
-
-
-def _spelled(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, dict):
-        return {key: _spelled(inner) for key, inner in value.items()}
-    return [_spelled(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    return recorded(config or {}, "config")
 
 
 def script() -> Path | None:

@@ -27,6 +27,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne,
     ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
 }  # fmt: skip
+_OF_TEXTS = (ast.Eq, ast.NotEq, ast.In, ast.NotIn)
 _SUMMARIES = ("last", "best", "min", "max")
 _QUOTED = re.compile(r"`([^`]+)`")
 _MISSING = object()
@@ -58,7 +59,19 @@ class Query:
         for name in self.names:
             if name not in allowed:
                 plain = name.partition("(")[2].rstrip(")") or name
-                raise BadInput(f"no run has a metric, config key or tag {plain!r}{nearest(plain, allowed)}")
+                text = f"; a text is in quotes, '{plain}'"
+                hint = text if self._is_compared(name) else nearest(plain, allowed)
+                raise BadInput(f"no run has a metric, config key or tag {plain!r}{hint}")
+
+    def _is_compared(self, name: str) -> bool:
+        """Whether a name stands where a text is expected: to the right of ==, !=, `in` or `not in`."""
+        for node in ast.walk(self._root):
+            if isinstance(node, ast.Compare):
+                for op, right in zip(node.ops, node.comparators, strict=True):
+                    parts = right.elts if isinstance(right, ast.List | ast.Tuple) else [right]
+                    if isinstance(op, _OF_TEXTS) and name in map(self._name, parts):
+                        return True
+        return False
 
     def _parsed(self, text: str) -> ast.expr:
         def stand_in(match: re.Match[str]) -> str:
@@ -71,7 +84,8 @@ class Query:
             alone = re.search(r"(?<![<>=!])=(?!=)", text)
             hint = ": write == to compare" if alone else f": {getattr(error, 'msg', error)}"
             raise BadInput(
-                f"{text!r} cannot be read{hint}; write e.g. 'val_loss < 0.3 and lr > 1e-4'"
+                f"{text!r} cannot be read{hint}; write e.g. 'val_loss < 0.3 and lr > 1e-4', and a name with "
+                "other characters in backticks, such as `top-5 %`"
             ) from None
 
     def _check(self, node: ast.expr) -> None:
@@ -137,8 +151,17 @@ class Query:
 
     def _unreadable(self, node: ast.expr) -> BadInput:
         return BadInput(
-            f"{self._text!r} cannot be read at {ast.unparse(node)!r}: it is neither a name nor a number"
+            f"{self._text!r} cannot be read at {self._written(node)!r}: it is neither a name nor a number; a "
+            "name with other characters than letters, digits, _ and . is in backticks, such as `loss/train`"
         )
+
+    def _written(self, node: ast.expr) -> str:
+        """A part of the query as it was written."""
+
+        def quoted(stand_in: re.Match[str]) -> str:
+            return f"`{self._quoted[stand_in[0]]}`" if stand_in[0] in self._quoted else stand_in[0]
+
+        return re.sub(r"quoted_\d+_", quoted, ast.unparse(node))
 
 
 def facts(view: RunView) -> dict[str, Any]:

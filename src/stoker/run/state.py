@@ -56,6 +56,8 @@ class Attempt:
     last_event: float = 0.0
     status: str = KILLED
     error: str | None = None
+    step: int | None = None
+    """The step at which it ended, if a Trainer made the steps and said so."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class RunView:
     """
     system: Mapping[str, Series] = field(default_factory=dict)
     """Machine metrics: metric -> sample number, from 0, -> value. A resume does not void any."""
+    trained: int = 0
+    """How many steps a Trainer had made when it last ended or resumed."""
     total_steps: int | None = None
     samples_per_step: float | None = None
     tokens_per_step: float | None = None
@@ -139,8 +143,14 @@ class RunView:
 
     @property
     def step(self) -> int:
-        """The last step that is not void."""
-        return max((int(series.x[-1]) for series in self.points.values() if len(series)), default=0)
+        """The last step that is not void: that of the newest point, or what a Trainer has made by its end.
+
+        A Trainer's run need not log at every step.
+        """
+        ended_at = self.attempts[-1].step if self.attempts else None
+        if ended_at is not None:
+            return ended_at
+        return max([self.trained, *(int(series.x[-1]) for series in self.points.values() if len(series))])
 
     @property
     def status(self) -> str:

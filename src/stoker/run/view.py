@@ -135,6 +135,7 @@ class _Folding:
             self._reduction = Reduction(view.attempts[-1].world)
         elif kind == "resumed":
             self._void_after(event["step"])
+            view.trained = event["step"]
             view.attempts[-1].resumed_from = event["step"] or None
             view.attempts[-1].passed_over = event.get("passed_over", [])
         elif kind == "system":
@@ -207,6 +208,8 @@ def _media(view: RunView, event: Event) -> None:
 def _ended(view: RunView, event: Event) -> None:
     last = view.attempts[-1]
     last.ended, last.status, last.error = event["time"], event["status"], event.get("error")
+    last.step = event.get("step")
+    view.trained = view.trained if last.step is None else last.step
 
 
 def _failed(view: RunView, event: Event) -> None:

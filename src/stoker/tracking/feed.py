@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 from stoker.run import journal, view
 from stoker.run.directory import RunDirectory
@@ -41,6 +42,7 @@ class Feed:
         self._points: dict[str, set[int]] = {}
         self._media: set[tuple[str, str, int]] = set()
         self._notes: list[tuple[float, str]] = []
+        self._artifacts: dict[str, list[dict[str, Any]]] = {}
         self._samples = 0
         self._reductions: dict[int, Reduction] = {}
         self._ending: Ending | None = None
@@ -87,6 +89,8 @@ class Feed:
                 batch.tags.update(_drift(event))
             elif kind == "attempt_ended":
                 self._ending = Ending(event["status"], event["time"])
+            elif kind == "artifact":
+                self._add_artifact(event, batch)
             else:
                 _add_other(event, batch)
 
@@ -110,6 +114,17 @@ class Feed:
             if step not in steps:
                 steps.add(step)
                 batch.points.append(Point(metric, step, value, event["time"]))
+
+    def _add_artifact(self, event: Event, batch: Batch) -> None:
+        """Take an artifact, with the files of those that it replaces since the last batch.
+
+        A killed follower may have shipped any of them.
+        """
+        name, files = event["name"], list(event["files"])
+        skipped = batch.artifacts[name]["replaced"] if name in batch.artifacts else []
+        replaced = [*skipped, self._artifacts[name]] if name in self._artifacts else skipped
+        batch.artifacts[name] = {"kind": "file", **event, "files": files, "replaced": replaced}
+        self._artifacts[name] = files
 
     def _add_system(self, event: Event, batch: Batch) -> None:
         for metric, value in journal.decode_values(event["values"]).items():
@@ -157,9 +172,7 @@ def _resumes(event: Event) -> bool:
 
 def _add_other(event: Event, batch: Batch) -> None:
     kind = event["type"]
-    if kind == "artifact":
-        batch.artifacts[event["name"]] = {"kind": "file", **event, "files": list(event["files"])}
-    elif kind == "tags":
+    if kind == "tags":
         batch.tags.update(event["tags"])
     elif kind == "params":
         batch.params.update(event["values"])

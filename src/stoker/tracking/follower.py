@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import logging
 import os
@@ -25,7 +24,7 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,16 +350,13 @@ _WHERE: dict[str, Callable[[RunDirectory], str]] = {
 }
 
 
-def follow_all(
-    directory: RunDirectory, *, once: bool, patience: float, hurry: bool = False, failures: int = 0
-) -> bool:
+def follow_all(directory: RunDirectory, *, once: bool, patience: float, hurry: bool = False) -> bool:
     """Ship a run to all sinks in parallel, see `follow`; returns whether everything was shipped."""
     names = enabled()
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
-        ship = functools.partial(
-            follow, directory, once=once, patience=patience, hurry=hurry, failures=failures
-        )
-        shipping = [pool.submit(ship, name) for name in names]
+        shipping = [
+            pool.submit(follow, directory, name, once=once, patience=patience, hurry=hurry) for name in names
+        ]
     return all(shipped.result() for shipped in shipping)
 
 
@@ -371,15 +367,15 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
     which a sink fails has its turn with increasing delays; after the search, for `patience` seconds.
     """
     over_since: float | None = None
-    attempts: defaultdict[str, _Attempts] = defaultdict(_Attempts)
+    attempts: defaultdict[tuple[str, str], _Attempts] = defaultdict(_Attempts)
     while True:
         over = not storage.is_locked(folder / SWEEP_LOCK)  # checked first: nothing is added after its end
         runs = _runs(folder)
         training = any(run.trained_here for run in runs)  # checked before what they logged
         behind = [run for run in runs if _is_behind(run)]
         for run in behind:
-            if attempts[run.id].due(alone=over):
-                attempts[run.id].note(_ship_trial(run, attempts[run.id].failures))
+            due = {name: attempts[run.id, name] for name in enabled()}
+            _ship_trial(run, {name: tried for name, tried in due.items() if tried.due(alone=over)})
         if over and not training and not behind:
             return _end_sweep(folder)
         over_since = (over_since or time.monotonic()) if over else None
@@ -390,7 +386,7 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
 
 @dataclass
 class _Attempts:
-    """The attempts to ship a trial."""
+    """The attempts to ship a trial to a sink."""
 
     failures: int = 0
     """In a row."""
@@ -420,17 +416,21 @@ def _is_behind(run: RunDirectory) -> bool:
         return run.exists()
 
 
-def _ship_trial(run: RunDirectory, failures: int) -> bool:
-    """Ship a trial as far as it is now; returns whether that succeeded, so that the others are shipped too.
+def _ship_trial(run: RunDirectory, due: Mapping[str, _Attempts]) -> None:
+    """Ship a trial as far as it is now to the sinks whose turn it is. An error is logged and noted.
 
     A trial that failed before its first metric is removed, which can happen at any moment in here.
     """
-    try:
-        return follow_all(run, once=True, patience=0.0, failures=failures)
-    except Exception as error:
-        if run.exists():
+    with ThreadPoolExecutor(max(len(due), 1)) as pool:
+        shipping = {
+            name: pool.submit(follow, run, name, once=True, patience=0.0, failures=tried.failures)
+            for name, tried in due.items()
+        }
+    for name, shipped in shipping.items():
+        error = shipped.exception()
+        if error is not None and run.exists():
             log.warning("%s: %s: %s", run.id, type(error).__name__, error)
-        return False
+        due[name].note(error is None and shipped.result())
 
 
 def _end_sweep(folder: Path) -> bool:

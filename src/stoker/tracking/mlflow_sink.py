@@ -19,6 +19,7 @@ import orjson
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from stoker import storage
 from stoker.errors import StokerError
 from stoker.run import media, view
@@ -41,6 +42,9 @@ _IDENTITY = "stoker.run"
 _EDITION = "stoker.edition"
 _REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
+_SPELLED = {"@": "__at__", "%": "__percent__"}
+_SPELLINGS = re.compile("|".join(_SPELLED.values()))
+_MEANT = {spelling: character for character, spelling in _SPELLED.items()}
 _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
 # Without this tag the UI opens an experiment at its GenAI traces instead of its runs.
@@ -59,6 +63,8 @@ class MlflowSink:
         self._uri = store.server_uri() or store.embedded_uri(self._runs)
         self._client: MlflowClient | None = None
         self._run = ""
+        self._can_delete = True
+        self._names: dict[str, str] = {}
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Find the MLflow run by its id or tag, or create it; ship the params and tags of the record."""
@@ -76,11 +82,11 @@ class MlflowSink:
         if batch.attempt_started:
             self._mlflow.update_run(self._run, status="RUNNING")
         for chunk in _chunks(batch.points, _METRICS_PER_REQUEST):
-            metrics = [Metric(key(p.metric), p.value, int(p.time * 1000), p.step) for p in chunk]
+            metrics = [Metric(self._named(p.metric), p.value, int(p.time * 1000), p.step) for p in chunk]
             self._mlflow.log_batch(self._run, metrics=metrics)
         for event in batch.media:
             self._ship_media(event)
-        places = [self._ship_artifact(name, event["files"]) for name, event in batch.artifacts.items()]
+        places = [self._ship_artifact(name, event) for name, event in batch.artifacts.items()]
         kept = {name: value for name, value in batch.tags.items() if value is not None}
         params, changed = self._new_params(batch.params)
         self._log_texts(params, {**kept, **changed, **{k: v for place in places for k, v in place.items()}})
@@ -259,6 +265,16 @@ class MlflowSink:
                 self._run, tags=[RunTag(key(name), value[:_LONGEST_TAG]) for name, value in chunk]
             )
 
+    def _named(self, metric: str) -> str:
+        """The name of a metric in MLflow; logs it once if it differs."""
+        if metric not in self._names:
+            self._names[metric] = key(metric)
+            if self._names[metric] != metric:
+                log.warning(
+                    "MLflow refuses %r as the name of a metric: there it is %r", metric, self._names[metric]
+                )
+        return self._names[metric]
+
     def _ship_media(self, event: Mapping[str, Any]) -> None:
         """Copy a media file to the artifacts; tables and figures also in a form that MLflow shows."""
         folder, about = f"{event['kind']}s/{_path(event['name'])}", event["about"]
@@ -282,18 +298,59 @@ class MlflowSink:
         with contextlib.suppress(MlflowException):  # there is no such tag
             self._mlflow.delete_tag(self._run, name)
 
-    def _ship_artifact(self, name: str, files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-        """Copy an artifact's files; if they are too large, returns a tag with their path instead."""
-        root = self._directory.path.absolute()
+    def _ship_artifact(self, name: str, event: Mapping[str, Any]) -> dict[str, str]:
+        """Copy an artifact's files; if they are too large, returns a tag with their path instead.
+
+        Files of the artifacts that it replaces are deleted in MLflow, unless they are overwritten.
+        """
+        root, files, tag = self._directory.path.absolute(), event["files"], f"stoker.artifact.{name}"
         paths = [PurePosixPath(file["path"]) for file in files]
-        if sum(file["size"] for file in files) > LARGEST_ARTIFACT:
-            return {f"stoker.artifact.{name}": os.path.commonpath([root / path for path in paths])}
-        for path, folder in zip(paths, _folders(name, paths), strict=True):
+        places = [] if _is_too_large(files) else _places(name, paths)
+        self._delete_replaced(name, event["replaced"], places)
+        if _is_too_large(files):
+            return {tag: os.path.commonpath([root / path for path in paths])}
+        if any(_is_too_large(before) for before in event["replaced"]):
+            self._delete_tag(key(tag))
+        for path, place in zip(paths, places, strict=True):
             if (root / path).is_file():
+                folder = None if len(place.parts) == 1 else str(place.parent)
                 self._mlflow.log_artifact(self._run, str(root / path), folder)
             else:
                 log.warning("artifact %s: %s is missing and was not shipped", name, root / path)
         return {}
+
+    def _delete_replaced(
+        self, name: str, replaced: Sequence[Sequence[Mapping[str, Any]]], places: Sequence[PurePosixPath]
+    ) -> None:
+        """Delete the files of replaced artifacts, and folders that are then empty.
+
+        If MLflow cannot delete them, it says so once and keeps them: this must not stop the shipping.
+        """
+        before = {
+            place
+            for files in replaced
+            if not _is_too_large(files)
+            for place in _places(name, [PurePosixPath(file["path"]) for file in files])
+        }
+        # With one of these a request would name something else, which may be another artifact.
+        gone = {place for place in before - set(places) if not set("?#") & set(str(place))}
+        if not gone or not self._can_delete:
+            return
+        folders = {folder for place in gone for folder in place.parents if folder.parts}
+        folders -= {folder for place in places for folder in place.parents}
+        try:
+            stored = get_artifact_repository(self._mlflow.get_run(self._run).info.artifact_uri, self._uri)
+            for place in sorted(gone):
+                stored.delete_artifacts(str(place))
+            for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+                if not stored.list_artifacts(str(folder)):
+                    stored.delete_artifacts(str(folder))
+        except Exception as error:  # whatever the client of the artifacts' store raises
+            self._can_delete = False
+            log.warning(
+                "MLflow cannot delete artifacts (%s): files of artifacts that were replaced stay beside the "
+                "new ones, first %s of %s", error, min(gone), name,
+            )  # fmt: skip
 
 
 def plotly_page(figure: str) -> str:
@@ -324,10 +381,17 @@ def make_store(database: Path) -> None:
 
 
 def key(name: str) -> str:
-    """The name if MLflow accepts it, else a cleaned form with a hash, so that names remain distinct."""
+    """A name as MLflow accepts it: unchanged if it does, else spelled out, else cleaned and with a hash.
+
+    A function of the name alone, and names remain distinct: from what is spelled out, the name can be read
+    back, and a name that would be read as another one gets a hash.
+    """
+    spelled = "".join(_SPELLED.get(character, character) for character in name)
+    cleaned = _REFUSED.sub("_", spelled)
+    is_accepted = str(_path(cleaned)) == spelled and len(spelled) <= _LONGEST_KEY
+    if is_accepted and _SPELLINGS.sub(lambda found: _MEANT[found[0]], spelled) == name:
+        return spelled
     cleaned = _REFUSED.sub("_", name)
-    if str(_path(cleaned)) == name and len(name) <= _LONGEST_KEY:
-        return name
     mark = hashlib.sha256(name.encode()).hexdigest()[:6]
     return f"{str(_path(cleaned))[: _LONGEST_KEY - 7]}-{mark}"
 
@@ -341,14 +405,18 @@ def _json(content: Any) -> str:
     return orjson.dumps(content, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
-def _folders(name: str, paths: Sequence[PurePosixPath]) -> list[str | None]:
-    """The MLflow folder of each file of an artifact: NAME and its subfolders; None is the top level."""
+def _is_too_large(files: Sequence[Mapping[str, Any]]) -> bool:
+    return sum(int(file["size"]) for file in files) > LARGEST_ARTIFACT
+
+
+def _places(name: str, paths: Sequence[PurePosixPath]) -> list[PurePosixPath]:
+    """Where each file of an artifact is in MLflow: below NAME; a single file of that name, at the top."""
     if len(paths) == 1 and paths[0].name == name:
-        return [None]
+        return [PurePosixPath(name)]
     base = PurePosixPath(os.path.commonpath([path.parent for path in paths])) if paths else PurePosixPath()
     if name in base.parts:  # the given folder, even if all files are deeper
         base = PurePosixPath(*base.parts[: base.parts.index(name) + 1])
-    return [str(_path(name) / path.parent.relative_to(base)) for path in paths]
+    return [_path(name) / path.relative_to(base) for path in paths]
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -29,7 +29,8 @@ class Batch:
     media: list[dict[str, Any]] = field(default_factory=list)
     """`media` events: kind, name, step, file, about."""
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`artifact` events by name, the newest of each."""
+    """`artifact` events by name, the newest of each. Also has the list of files of every artifact of this
+    name that it replaces and that the sink may have, as `replaced`."""
     tags: dict[str, str | None] = field(default_factory=dict)
     """None removes a tag."""
     params: dict[str, Any] = field(default_factory=dict)

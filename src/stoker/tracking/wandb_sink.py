@@ -39,6 +39,8 @@ _START_TIMEOUT = 30.0
 _BEFORE = "https://api.wandb.ai"  # the name under which older versions of W&B store the same key
 _STEP = "step"
 _SAMPLE = f"{SYSTEM}sample"
+_ITS_OWN = {"_step", "_runtime", "_timestamp", "_wandb"}  # what W&B adds to each row by itself
+_TAKEN = {*_ITS_OWN, _STEP, _SAMPLE}
 _REFUSED = re.compile(r"[^\w.\-]")
 _EXIT_CODES = {view.FINISHED: 0}  # all others are 1
 
@@ -118,7 +120,7 @@ class WandbSink:
             self._set_tags(batch.tags)
         if batch.notes:
             self._run.notes = "\n\n".join(batch.notes)
-        for row in _rows(point for point in batch.points if self._is_new(point.metric, point.step)):
+        for row in _rows(point for point in batch.points if self._is_new(named(point.metric), point.step)):
             self._run.log(row)
         for event in batch.media:
             if self._is_new(sink.key(event), event["step"]):
@@ -204,6 +206,14 @@ def key() -> str:
     return os.environ.get("WANDB_API_KEY") or next((str(one[1]) for one in kept if one), "")
 
 
+def named(metric: str) -> str:
+    """The name of a metric in W&B: its own, or with a `_` after it where W&B or the sink uses that name.
+
+    A name that already ends so gets one more, so that metrics of different names never share one.
+    """
+    return f"{metric}_" if metric.rstrip("_") in _TAKEN else metric
+
+
 def _settings(started: float) -> Any:
     """Settings that turn off everything that W&B collects by itself."""
     return wandb.Settings(
@@ -221,7 +231,7 @@ def _rows(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
         return point.step, point.time, point.metric.startswith(SYSTEM)
 
     for (step, at, is_system), group in itertools.groupby(points, call):
-        row = {point.metric: point.value for point in group}
+        row = {named(point.metric): point.value for point in group}
         yield {**row, _SAMPLE if is_system else _STEP: step, "_timestamp": at}
 
 
@@ -265,9 +275,7 @@ def _points_on_server(run: Any) -> Iterator[tuple[str, int]]:
 def _points_of(row: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     step = row.get(_SAMPLE, row.get(_STEP))  # W&B also gives a sample's row the newest step
     if step is not None:
-        yield from (
-            (key, int(step)) for key in row if key not in (_STEP, _SAMPLE) and not key.startswith("_")
-        )
+        yield from ((key, int(step)) for key in row if key not in _TAKEN)
 
 
 def _shown(directory: RunDirectory, event: Mapping[str, Any]) -> Any:
