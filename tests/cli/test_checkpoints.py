@@ -199,6 +199,12 @@ def test_what_is_there_is_listed_verified_and_removed(stopped: Path, stoker: Com
     assert f"{shard.name} does not match its checksum" in done.out
     assert stoker("checkpoints", "rm", "a", str(steps[-1])).code == 0
     assert stoker("checkpoints", "verify", "a").code == 0
+    for step in steps[:-2]:
+        assert stoker("checkpoints", "rm", "a", str(step)).code == 0
+    kept = stoker("checkpoints", "rm", "a", str(steps[-2]))
+    assert kept.code == 2
+    assert "is the only checkpoint of 'a', which has not finished" in kept.err
+    assert stoker("checkpoints", "rm", "a", str(steps[-2]), "--yes").code == 0
     done = stoker("checkpoints", "rm", "a", "999")
     assert done.code == 2
     assert "has no checkpoint of step 999; it has" in done.err

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stoker import BadInput
+from stoker import BadInput, StokerError, machine
+from stoker.cli import ui
 from stoker.tracking.registry import Registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
@@ -43,3 +44,13 @@ def test_a_model_is_found_among_more_than_an_answer_of_mlflow_has(runs: Path) ->
     assert registry.versions("m000") == []
     with pytest.raises(BadInput, match="no model 'm0100'; did you mean 'm100'"):
         registry.versions("m0100")
+
+
+def test_a_server_that_is_down_is_said_to_be(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{machine.free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(StokerError, match=f"the MLflow server at {url} does not answer: start it"):
+        Registry(runs).models()
+    with pytest.raises(BadInput, match=f"^runs are tracked at {url}: open that page"):
+        ui.ui(runs / "none")

@@ -124,6 +124,9 @@ def export(
 def rm(
     run: RunName,
     step: Annotated[int, typer.Argument(metavar="STEP", help="The step of the checkpoint.")],
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Also the only checkpoint of a run that has not finished.")
+    ] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -134,6 +137,11 @@ def rm(
         known = ", ".join(str(manifest.step_of(p)) for p in manifest.folders(seen.directory.checkpoints))
         raise BadInput(
             f"run {seen.directory.id!r} has no checkpoint of step {step}; it has {known or 'none'}"
+        )
+    if not yes and seen.status != view.FINISHED and manifest.committed(seen.directory.checkpoints) == [path]:
+        raise BadInput(
+            f"{path.name} is the only checkpoint of {seen.directory.id!r}, which has not finished: without "
+            "it, nothing of its training is left. Add --yes to delete it"
         )
     with opening.kept_from_training(seen.directory):
         copy = mirror.of(seen.directory)

@@ -38,9 +38,9 @@ def ui(
     """Serve MLflow's UI for the embedded store, until Ctrl-C."""
     database = store.database(runs)
     if not database.is_file():
-        elsewhere = store.server_uri()
-        hint = f"; runs are tracked at {store.without_credentials(elsewhere)}" if elsewhere else ""
-        raise BadInput(f"no runs are tracked under {finding.shown(runs)} yet: start one first{hint}")
+        if (elsewhere := store.server_uri()) is not None:
+            raise BadInput(f"runs are tracked at {store.without_credentials(elsewhere)}: open that page")
+        raise BadInput(f"no runs are tracked under {finding.shown(runs)} yet: start one first")
     _check_free(port)
     store.settle(runs)
     with tempfile.TemporaryFile() as output, _serving(runs, port, output) as server:

@@ -207,6 +207,10 @@ class Registry:
             yield
         except MlflowException as error:
             where = store.without_credentials(self._uri)
+            if isinstance(error.__context__, OSError):  # those of requests are OSErrors
+                raise StokerError(
+                    f"the MLflow server at {where} does not answer: start it, or set MLFLOW_TRACKING_URI"
+                ) from error
             said = store.without_credentials(str(error)).splitlines()[0]
             raise StokerError(f"the registry at {where} refused the request: {said}") from error
 

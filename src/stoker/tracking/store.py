@@ -19,8 +19,10 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""Environment of a process that imports mlflow: no telemetry, and no warning if git is missing."""
+"""Environment of a process that imports mlflow: no telemetry, no warning if git is missing, and nothing on
+standard output, which may be JSON."""
 
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """MLflow's own retries take minutes, which would delay the report that a server is down."""
