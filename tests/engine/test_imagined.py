@@ -146,7 +146,7 @@ def test_the_peak_is_that_of_a_real_step(settings: dict[str, Any], size: int, tm
     # Under FSDP gloo makes copies of its own of what it reduces, as NCCL does not: how many there are at once
     # depends on when the other rank comes.
     is_sharded = settings.get("parallel") == "fsdp"
-    near = 0.1 if is_sharded else 0.02
+    near = 0.15 if is_sharded else 0.02
     for attempt in range(3 if is_sharded else 1):
         real, *_ = ranks.run(really, size, tmp_path, tmp_path / str(attempt), settings)
         if plan["peak"] == pytest.approx(real, rel=near):
