@@ -372,6 +372,13 @@ def test_what_slurm_can_never_run_is_refused_before_anything_is_written(
     assert not list(folder.iterdir())
 
 
+def test_a_job_does_not_go_to_another_cluster_by_a_variable(stoker: Command, folder: Path) -> None:
+    done = stoker(*SAME, "--on", "slurm", env={"SBATCH_CLUSTERS": "other"}, cwd=folder)
+    assert done.code == 2
+    assert "SBATCH_CLUSTERS is set" in done.err
+    assert not list(folder.iterdir())
+
+
 def test_a_job_of_which_slurm_says_nothing_is_not_over(
     stoker: Command, start: Start, folder: Path, configuration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

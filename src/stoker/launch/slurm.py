@@ -62,6 +62,10 @@ _OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "expor
 """Settings that the script itself needs."""
 _CLUSTERS = "clusters"
 """Another cluster numbers its jobs by itself, and Slurm's other commands do not ask it."""
+_ONE_CLUSTER = (
+    "a job is followed and cancelled only on the cluster of this machine; submit from a login node of the "
+    "other cluster"
+)
 _SWITCHES = (
     "contiguous", "disable-stdout-job-summary", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice",
     "no-kill", "overcommit", "oversubscribe", "propagate", "quiet", "reboot", "spread-job", "stepmgr",
@@ -84,6 +88,8 @@ def check(job: Job) -> None:
     """Ask Slurm whether it could ever run a job. Raises BadInput."""
     if shutil.which("sbatch") is None:
         raise client.not_found("sbatch", _NEEDS)
+    if os.environ.get("SBATCH_CLUSTERS"):
+        raise BadInput(f"SBATCH_CLUSTERS is set: {_ONE_CLUSTER}; unset it")
     _check_nodes(job.spec)
     done = _call(["sbatch", "--test-only"], given=render(job))
     if done.returncode != 0:
@@ -342,10 +348,7 @@ def _check_options(options: Mapping[str, str]) -> None:
         if key in _FLAGS:
             raise BadInput(f"--option {key}: use {_FLAGS[key]} instead")
         if key == _CLUSTERS:
-            raise BadInput(
-                f"--option {key}: a job is followed and cancelled only on the cluster of this machine; omit "
-                "it, and submit from a login node of the other cluster"
-            )
+            raise BadInput(f"--option {key}: {_ONE_CLUSTER}; omit it")
         if key in _OWN:
             raise BadInput(
                 f"--option {key}: the script sets this itself, so that the job can resume; omit it"
