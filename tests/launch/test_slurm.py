@@ -171,6 +171,36 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
     assert "is over: cancelled" in over.err
 
 
+def _submitted(spec: JobSpec, runs: tuple[str, ...], before_srun: str = "") -> jobs.Job:
+    job = jobs.signed(jobs.planned("slurm", spec, spec.folder / "runs", runs))
+    script = slurm_jobs.render(job).replace("\nsrun ", f"\n{before_srun}\nsrun ")
+    return jobs.remember(job, slurm_jobs.submit(job, script))
+
+
+def test_an_array_of_which_an_element_has_ended_is_cancelled_whole(stoker: Command, folder: Path) -> None:
+    run = "[ $SLURM_ARRAY_TASK_ID = 0 ] && exit 0; trap 'touch told; exit 75' TERM; touch up; sleep 60 & wait"
+    spec = JobSpec(name="f", command=("bash", "-c", run), folder=folder, elements=2)
+    number = _submitted(spec, ("f-0", "f-1")).native
+    form = ("squeue", "--noheader", "--states=all", "--format=%T")
+    until(lambda: _slurm(*form, f"--jobs={number}_0") == "COMPLETED" and (folder / "up").exists(), every=0.3)
+    done = stoker("jobs", "cancel", number, cwd=folder)
+    assert done.code == 0, done.err
+    until(lambda: _slurm(*form, f"--jobs={number}_1") == "FAILED", every=0.3)
+    assert (folder / "told").exists()
+    assert stoker("jobs", "list", "--json", cwd=folder).answer["jobs"][0]["state"] == "cancelled"
+
+
+def test_a_job_that_is_cancelled_before_its_launchers_start_does_not_start_them(
+    stoker: Command, folder: Path
+) -> None:
+    spec = JobSpec(name="g", command=("touch", "trained"), folder=folder)
+    number = _submitted(spec, ("g",), before_srun="touch up; sleep 6").native
+    until((folder / "up").exists, every=0.3)
+    assert stoker("jobs", "cancel", number, cwd=folder).code == 0
+    assert _over(number) == "CANCELLED"
+    assert not (folder / "trained").exists()
+
+
 def _stored(s3: str, url: str) -> dict[str, str]:
     """What a store has of a runs folder, by key."""
     prefix = url.removeprefix("s3://bucket/") + "/"
@@ -328,6 +358,8 @@ def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Com
         (("--memory", "64GB"), "--memory 64G: a node of the default partition has at most 2000M"),
         (("--nodes", "4"), "--nodes 4: the default partition has 2 nodes with the requested resources"),
         (("--option", "partition=nope"), "invalid partition specified: nope"),
+        (("--option", "clusters=other"), "submit from a login node of the other cluster"),
+        (("--option", "cluster=other"), "Slurm would read it as clusters"),
         (("--option", "nosuch=1"), "unrecognized option '--nosuch=1'"),
     ],
 )
@@ -337,6 +369,13 @@ def test_what_slurm_can_never_run_is_refused_before_anything_is_written(
     done = stoker(*SAME, "--on", "slurm", *asked, cwd=folder)
     assert done.code == 2
     assert said in done.err
+    assert not list(folder.iterdir())
+
+
+def test_a_job_does_not_go_to_another_cluster_by_a_variable(stoker: Command, folder: Path) -> None:
+    done = stoker(*SAME, "--on", "slurm", env={"SBATCH_CLUSTERS": "other"}, cwd=folder)
+    assert done.code == 2
+    assert "SBATCH_CLUSTERS is set" in done.err
     assert not list(folder.iterdir())
 
 

@@ -40,6 +40,7 @@ log = logging.getLogger("stoker")
 
 _BEGINS = "begins"
 _FORGOTTEN = "Invalid job id"  # squeue's error for a job that ended long ago
+_FINISHED = ("already finished", "No error")  # what scontrol says of an array's elements if one is over
 _WARNING = 120  # seconds before the time limit
 _TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes after being told to stop
 _QUIET = 120  # seconds without a line after which a cancelled job counts as killed
@@ -59,6 +60,12 @@ _FLAGS = {
 """Slurm settings for which the command has a flag."""
 _OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "export", "export-file", "wrap")
 """Settings that the script itself needs."""
+_CLUSTERS = "clusters"
+"""Another cluster numbers its jobs by itself, and Slurm's other commands do not ask it."""
+_ONE_CLUSTER = (
+    "a job is followed and cancelled only on the cluster of this machine; submit from a login node of the "
+    "other cluster"
+)
 _SWITCHES = (
     "contiguous", "disable-stdout-job-summary", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice",
     "no-kill", "overcommit", "oversubscribe", "propagate", "quiet", "reboot", "spread-job", "stepmgr",
@@ -81,6 +88,8 @@ def check(job: Job) -> None:
     """Ask Slurm whether it could ever run a job. Raises BadInput."""
     if shutil.which("sbatch") is None:
         raise client.not_found("sbatch", _NEEDS)
+    if os.environ.get("SBATCH_CLUSTERS"):
+        raise BadInput(f"SBATCH_CLUSTERS is set: {_ONE_CLUSTER}; unset it")
     _check_nodes(job.spec)
     done = _call(["sbatch", "--test-only"], given=render(job))
     if done.returncode != 0:
@@ -149,10 +158,16 @@ def cancel(job: Job, *, at_once: bool) -> None:
     if at_once:
         _do(["scancel", job.native])
         return
-    _do(["scontrol", "update", f"JobId={job.native}", "Requeue=0"])
+    command = ["scontrol", "update", f"JobId={job.native}", "Requeue=0"]
+    refused = _refusals(_call(command))
     _do(["scancel", "--state=PENDING", job.native])
-    if not states([job])[job.id].over:
-        _do(["scancel", "--state=RUNNING", "--signal=TERM", job.native])
+    training, starting = _running(job.native)
+    if training:
+        _do(["scancel", "--state=RUNNING", "--signal=TERM", *training])
+    if starting:  # no launcher could get the signal, and there is nothing to save
+        _do(["scancel", *starting])
+    if refused:
+        raise StokerError(f"{shlex.join(command)}: {refused}; cancel the job again")
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
@@ -332,13 +347,15 @@ def _check_options(options: Mapping[str, str]) -> None:
     for key, value in options.items():
         if key in _FLAGS:
             raise BadInput(f"--option {key}: use {_FLAGS[key]} instead")
+        if key == _CLUSTERS:
+            raise BadInput(f"--option {key}: {_ONE_CLUSTER}; omit it")
         if key in _OWN:
             raise BadInput(
                 f"--option {key}: the script sets this itself, so that the job can resume; omit it"
             )
         if len(key) == 1:
             raise BadInput(f"--option {key}: use its long name, such as partition for p")
-        meant = next((name for name in (*_FLAGS, *_OWN) if name.startswith(key)), "")
+        meant = next((name for name in (*_FLAGS, *_OWN, _CLUSTERS) if name.startswith(key)), "")
         if meant:
             raise BadInput(f"--option {key}: Slurm would read it as {meant}, which cannot be set this way")
         if not value and key not in _SWITCHES:
@@ -437,6 +454,34 @@ def _said(done: subprocess.CompletedProcess[str]) -> str:
     """The reason why a command failed."""
     words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
     return "; ".join(word for word in words if word) or f"exit code {done.returncode}"
+
+
+def _refusals(done: subprocess.CompletedProcess[str]) -> str:
+    """Why scontrol did not change a job that has not ended; empty if it changed each element that has not."""
+    lines = done.stderr.splitlines()
+    if done.returncode == 0 or (lines and all(any(word in line for word in _FINISHED) for line in lines)):
+        return ""
+    return _said(done)
+
+
+def _running(number: str) -> tuple[list[str], list[str]]:
+    """A job, or the elements of an array, that run: those with a step of srun, and those without one yet.
+
+    Raises StokerError if Slurm does not answer.
+    """
+    of = ("squeue", "--noheader", f"--jobs={number}", "--format=%i")
+    running = _listed([*of, "--array", "--states=RUNNING,CONFIGURING"])
+    steps = [line.split(".", 1) for line in _listed([*of, "--steps"])]
+    launched = {job for job, step in steps if step.isdecimal()}
+    return [job for job in running if job in launched], [job for job in running if job not in launched]
+
+
+def _listed(command: Sequence[str]) -> list[str]:
+    """The lines of squeue; none for a job that it has forgotten. Raises StokerError."""
+    done = _call(command)
+    if done.returncode != 0 and _FORGOTTEN not in done.stderr:
+        raise StokerError(f"Slurm does not answer: {_said(done)}")
+    return done.stdout.split()
 
 
 def _queue(numbers: Sequence[str]) -> dict[str, list[Status]]:
