@@ -8,10 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-from stoker.errors import BadInput
+from stoker.errors import EXIT_PREEMPTED, BadInput
 from stoker.launch import nodes
 from stoker.launch.budget import Budget
-from stoker.launch.nodes import Answer, Machines, Seat
+from stoker.launch.nodes import Answer, Machines, Report, Seat
 from stoker.machine import free_port
 
 TWO = Machines(2, 2)
@@ -102,3 +102,34 @@ def test_one_machine_too_many_is_refused_once_none_of_the_others_is_gone(meeting
         one.result(SOON)
     with pytest.raises(BadInput, match="all 2 machines have already joined"):
         meeting.round_of(meeting.seat()).result(SOON)
+
+
+def test_a_lost_machine_leaves_its_place_to_another_while_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock of its own: reports twice a second, each of a machine that trains when it is told to."""
+    clock = [0.0]
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: clock[0])
+    host = nodes._Host(Machines(1, 2), Budget(0), frozenset({1, 2}))
+    answers: dict[str, Answer] = {}
+
+    def pass_by(seconds: int, *machines: str) -> None:
+        for _ in range(2 * seconds):
+            clock[0] += 0.5
+            for name in machines:
+                told = answers.get(name, Answer())
+                waits = told.over or told.round == 0 or told.number < 0
+                trains = nodes.DONE if told.changes else nodes.RUNNING  # ranks end with a checkpoint then
+                phase = nodes.WAITING if waits else trains
+                code = EXIT_PREEMPTED if phase == nodes.DONE else 0
+                first, known = name == "host", told.round
+                report = Report(name, name, 1, "1:2", first=first, round=known, phase=phase, code=code)
+                answers[name] = host.hear(report)
+
+    pass_by(30, "host", "lost")
+    assert host.machines == 2
+    pass_by(30, "host")
+    assert (host.machines, host.running) == (1, True)
+    pass_by(30, "host", "new")
+    assert not answers["new"].ended
+    assert (host.machines, answers["new"].number) == (2, 1)

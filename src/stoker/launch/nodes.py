@@ -241,10 +241,11 @@ class _Host:
         return report.first or others < self.nodes.most - 1
 
     def _make_room(self) -> bool:
-        """Between rounds, remove a machine that is gone, to make room for a new one."""
+        """Remove a machine that is gone, and plays no part in a round, to make room for a new one."""
         now = time.monotonic()
-        gone = [node for node, member in self.members.items() if now - member.heard > SILENCE]
-        if self.running or not gone:
+        silent = {node: member for node, member in self.members.items() if now - member.heard > SILENCE}
+        gone = [node for node, member in silent.items() if not self._plays(member)]
+        if not gone:
             return False
         del self.members[gone[0]]
         return True
