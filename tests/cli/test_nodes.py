@@ -197,6 +197,26 @@ def test_machines_come_and_go_and_the_batches_stay_the_same(
     assert list(seen.points["loss"].y) == pytest.approx(list(whole.points["loss"].y), rel=1e-3)
 
 
+def test_a_run_whose_machines_change_is_said_to_have_stopped_only_when_it_has(
+    machines: Machines, tmp_path: Path
+) -> None:
+    together = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a", "pause=0.05")
+    run = tmp_path / "runs" / "ranked" / "a"
+    stays = machines.start("a", "train", RECIPE, *SLOW, *together)
+    until(lambda: points(run) > 5, stays)
+    comes = machines.start("b", "train", RECIPE, *SLOW, *together)
+    until(lambda: _worlds(run) == [1, 2], stays, comes, within=60)
+    before = points(run)
+    until(lambda: points(run) > before + 5, stays, comes)
+    stays.terminate()
+    assert [process.wait(60) for process in (stays, comes)] == [75, 75], _all_said(machines)
+    step = loaded(run).step
+    said = [process.communicate()[0].decode() for process in (stays, comes)]
+    assert [one.count("preempted at step") for one in said] == [1, 0], said
+    assert f"ranked/a preempted at step {step}" in said[0]
+    assert said[0].count("stoker resume a") == 1
+
+
 def test_a_machine_more_than_can_share_the_work_waits(machines: Machines, tmp_path: Path) -> None:
     given = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a", "batch_size=15", "steps=40")
     stays, spare = [machines.start(name, "train", RECIPE, *SLOW, *given) for name in ("a", "b")]

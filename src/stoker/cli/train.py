@@ -193,6 +193,8 @@ class Job:
     accept_drift: bool
     deadline: float | None = None
     """When to stop, by the machine's monotonic clock."""
+    elastic: bool = False
+    """Whether ranks that stop may be started again on other machines: the launcher says how it ended."""
 
 
 def start(
@@ -235,12 +237,20 @@ def start(
             f"a launcher has already started {World.current().size} ranks: leave out --nproc, --nodes and "
             "--max-restarts"
         )
-    named = dataclasses.replace(job, name=name or directory.new_id())
+    named = dataclasses.replace(job, name=name or directory.new_id(), elastic=launch.nodes.elastic)
     return local.run(
         run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
         machines=launch.nodes, rendezvous=launch.rendezvous or "", shared=runs.absolute(),
-        sizes=sizes,
+        sizes=sizes, stopped=lambda: _say_stopped(named),
     )  # fmt: skip
+
+
+def _say_stopped(job: Job) -> None:
+    """Print the result of an elastic run that was told to stop, if it had begun."""
+    found = finding.locate(job.runs, job.experiment, job.name or "")
+    if job.elastic and found.exists():
+        seen = view.load(found)
+        _answer(seen, job.json, seen.status)
 
 
 def _with_limits(launch: Launch) -> Launch:
@@ -306,7 +316,8 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
         return code
     if code == 0:  # a run that was told to stop must exit quickly; the follower continues by itself
         _wait_for_sinks(run)
-    _answer(view.load(run.directory), job.json, status)
+    if code == 0 or not job.elastic:
+        _answer(view.load(run.directory), job.json, status)
     return code
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 from stoker import machine, signals, supervision
-from stoker.errors import EXIT_INTERRUPTED, BadInput, StokerError, Stopped
+from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
 from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.nodes import ONE, Machines
@@ -51,6 +51,7 @@ def run(
     rendezvous: str = "",
     shared: Path | None = None,
     sizes: frozenset[int] = frozenset([1]),
+    stopped: Callable[[], None] = lambda: None,
 ) -> int:
     """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
 
@@ -64,6 +65,8 @@ def run(
         sizes: the numbers of machines that can share the work, if it may change.
         rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
         shared: a folder that all machines must share.
+        stopped: called on the machine where they meet, if the ranks were told to stop and will not be
+            started again.
 
     Raises:
         BadInput: raised by the first rank that failed.
@@ -74,7 +77,10 @@ def run(
         if machines.most == 1:
             return _alone(job, Budget(max_restarts))
         with nodes.seat(rendezvous, nproc, machines, max_restarts, sizes, shared) as seat:
-            return _together(job, seat, nodes.parsed(rendezvous)[0])
+            code = _together(job, seat, nodes.parsed(rendezvous)[0])
+            if seat.first and code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
+                stopped()
+            return code
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ class Machines:
             raise BadInput(f"--nodes {text}: give a number, such as 2, or a minimum and maximum, such as 1:4")
         return cls(int(least), int(most))
 
+    @property
+    def elastic(self) -> bool:
+        """Whether their number may change."""
+        return self.least < self.most
+
     def __str__(self) -> str:
         return str(self.most) if self.least == self.most else f"{self.least}:{self.most}"
 
@@ -171,10 +176,6 @@ class _Host:
     since: float = field(default_factory=time.monotonic)
     """When waiting for machines began, or the last one joined."""
 
-    @property
-    def elastic(self) -> bool:
-        return self.nodes.least < self.nodes.most
-
     def hear(self, report: Report) -> Answer:
         """Process a report; returns what to do."""
         refused = self._refusal(report)
@@ -223,7 +224,7 @@ class _Host:
         known = self.members.pop(report.node, None)
         if self._plays(known) and self.failure is None:
             self.failure, self.final, self.failed_at = RankFailed(f"{report.host} left"), False, now
-            if self.elastic:
+            if self.nodes.elastic:
                 self._pause(str(self.failure))
 
     def _take_in(self, report: Report, now: float) -> _Member:
@@ -279,7 +280,7 @@ class _Host:
             self._over(now)
         elif len(playing) == self.machines and done:
             self._ended(max(member.report.code for member in playing), playing)
-        elif self.elastic and not self.changes:
+        elif self.nodes.elastic and not self.changes:
             others = [member for member in self.members.values() if member.number < 0]
             ready = [member for member in others if now - member.heard < SILENCE]
             if self._size(self.machines + len(ready)) > self.machines:
@@ -345,7 +346,7 @@ class _Host:
         """End the round; this costs a restart, unless it failed because of a machine that may be lost."""
         assert self.failure is not None
         lost = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
-        if self.elastic and lost and not self.final:
+        if self.nodes.elastic and lost and not self.final:
             self._pause(f"{', '.join(lost)} does not respond")
             return
         self._pause(str(self.failure), quiet=True)
@@ -396,6 +397,11 @@ class Seat:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="nodes", daemon=True)
         self._thread.start()
+
+    @property
+    def first(self) -> bool:
+        """Whether the rendezvous is at this machine."""
+        return self._report.first
 
     def next_round(self) -> Answer:
         """Wait for the next round, or the end. Raises StokerError, BadInput if that is an error."""
