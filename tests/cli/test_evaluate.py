@@ -115,6 +115,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_started(stoker: 
         ),
         (("moved", "data=b.jsonl", "base=moved"), "is a whole model"),
         (("moved", "data=b.jsonl", "parallel=pipeline"), "parallel"),
+        (("moved", "data=b.jsonl", "sequence_length=4096"), "2048 positions of moved: shorten it\n"),
         (("nowhere", "data=b.jsonl"), "no run 'nowhere'"),
     ):
         done = stoker("evaluate", *arguments)

@@ -191,6 +191,7 @@ def test_a_template_of_the_hub_is_brought_without_the_weights(
         ("mine.jinja", "mine.jinja cannot be read: .*No such file"),
         ("their/mine.jinja", "mine.jinja cannot be read: .*No such file"),
         ("org/one", "chat_template org/one is not a local directory"),
+        ("{% for m in messages %}" + 300 * "{{ m.content }}", "save it as FILE.jinja"),
     ],
 )
 def test_what_is_no_template_is_answered_with_what_there_is(given: str, said: str) -> None:

@@ -33,6 +33,10 @@ def read(given: str) -> Template:
     """
     if given in NAMES:
         return (_FOLDER / f"{given}.jinja").read_text(encoding="utf-8")
+    if "{{" in given or "{%" in given:
+        raise BadInput(
+            "chat_template is Jinja, but should name where it is: save it as FILE.jinja, and give that"
+        )
     path = Path(given).expanduser()
     if object_store.is_url(given) or path.is_dir():
         return _of_tokenizer(given)

@@ -54,18 +54,27 @@ def check_stages(model: str, *, stages: int, tied: bool) -> None:
         )
 
 
-def check_positions(model: str, longest: int | None, sequence_length: int, scaled: float = 1.0) -> None:
+def check_positions(
+    model: str, longest: int | None, sequence_length: int, scaled: float | None = 1.0
+) -> None:
     """Raises BadInput if rows are longer than a model has positions, as far as these are known.
 
     Args:
         longest: the number of positions.
-        scaled: how many times its own that is.
+        scaled: how many times its own that is; None: they cannot be scaled here.
     """
     if longest is not None and sequence_length > longest:
-        factor = math.ceil(scaled * sequence_length / longest)
+        more = (
+            ""
+            if scaled is None
+            else (
+                ", or give a model with rotary embeddings more positions with "
+                f"rope_scaling.factor={math.ceil(scaled * sequence_length / longest)}"
+            )
+        )
         raise BadInput(
-            f"sequence_length={sequence_length} is more than the {longest} positions of {model}: shorten it, "
-            f"or give a model with rotary embeddings more positions with rope_scaling.factor={factor}"
+            f"sequence_length={sequence_length} is more than the {longest} positions of {model}: "
+            f"shorten it{more}"
         )
 
 

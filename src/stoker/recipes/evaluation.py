@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -82,14 +83,17 @@ class Config:
 def check_launch(config: Config) -> None:
     """Check what can be checked before any process is started. Raises BadInput."""
     from stoker.data import sources
-    from stoker.language import chat_template, hub
+    from stoker.language import chat_template, hub, saved_adapters, shape
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
     sources.check({"data": config.data}, config.columns, evaluated=True)
     if config.tokenizer is not None:
         hub.check_tokenizer(config.tokenizer)
-    _meant(config, weights=False)
+    model, lora = _meant(config, weights=False)
+    if lora.adapter is None or not saved_adapters.scaling(Path(lora.adapter)).used:
+        longest = shape.positions(hub.find(model, weights=False))
+        shape.check_positions(model, longest, config.sequence_length, scaled=None)
     if config.quantisation != "none":
         from stoker.language import quantised
 

@@ -394,7 +394,7 @@ def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language,
     from stoker import distributed
     from stoker.data.sources import read_all
     from stoker.engine.precision import DTYPES
-    from stoker.language import adapters, building, data, hub
+    from stoker.language import adapters, building, chat_template, data, hub
     from stoker.loop import computed_in
     from stoker.recipes import resuming
 
@@ -426,7 +426,8 @@ def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language,
         resuming.check_tokens(run, language.tokenizer.get_vocab())
     if not run.world.planned:
         model = config.model if language.pretrained else None
-        beside = {"tokenizer": config.tokenizer, "chat_template": config.chat_template}
+        template = None if config.chat_template in chat_template.NAMES else config.chat_template
+        beside = {"tokenizer": config.tokenizer, "chat_template": template}
         hub.record(run, {"model": model, **beside, "lora.adapter": config.lora.adapter})
     return found, language, rows
 
