@@ -93,30 +93,23 @@ def load(
     for name, optimizer in optimizers.items():
         held = inside(others, f"optimizer.{name}.")
         saved, made = values["optimizers"][name], len(values["built"][name])
-        if waits and _was_given(model, optimizer, saved["groups"], made, thawed):
+        came = _what_came(model, optimizer, saved["groups"], made, thawed)
+        if waits and came:
             whole = False
             continue
-        _give_what_came(model, optimizer, saved["groups"], made, thawed)
+        _give(model, optimizer, came)
         names = _names_of_groups(model, optimizer)
         restore_groups(optimizer, names, saved["groups"], built[name], values["built"][name], elsewhere)
         _restore_state(model, optimizer, held, saved["state"])
     return others, values, whole
 
 
-def _was_given(
+def _what_came(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Groups, made: int, thawed: Set[str]
-) -> bool:
-    """Whether `_give_what_came` would give an optimizer anything."""
-    parameters = dict(model.named_parameters())
-    known = {name for group in _names_of_groups(model, optimizer) for name in group}
-    came = {name for group in saved for name in group["params"] if name in parameters} - known
-    return len(saved) > made or not came.isdisjoint(thawed)
+) -> dict[int, list[str]]:
+    """The parameters that an optimizer was given during training and does not have: names by group.
 
-
-def _give_what_came(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Groups, made: int, thawed: Set[str]
-) -> None:
-    """Give an optimizer what was added during training: whole groups, and unfrozen parameters.
+    They are those of whole groups that were added, and parameters that were unfrozen.
 
     Args:
         saved: the groups of the checkpoint.
@@ -125,12 +118,25 @@ def _give_what_came(
     """
     parameters = dict(model.named_parameters())
     known = {name for group in _names_of_groups(model, optimizer) for name in group}
+    came: dict[int, list[str]] = {}
     for number, group in enumerate(saved):
         new = [n for n in group["params"] if n in parameters and n not in known]
         if number >= max(made, len(optimizer.param_groups)):
-            optimizer.add_param_group({"params": [parameters[n] for n in new]})
-        elif number < len(optimizer.param_groups):
-            optimizer.param_groups[number]["params"] += [parameters[n] for n in new if n in thawed]
+            came[number] = new
+        elif number < len(optimizer.param_groups) and (unfrozen := [n for n in new if n in thawed]):
+            came[number] = unfrozen
+    return came
+
+
+def _give(model: torch.nn.Module, optimizer: torch.optim.Optimizer, came: Mapping[int, list[str]]) -> None:
+    """Give an optimizer parameters by name, to existing groups or as new ones."""
+    parameters = dict(model.named_parameters())
+    for number, names in came.items():
+        given = [parameters[name] for name in names]
+        if number < len(optimizer.param_groups):
+            optimizer.param_groups[number]["params"] += given
+        else:
+            optimizer.add_param_group({"params": given})
 
 
 def _say_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:

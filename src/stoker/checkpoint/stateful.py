@@ -60,9 +60,8 @@ class Registered:
             return
         found = [name for name in objects if self._put(name)]
         for name, groups in self._groups.items() if found else ():
-            for group, was in zip(
-                self._optimizers[name].param_groups, groups, strict=False
-            ):  # others came since
+            now = self._optimizers[name].param_groups[: len(groups)]  # the script may have added others since
+            for group, was in zip(now, groups, strict=True):
                 group.update(copy.deepcopy(was))
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
