@@ -295,7 +295,9 @@ class Run:
             lineage.tell_maker(found, self.directory, self.directory.record()["uid"])
         return found.path
 
-    def data(self, name: str, path: Path | str, *, fingerprint: str = "", revision: str = "") -> Path:
+    def data(
+        self, name: str, path: Path | str, *, fingerprint: str = "", revision: str = "", part: str = ""
+    ) -> Path:
         """Record that the run reads a dataset, identified by its content; returns its path.
 
         The file or folder is read to compute its fingerprint, and again only after it has changed. If it is
@@ -306,6 +308,7 @@ class Run:
             path: a file or folder; or the name of data elsewhere, such as the id of a hub dataset or a URL.
             fingerprint: identifies the content of such data; nothing is read then.
             revision: the commit of a hub dataset.
+            part: what of a folder is read, relative to it, if not all of it.
 
         Raises:
             BadInput: there is nothing at the path, or it cannot be read.
@@ -313,7 +316,7 @@ class Run:
         if self.world.rank > 0:
             return Path(path)
         try:
-            about = data.describe(str(path), fingerprint, revision)
+            about = data.describe(str(path), fingerprint, revision, part)
         except OSError as error:
             raise BadInput(
                 f"data {name!r} cannot be read: {error.filename}: {error.strerror}; give a file or a folder, "

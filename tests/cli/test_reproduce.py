@@ -890,3 +890,37 @@ def test_a_model_that_was_restored_or_moved_is_found_by_its_content(stoker: Comm
     packed = stoker("package", "first", "--to", "packed")
     assert packed.code == 0, packed.err
     assert "- model: `model`" in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_a_run_whose_model_is_that_of_another_run_is_repeated_from_a_copy_of_it(
+    stoker: Command, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"{number} is a number"}) for number in range(40)]
+    (tmp_path / "said.jsonl").write_text("\n".join(lines))
+    given = (
+        "data=said.jsonl", "sequence_length=32", "batch_size=4", "precision=fp32", "epochs=none",
+        "max_steps=2", "generate_tokens=0",
+    )  # fmt: skip
+    assert stoker("train", "llm", "model=tiny", *given, "--name", "base").code == 0
+    base = tmp_path / "runs" / "llm" / "base"
+    begun = stoker(
+        "train", "llm", f"model={base.relative_to(tmp_path)}", "lora.rank=2", *given, "--name", "adapter"
+    )
+    assert begun.code == 0, begun.err
+    about = json.loads((base.with_name("adapter") / "provenance" / "data.json").read_text())["model"]
+    assert (about["path"], about["part"]) == ("runs/llm/base", "artifacts/model")
+    packed = stoker("package", "adapter", "--to", "packed")
+    assert packed.code == 0, packed.err
+    assert "- model: `runs/llm/base`" in (tmp_path / "packed" / "README.md").read_text()
+    shutil.copytree(base, tmp_path / "copy")
+    shutil.rmtree(base)
+    gone = stoker("reproduce", "adapter")
+    assert (gone.code, "give its new location with model=PATH" in gone.err) == (2, True), gone.err
+    assert stoker("reproduce", "adapter", "model=copy", "--json").answer["identical"]
+    shutil.copytree(tmp_path / "copy", base)
+    restored = stoker("reproduce", "adapter", "--json")
+    assert restored.answer["identical"], restored.err
+    weights = base / "artifacts" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    changed = stoker("reproduce", "adapter")
+    assert (changed.code, "runs/llm/base has changed" in changed.out) == (3, True), changed.out

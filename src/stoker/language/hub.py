@@ -96,19 +96,18 @@ def find(
 def record(run: Run, given: Mapping[str, str | None]) -> None:
     """Record the files and directories that keys name among the run's data, so that it can be repeated.
 
-    A run's directory is left out, since it changes.
+    Of a run's directory, which changes, that is what it has exported. A checkpoint is left out.
 
     Args:
         given: the values of keys such as `model`; those that are no paths are ignored.
     """
     for key, reference in given.items():
-        path = Path(reference or "").expanduser()
-        if reference and not object_store.is_url(reference) and path.exists() and not _is_of_run(path):
-            run.data(key, reference)
-
-
-def _is_of_run(path: Path) -> bool:
-    return RunDirectory(path).exists() or RunDirectory(path.parent.parent).exists()
+        path = Path(reference or "").expanduser().absolute()
+        if not reference or object_store.is_url(reference) or not path.exists():
+            continue
+        read = find(reference, key, weights=False) if path.is_dir() else path
+        if read.is_relative_to(path):
+            run.data(key, reference, part="" if read == path else str(read.relative_to(path)))
 
 
 def _as_run(reference: str, what: str) -> str:

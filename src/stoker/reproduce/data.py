@@ -77,13 +77,14 @@ def fingerprint(path: Path) -> Fingerprint:
     return found
 
 
-def describe(reference: str, known: str = "", revision: str = "") -> dict[str, Any]:
+def describe(reference: str, known: str = "", revision: str = "", part: str = "") -> dict[str, Any]:
     """The entry of a dataset in `data.json`.
 
     Args:
         reference: a path as it was given, or another name of data: a hub id, a URL, a word.
         known: the fingerprint of its content, if it is not a path.
         revision: for a hub dataset, the commit.
+        part: what of a folder is read, relative to it; the fingerprint is that of the part.
 
     Raises:
         OSError: it must be a path, and cannot be read.
@@ -92,7 +93,13 @@ def describe(reference: str, known: str = "", revision: str = "") -> dict[str, A
         given = {"fingerprint": known, "revision": revision, "how": "content"}
         return {"path": redaction.text(reference), **{key: value for key, value in given.items() if value}}
     path = Path(reference).expanduser()
-    return {"path": reference, "absolute": str(path.absolute()), **vars(fingerprint(path))}
+    read = {"part": part} if part else {}
+    return {"path": reference, "absolute": str(path.absolute()), **read, **vars(fingerprint(path / part))}
+
+
+def read_at(path: Path, about: Mapping[str, Any]) -> Path:
+    """What is read of recorded data that is at a path."""
+    return path / str(about.get("part", ""))
 
 
 def identity(about: Mapping[str, Any]) -> str:

@@ -75,13 +75,13 @@ class Linking:
         """
         here = dataclasses.replace(self, cwd=Path.cwd())
         for about in recorded.values():
-            path, known = str(about["path"]), str(about.get("fingerprint", ""))
+            path = str(about["path"])
             if "absolute" not in about or Path(path).is_absolute():
                 continue
             if _exists(self.cwd / path):
-                self._link_data(path, known)
-            elif _is(here.cwd / path, known):
-                here._link_data(path, known)
+                self._link_data(path, about)
+            elif _is(here.cwd / path, about):
+                here._link_data(path, about)
 
     def left_out(self) -> list[str]:
         """Link files that the record of the code left out; returns those that are missing or have changed."""
@@ -116,14 +116,14 @@ class Linking:
             refused += [os.path.relpath(file, self.cwd) for file, is_linked in put.items() if not is_linked]
         return linked, refused
 
-    def _link_data(self, path: str, fingerprint: str) -> None:
+    def _link_data(self, path: str, about: Mapping[str, Any]) -> None:
         """Link data: what it was when the run began if that is what is recorded, or else all of it."""
         source, target = self._ends(path)
         if not self._is_inside(target):
             return
         if source.is_dir() and not os.path.lexists(target) and self._is_untouched(source):
             _link(source, target)  # it can have millions of files
-        elif not all(linked for _, linked in self._put(source, target)) and not _is(target, fingerprint):
+        elif not all(linked for _, linked in self._put(source, target)) and not _is(target, about):
             self._put(source, target, all_of_it=True)
 
     def _put(self, source: Path, target: Path, *, all_of_it: bool = False) -> list[tuple[Path, bool]]:
@@ -274,7 +274,7 @@ def _fingerprint(linking: Linking, name: str, about: Mapping[str, Any], config: 
     if not path.exists() and elsewhere:  # below a home, or the run changed its working directory
         path = origin
     try:
-        return data.fingerprint(path).fingerprint
+        return data.fingerprint(data.read_at(path, about)).fingerprint
     except OSError as error:
         lost = error.filename if path.exists() else origin
         keys = [key for key, value in config.items() if about["path"] in paths_of({key: value})]
@@ -286,10 +286,10 @@ def _fingerprint(linking: Linking, name: str, about: Mapping[str, Any], config: 
         ) from error
 
 
-def _is(path: Path, fingerprint: str) -> bool:
-    """Whether data has the recorded fingerprint."""
+def _is(path: Path, about: Mapping[str, Any]) -> bool:
+    """Whether the data at a path is the recorded data."""
     try:
-        return data.fingerprint(path).fingerprint == fingerprint
+        return data.fingerprint(data.read_at(path, about)).fingerprint == about.get("fingerprint")
     except OSError:
         return False
 
