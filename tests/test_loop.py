@@ -1462,13 +1462,16 @@ def test_the_best_is_of_the_weights_that_were_measured_where_asked_or_watched(
         ({"loss": cross_entropy}, r"loss= is cross_entropy: give a function \(output, batch\)"),
         ({"schedule": "cosine"}, r"schedule= is 'cosine': give a function \(step, total steps\)"),
         ({"schedule": lambda step: 1.0}, "schedule= is <lambda>, which does not take these"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS needs a closure .*: use an optimizer that steps without"),
+        ({"model": nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))},
+         r"have no shape yet \(0.weight, 0.bias\): call it once on a batch"),
     ],
 )  # fmt: skip
 def test_an_argument_of_another_kind_is_refused_with_what_to_give(
     given: dict[str, Any], said: str, open_run: Callable[..., Run]
 ) -> None:
     with open_run() as run, pytest.raises(BadInput, match=said):
-        Trainer(run, _model(), **{"optimizer": torch.optim.Adam, "loss": _loss, **given})
+        Trainer(run, **{"model": _model(), "optimizer": torch.optim.Adam, "loss": _loss, **given})
 
 
 def test_a_loss_that_is_a_module_of_ones_own_is_taken(open_run: Callable[..., Run]) -> None:

@@ -124,7 +124,7 @@ class Trainer:
         self.run, self._attempt = run, run.attempt
         self.world = run.world
         self.training = options.with_deepspeed_file(_known(training))
-        arguments.check(optimizer, loss, schedule)
+        arguments.check(model, optimizer, loss, schedule)
         options.check(self.training, ranks=self.world.size, gpus=device.count(self.world))
         if self.training.deterministic:
             determinism.require()

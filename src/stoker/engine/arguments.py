@@ -20,8 +20,9 @@ _UNUSED = "Expected to have finished reduction"  # the beginning of DDP's error
 _NAMED = 4  # parameters named in a message
 
 
-def check(optimizer: object, loss: object, schedule: object) -> None:
+def check(model: nn.Module, optimizer: object, loss: object, schedule: object) -> None:
     """Raises BadInput for arguments of a kind that Trainer does not take."""
+    _check_model(model)
     if optimizer is not None:
         for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
             _check_optimizer(name, make)
@@ -29,6 +30,24 @@ def check(optimizer: object, loss: object, schedule: object) -> None:
         _check_loss(loss)
     if schedule is not None:
         _check_schedule(schedule)
+
+
+def check_built(optimizer: torch.optim.Optimizer) -> None:
+    """Raises BadInput for an optimizer that computes the loss itself, as often as it likes, in each step."""
+    if not _takes(optimizer.step):
+        raise BadInput(
+            f"{type(optimizer).__name__} needs a closure that computes the loss again within a step, but a "
+            "step here has the gradients of one pass over the batch: use an optimizer that steps without it"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise BadInput(
+            f"parameters of the model have no shape yet ({some(lazy, _NAMED)}): call it once on a batch "
+            "like those of the data, before the Trainer is created"
+        )
 
 
 def _check_optimizer(name: str, make: object) -> None:

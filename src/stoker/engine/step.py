@@ -296,13 +296,16 @@ def build_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of a model that is already parallelised; each group stores its `initial_lr`.
 
-    Raises ValueError if nothing is trained.
+    Raises:
+        BadInput: one of them cannot be used.
+        ValueError: nothing is trained.
     """
     if not isinstance(factories, Mapping):
         built = {"main": factories(trainable(model))}
     else:
         built = {name: make(trainable(model.get_submodule(name))) for name, make in factories.items()}
     for optimizer in built.values():
+        arguments.check_built(optimizer)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
     return built
