@@ -1045,6 +1045,56 @@ def test_a_spike_is_answered_as_a_loss_that_is_not_finite(
     assert not torch.equal(weights[16 - 1], weights[back_to - 1])
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("bad", [100, math.nan])
+def test_a_batch_that_is_left_out_does_not_change_running_statistics(
+    bad: float, own: bool, open_run: Callable[..., Run]
+) -> None:
+    with open_run() as run:
+
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            total, weight = _loss(output, batch)
+            return (total * bad if run.step == 15 else total), weight
+
+        trainer = _trainer(
+            run, _model(), loss=None if own else loss, on_bad_loss="skip", spike=5.0, micro_batch=4
+        )
+        buffers = []
+        for x, y in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=20):
+            batch = (x * bad if run.step == 15 else x, y)
+            if own:
+                for part in trainer.micro(batch):
+                    trainer.backward(*loss(trainer.forward(part), part))
+                trainer.update()
+            else:
+                trainer.step(batch)
+            buffers.append({name: b.clone() for name, b in trainer.model.named_buffers()})
+    assert all(torch.equal(buffers[15 - 1][name], b) for name, b in buffers[14 - 1].items())
+    assert not torch.equal(buffers[16 - 1]["1.running_mean"], buffers[15 - 1]["1.running_mean"])
+
+
+def test_a_pass_that_ran_out_of_memory_does_not_change_running_statistics(
+    open_run: Callable[..., Run],
+) -> None:
+    def run_on(limit: int) -> Any:
+        passed: list[int] = []
+
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            passed.append(len(output))
+            if len(output) > limit and len(passed) > 5:  # it fitted when it was tried
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return _loss(output, batch)
+
+        with open_run(f"{limit}") as run:
+            trainer = _trainer(run, _model(), loss=loss, micro_batch="auto" if limit < 8 else 4)
+            _run_on(trainer, 1)
+            return passed, dict(trainer.model.named_buffers())
+
+    (passed, now), (_, without) = run_on(4), run_on(8)
+    assert 8 in passed
+    assert all(torch.equal(now[name], b) for name, b in without.items())
+
+
 def test_batches_that_are_all_bad_end_the_run(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         trainer = _trainer(

@@ -51,6 +51,7 @@ from stoker.engine import (
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
+from stoker.engine.buffers import Buffers
 from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
@@ -136,11 +137,10 @@ class Trainer:
         self.precision = computed_in(run, self.training)
         precision.use_tf32(self.training.tf32)
         self._scale = LossScale(self.precision == "fp16")
-        setting = Setting(
+        self._setting = setting = Setting(
             self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm,
             guarded=self.training.on_bad_loss != "stop",
         )  # fmt: skip
-        self._setting = setting
         model.train()
         block = blocks.largest(
             blocks.find(model, self.training.blocks)
@@ -153,7 +153,7 @@ class Trainer:
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._registered = Registered(self.world, self.device, self.optimizers)
         self._registered.add(stateful.extra(self.model))
-        self._modes = Modes(self.model)
+        self._modes, self._buffers = Modes(self.model), Buffers(self.model)
         self._checkpoints = Checkpoints(
             self._attempt,
             Saved(
@@ -293,7 +293,9 @@ class Trainer:
             workers=workers, collate=collate, shuffle=shuffle, share=self.training.data_share,
         )  # fmt: skip
         if self.world.rank == 0:
-            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
+            strategies.warn_of_batch_norm(
+                self.model, batch_size=batch_size, share=share, training=self.training
+            )
             loader.warn_of_repeats()
         return loader
 
@@ -439,8 +441,15 @@ class Trainer:
         """Begin a step."""
         self.run.step = step
         self._batch_is = "handed out"
+        self._keep_buffers()
         if not self._adding_up:  # a loop may have cleared the gradients of a loss that it did not like
             self._loss = self._weight = 0.0
+
+    def _keep_buffers(self) -> None:
+        """Copy the buffers as they are between updates, if a pass may turn out not to count."""
+        undone = self.training.on_bad_loss == "skip" or self.training.micro_batch == "auto"
+        if undone and self._imagination is None and not self._adding_up:
+            self._buffers.keep()
 
     @property
     def _adding_up(self) -> bool:
@@ -600,6 +609,7 @@ class Trainer:
                     said = out_of_memory.said(error, self.world.rank)
                     raise OutOfMemory(f"{said} The next start takes {self._cut.size}", less=True) from error
                 self._step.clear()
+                self._buffers.put_back()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 log.warning("step %d: out of memory; micro_batch=%d now", self.steps_done + 1, self._cut.size)
@@ -613,7 +623,7 @@ class Trainer:
             rehearsal.alone(self._step, self._setting, next(self.micro(batch)))
 
     def _answer_bad_loss(self, wrong: str) -> None:
-        """Do what `on_bad_loss` says; the current step has changed nothing yet. All ranks call it."""
+        """Do what `on_bad_loss` says; the current step has changed no weights yet. All ranks call it."""
         step, how = self.steps_done + 1, self.training.on_bad_loss
         too_many = self._losses.count(step)
         if how == "stop" or too_many:
@@ -625,6 +635,8 @@ class Trainer:
             log.warning("step %d: %s; samples %d to %d are left out", step, wrong, first, last)
         if how == "rewind":
             self._rewind(step)
+        else:
+            self._buffers.put_back()
 
     def _rewind(self, step: int) -> None:
         """Restore the weights and optimizer state of the newest checkpoint; the data continues.
@@ -680,6 +692,7 @@ class Trainer:
         self._agreement.start(torch.as_tensor(self._loss, device=self.device), self._weight)
         self._loss = self._weight = 0.0
         self._judged_update(self.optimizer if optimizer is None else optimizer, *self._agreement.finish())
+        self._keep_buffers()  # a step can have several updates
 
     def _judged_update(
         self, optimizer: torch.optim.Optimizer, loss_sum: torch.Tensor, weight: torch.Tensor

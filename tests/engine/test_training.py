@@ -493,15 +493,16 @@ def test_every_optimizer_brings_the_loss_down_and_resumes(name: Any, open_run: C
 def test_batch_norm_and_micro_batches_are_warned_of(
     open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def loader(**settings: Any) -> None:
+    def loader(batch_size: int = 32, **settings: Any) -> None:
         with open_run(str(len(caplog.records))) as run:
             trainer = Trainer(
                 run, resnet(), optimizer=torch.optim.AdamW, inputs=lambda b: (b[0],), loss=image_loss,
                 training=Training(precision="fp32", **settings),
             )  # fmt: skip
-            trainer.loader(Images(), batch_size=32)
+            trainer.loader(Images(), batch_size=batch_size)
 
     loader()
+    loader(batch_size=8)
     assert "BatchNorm" not in caplog.text
     loader(micro_batch=16)
     assert "BatchNorm computes its statistics on micro-batches of 16 samples" in caplog.text

@@ -13,6 +13,7 @@ from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
 from stoker.words import counted
 from stoker.world import World
+from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("stoker")
 
@@ -90,12 +91,14 @@ class MicroBatches:
         return f"{said} {change.of_a_pass(error, batch, self._sizes(batch), micro)}"
 
     def _sizes(self, batch: Any) -> list[int]:
-        """The sizes that a micro-batch can have."""
+        """The sizes that a micro-batch can have; BatchNorm has no statistics of a single sample."""
         schedule = self._training.pipeline.schedule if self._strategy == "pipeline" else "gpipe"
         ranks, samples = self._setting.mesh.size("stage"), self._samples(batch)
         if ranks == 1 and not batches.can_be_cut(batch, self.share):
             return [samples]
-        return options.pipeline_micro_batches(schedule, samples, ranks)
+        sizes = options.pipeline_micro_batches(schedule, samples, ranks)
+        normed = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())
+        return [size for size in sizes if size > 1] or sizes if normed else sizes
 
     def _samples(self, batch: Any) -> int:
         return batches.size(batch, self.share)

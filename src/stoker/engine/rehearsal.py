@@ -12,6 +12,7 @@ import torch
 from stoker import storage
 from stoker.engine import batches, device, memory, micro_batch, modes, random_state
 from stoker.engine.agreement import Agreement, Requests
+from stoker.engine.buffers import Buffers
 from stoker.engine.step import Setting, Step
 from stoker.tensors import local
 from stoker.world import World
@@ -126,15 +127,12 @@ def alone(step: Step, setting: Setting, part: Any) -> None:
 @contextlib.contextmanager
 def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Restore random state and buffers afterwards."""
-    kept = random_state.capture()
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    kept, buffers = random_state.capture(), Buffers(model)
+    buffers.keep()
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:  # a forward pass can create one
-                    buffer.copy_(buffers[name])
+        buffers.put_back()
         random_state.restore(*kept)
 
 

@@ -241,16 +241,17 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
         device.move(model, mesh.device)
 
 
-def warn_of_batch_norm(model: nn.Module, *, share: int, training: Training) -> None:
+def warn_of_batch_norm(model: nn.Module, *, batch_size: int, share: int, training: Training) -> None:
     """Warn if BatchNorm sees micro-batches that differ from the global batch.
 
     Args:
-        share: samples of a global batch that this rank processes.
+        batch_size: samples of a global batch.
+        share: those of them that this rank processes.
     """
     if training.sync_batchnorm or not any(_is_batch_norm(m) for m in model.modules()):
         return
     micro = share if training.micro_batch in (None, "auto") else min(share, int(training.micro_batch))
-    if micro < share or micro < _FEW:
+    if micro < share or micro < min(batch_size, _FEW):
         log.warning(
             "BatchNorm computes its statistics on micro-batches of %d samples, not on the global batch: "
             "the result depends on micro_batch and on the number of ranks",
