@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from stoker import BadInput, Run, StokerError, Trainer, Training
 from stoker.checkpoint import manifest, store, trees
 from stoker.duration import Duration
-from stoker.engine import optimizers, schedule
+from stoker.engine import batches, optimizers, schedule
 from stoker.engine.random_state import seed_everything
 from stoker.errors import OutOfMemory
 from stoker.run import journal, view
@@ -29,6 +29,7 @@ from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
 
 
 def _dataset(size: int = 50) -> TensorDataset:
@@ -120,6 +121,41 @@ def _without_batch_norm() -> nn.Module:
     """BatchNorm sees a micro-batch only, so accumulation cannot be the same for it."""
     seed_everything(0)
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def test_a_batch_of_transformers_own_is_split_and_moved_as_a_dict_is(open_run: Callable[..., Run]) -> None:
+    def losses(collate: Any, **settings: Any) -> list[float]:
+        class Classifier(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                seed_everything(0)
+                self.layer = nn.Linear(6, 3)
+
+            def forward(self, x: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+                return self.layer(x)
+
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            return cross_entropy(output, batch["y"], reduction="sum"), len(batch["y"])
+
+        with open_run(str(len(made))) as run:
+            made.append(run)
+            trainer = _trainer(run, Classifier(), loss=loss, **settings)
+            loader = trainer.loader(_dataset(), batch_size=8, collate=collate)
+            return [trainer.step(batch).item() for batch in trainer.steps(loader, max_steps=3)]
+
+    def as_dict(rows: list[Any]) -> dict[str, torch.Tensor]:
+        return {"x": torch.stack([x for x, _ in rows]), "y": torch.stack([y for _, y in rows])}
+
+    made: list[Run] = []
+    expected = losses(as_dict)
+    for settings in ({}, {"micro_batch": 8}, {"micro_batch": "auto"}):
+        assert losses(lambda rows: BatchEncoding(as_dict(rows)), **settings) == expected
+    parts = losses(lambda rows: BatchEncoding(as_dict(rows)), micro_batch=3)
+    assert parts == pytest.approx(expected, rel=1e-5)
+    split = list(batches.split((BatchEncoding({"x": torch.zeros(5, 2)}), ["a"] * 5), 3))
+    assert [(part["x"].shape, len(names), type(part)) for part, names in split] == [
+        ((3, 2), 3, BatchEncoding), ((2, 2), 2, BatchEncoding),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 8, 100])
@@ -1512,6 +1548,8 @@ def test_the_best_is_of_the_weights_that_were_measured_where_asked_or_watched(
         ({"loss": cross_entropy}, r"loss= is cross_entropy: give a function \(output, batch\)"),
         ({"schedule": "cosine"}, r"schedule= is 'cosine': give a function \(step, total steps\)"),
         ({"schedule": lambda step: 1.0}, "schedule= is <lambda>, which does not take these"),
+        ({"optimizer": lambda _: torch.optim.SGD(nn.Linear(2, 3).parameters())},
+         r"a parameter of shape \(3, 2\) that is not the model's.*group them within optimizer="),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS needs a closure .*: use an optimizer that steps without"),
         ({"model": nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))},
          r"have no shape yet \(0.weight, 0.bias\): call it once on a batch"),

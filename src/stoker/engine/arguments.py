@@ -32,8 +32,21 @@ def check(model: nn.Module, optimizer: object, loss: object, schedule: object) -
         _check_schedule(schedule)
 
 
-def check_built(optimizer: torch.optim.Optimizer) -> None:
-    """Raises BadInput for an optimizer that computes the loss itself, as often as it likes, in each step."""
+def check_built(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises BadInput for an optimizer that needs a closure, or has parameters that are not the model's.
+
+    Args:
+        model: as it is laid out over the ranks, by which a strategy may have replaced its parameters.
+    """
+    known = set(model.parameters())
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in known]
+    if foreign:
+        raise BadInput(
+            f"the optimizer has a parameter of shape {tuple(foreign[0].shape)} that is not the model's. If "
+            "the model's own were grouped before the Trainer laid it out over the ranks: group them within "
+            "optimizer=, as in lambda _: AdamW(groups_of(model)). If it is another module's: make it part of "
+            "the model, or give it an optimizer of its own, and register both for checkpointing"
+        )
     if not _takes(optimizer.step):
         raise BadInput(
             f"{type(optimizer).__name__} needs a closure that computes the loss again within a step, but a "

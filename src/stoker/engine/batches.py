@@ -1,4 +1,4 @@
-"""Batches of any structure: dicts, tuples, named tuples and dataclasses of tensors and other values.
+"""Batches of any structure: mappings, tuples, named tuples and dataclasses of tensors and other values.
 
 The first dim of every tensor counts samples; a tensor without dims belongs to all samples. So does anything
 that is not a tensor, except lists and arrays with one item per sample, such as the file names.
@@ -6,8 +6,9 @@ that is not a tensor, except lists and arrays with one item per sample, such as 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,27 @@ def map_tensors(
             f.name: map_tensors(function, getattr(batch, f.name), rows) for f in dataclasses.fields(batch)
         }
         return dataclasses.replace(batch, **fields)
-    if rows is None:
-        return pytree.tree_map_only(torch.Tensor, function, batch)
 
     def other(node: Any) -> Any:
         if isinstance(node, torch.Tensor):
             return function(node)
-        return node if (cut := rows(node)) is None else cut
+        if isinstance(node, Mapping):  # one that torch's trees do not know, such as BatchEncoding
+            return _with(node, {key: map_tensors(function, value, rows) for key, value in node.items()})
+        cut = None if rows is None else rows(node)
+        return node if cut is None else cut
 
-    return pytree.tree_map(other, batch, is_leaf=lambda node: rows(node) is not None)
+    return pytree.tree_map(
+        other, batch, is_leaf=None if rows is None else lambda node: rows(node) is not None
+    )
+
+
+def _with(given: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A copy of a mapping with other values; a dict, if it cannot be changed."""
+    if not isinstance(given, MutableMapping):
+        return values
+    made = copy.copy(given)
+    made.update(values)
+    return made
 
 
 def for_each_tensor(function: Callable[[torch.Tensor], Any], batch: Any) -> None:
@@ -162,8 +175,8 @@ def _cannot_be_cut(batch: Any, micro_batch: int, samples: int, share: int | None
 
 def default_inputs(batch: Any) -> dict[str, Any] | tuple[Any, ...]:
     """The model's arguments if the user does not specify them: a dict's items, or a tuple's first."""
-    if isinstance(batch, dict):
-        return batch
+    if isinstance(batch, Mapping):
+        return dict(batch)
     if isinstance(batch, tuple | list):
         return (batch[0],)
     return (batch,)

@@ -305,7 +305,7 @@ def build_optimizers(
     else:
         built = {name: make(trainable(model.get_submodule(name))) for name, make in factories.items()}
     for optimizer in built.values():
-        arguments.check_built(optimizer)
+        arguments.check_built(optimizer, model)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
     return built
