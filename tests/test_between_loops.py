@@ -96,6 +96,40 @@ def _in_epochs(run: Run, dies_at: int = 0) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
+class _Numbers(TensorDataset):
+    """Samples that say which they are."""
+
+    def __init__(self, count: int, seen: list[int]) -> None:
+        super().__init__(torch.arange(count))
+        self._seen = seen
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        self._seen.append(index)
+        made = torch.Generator().manual_seed(index)
+        return torch.randn(6, generator=made), torch.tensor(index % 3)
+
+
+def _with_other_data(
+    run: Run, dies_at: int = 0, seen: list[list[int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """Two epochs of 16 samples, then one and a half of 40 others, then 3 steps more of the first."""
+    trainer = _trainer(run)
+    for stage, (count, length) in enumerate(
+        ((16, {"epochs": 2}), (40, {"epochs": 1.5}), (16, {"max_steps": 3}))
+    ):
+        of_stage: list[int] = []
+        loader = trainer.loader(_Numbers(count, of_stage), batch_size=8)
+        for batch in trainer.steps(loader, from_here=stage > 0, **length):  # type: ignore[arg-type]
+            run.log(loss=trainer.step(batch), lr=trainer.lr, epoch=trainer.step_metrics()["epoch"])
+            if trainer.every("1ep"):
+                run.log(whole_epochs=stage)
+            if run.step == dies_at:
+                raise _Killed
+        if seen is not None:
+            seen.append(of_stage)
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
 def _assert_goes_on(
     runs: Path, train: Callable[[Run, int], dict[str, torch.Tensor]], dies_at: tuple[int, ...]
 ) -> None:
@@ -221,3 +255,31 @@ def test_early_stopping_looks_at_each_value_once(tmp_path: Path) -> None:
                 if trainer.stale("val_loss", 2):
                     break
     assert run.step == 20
+
+
+def test_a_loop_over_other_data_counts_from_where_it_begins_if_it_is_told_so(tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+    with Run("test", "a", runs=tmp_path / "runs") as run:
+        _with_other_data(run, seen=seen)
+    assert [len(of_stage) for of_stage in seen] == [32, 64, 24]
+    assert all(
+        sorted(of_stage[:count]) == list(range(count))
+        for of_stage, count in zip(seen, (16, 40, 16), strict=True)
+    )
+    told = view.load(run.directory).points["whole_epochs"]
+    assert list(zip(told.x, told.y, strict=True)) == [(2, 0), (4, 0), (9, 1), (14, 2)]
+    _assert_goes_on(tmp_path / "more", _with_other_data, (3, 4, 5, 8, 12, 14))
+
+
+def test_a_loop_that_begins_in_the_middle_of_other_data_is_told_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Run("test", "a", runs=tmp_path) as run:
+        trainer = _trainer(run)
+        for count, steps in ((16, 2), (40, 4)):
+            loader = trainer.loader(_Numbers(count, []), batch_size=8)
+            for batch in trainer.steps(loader, max_steps=steps):
+                trainer.step(batch)
+        assert "(40 samples, not 16), but begins at position 16 of it" in caplog.text
+        with pytest.raises(ValueError, match="or give this loop from_here=True"):
+            next(trainer.steps(loader, epochs=0.5))

@@ -171,7 +171,7 @@ class Trainer:
         self._loss: Weight = 0.0
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
-        self._total = self._loops = 0
+        self._total, self._loops, self._from = 0, 0, (0, 0)
         self._saved_at, self._begun = time.monotonic(), False
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
@@ -305,12 +305,19 @@ class Trainer:
         *,
         epochs: float | None = None,
         max_steps: Duration | str | int | None = None,
+        from_here: bool = False,
     ) -> Iterator[Any]:
         """Yield the remaining batches, one per step, from where the run stopped; the loop's body is the step.
 
         Checkpoints are saved between steps, and after the last one. When told to stop (SIGTERM, Ctrl-C), it
         saves one and raises Stopped, which ends the script. Epochs follow one another without a gap: a batch
         may span two of them, and every batch is full.
+
+        Args:
+            loader: what `Trainer.loader` returned.
+            epochs, max_steps: the length, of which one is given. It counts from the start of the run.
+            from_here: count the length, the epochs and the position in the data from where this loop begins,
+                as for a second stage with other data. A schedule goes on counting the steps of the run.
 
         Raises:
             ValueError: both lengths are given, or neither; or an earlier loop of the script has already made
@@ -323,31 +330,25 @@ class Trainer:
             raise ValueError(_NO_OPTIMIZER)
         _check_loader(loader)
         self._leave_loop(another=True)
-        if again := self._loader is not None:
+        before = self._loader
+        if before is not None:
             self._at.behind.add(self._loops)
         self._loader, self._loops = loader, self._loops + 1
+        self._from = self._at.begin(self._loops) if from_here else (0, 0)
         self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
-        self._total = counting.steps_in(duration, loader, self.steps_done, self.samples_done)
-        if self._imagination is not None:
-            self._total = max(self._total, imagined.STEPS + 1)
-        if self._total in self._at.ended:
-            self._total = self._at.ended[self._total]
-            if self.steps_done >= self._total and self.world.rank == 0:
-                log.info(
-                    "the run was finished early, after step %d; give another length to go on", self._total
-                )
-        if self._loops in self._at.left:  # the state that was saved is of where the next loop began
-            self._total = self.steps_done - 1
-        if again and self._restored_step < self.steps_done >= self._total:
+        self._total = self._end_of(duration, loader)
+        if before is not None and self._restored_step < self.steps_done >= self._total:
             raise ValueError(
                 f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
                 "length counts from the start of the run. Use one loop for all steps "
-                '(trainer.every("1ep") is true at the end of each epoch), or give this loop the sum of both '
-                "lengths"
+                '(trainer.every("1ep") is true at the end of each epoch), or give this loop from_here=True, '
+                "which counts from where it begins"
             )
         if self.steps_done > self._total and self.world.rank == 0:
             log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
+        if before is not None and not from_here:
+            self._warn_of_other_data(before, loader)
         if self._resumption is not None:
             self._pass_by_or_go_on(self._resumption)
         if self._schedule is not None and self.world.rank == 0 and self.steps_done < self._total:
@@ -366,6 +367,19 @@ class Trainer:
         if requests.stop:  # during the last step; the next start continues after the loop
             raise Stopped(requests.stop)
 
+    def _end_of(self, duration: Duration, loader: Loader) -> int:
+        """The step with which the loop ends; one before those done, if the run is past it."""
+        if self._loops in self._at.left:  # the state that was saved is of where the next loop began
+            return self.steps_done - 1
+        step, sample = self._from
+        total = step + counting.steps_in(duration, loader, self.steps_done - step, self.samples_done - sample)
+        if self._imagination is not None:
+            return max(total, imagined.STEPS + 1)
+        early = self._at.ended.get(total, total)
+        if early < total and self.steps_done >= early and self.world.rank == 0:
+            log.info("the run was finished early, after step %d; give another length to go on", early)
+        return early
+
     def _warn_of_other_samples(self, loader: Loader) -> None:
         """Warn if a continued run has another number of samples, or of sources, which changes their order."""
         if not self.steps_done or self.world.rank > 0:
@@ -379,6 +393,17 @@ class Trainer:
             return
         log.warning("%s: from step %d on the samples come in a different order", changed, self.steps_done)
 
+    def _warn_of_other_data(self, before: Loader, now: Loader) -> None:
+        """Warn if a loop begins in the middle of data of which no loop has read the beginning."""
+        other = before.samples_per_epoch != now.samples_per_epoch
+        if other and self.steps_done < self._total and self.world.rank == 0:
+            log.warning(
+                "this loop reads other data than the one before (%d samples, not %d), but begins at position "
+                "%d of it, since lengths and positions count from the start of the run: "
+                "steps(..., from_here=True) counts from where the loop begins",
+                now.samples_per_epoch, before.samples_per_epoch, self.samples_done,
+            )  # fmt: skip
+
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
         unseen = self.world.rank > 0 or self._attempt.measure is not None or self._imagination is not None
         if unseen or self.steps_done > self._total:  # the run is past this loop
@@ -389,7 +414,7 @@ class Trainer:
         pace = self._gauge.pace
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
         if self.steps_done <= self._total:  # otherwise the run is past this loop
-            source = loader.batches(self.samples_done, self._at.data)
+            source = loader.batches(self.samples_done - self._from[1], None if self._begun else self._at.data)
             self._begin_attempt(loader)
             self._at.data = None
         if self.steps_done < self._total:
@@ -561,7 +586,8 @@ class Trainer:
         assert self._loader is not None, "call every() within the loop over steps()"
         if self._attempt.measure is not None or self._imagination is not None:
             return False
-        completes = counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
+        samples = self.samples_done - self._from[1]
+        completes = counting.completes(parsed, self._loader, self.steps_done, samples)
         self._may_be_best |= completes
         return completes
 
@@ -764,7 +790,8 @@ class Trainer:
         """
         assert self._loader is not None, "call step_metrics() within the loop over steps()"
         samples, tokens = self.samples_done + self._loader.batch_size, self._loader.tokens_per_sample
-        found: dict[str, Any] = {"lr": self.lr, "epoch": samples / self._loader.samples_per_epoch}
+        epoch = (samples - self._from[1]) / self._loader.samples_per_epoch
+        found: dict[str, Any] = {"lr": self.lr, "epoch": epoch}
         if self._step.norm is not None:
             found["grad_norm"] = self._step.norm
         return found if tokens is None else {**found, "tokens": round(samples * tokens)}
@@ -946,7 +973,7 @@ class Trainer:
                 self.steps_done,
             )
         if self._loader is not None:
-            self._at.data = self._loader.place(self.samples_done)
+            self._at.data = self._loader.place(self.samples_done - self._from[1])
         self._agree_on_metrics()
         with self._gauge.spending("checkpointing"):
             self._finish_saving()
@@ -962,7 +989,7 @@ class Trainer:
         if every.seconds is not None:
             return False
         assert self._loader is not None
-        begun = self.samples_done - self._loader.batch_size
+        begun = self.samples_done - self._from[1] - self._loader.batch_size
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
     def _is_best(self) -> bool:

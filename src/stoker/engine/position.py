@@ -23,6 +23,8 @@ class Position:
     """The step at which a loop was left that another one followed, by its number in the script, from 1."""
     behind: set[int] = field(default_factory=set)
     """The loops of the script, by number, after which another one has begun."""
+    began: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """The steps and samples done when a loop began that counts from there, by its number."""
     data: Any = None
     """The position in the data, see `Loader.place`."""
 
@@ -30,6 +32,10 @@ class Position:
         """Record a step over this many samples."""
         self.step += 1
         self.samples += samples
+
+    def begin(self, loop: int) -> tuple[int, int]:
+        """The steps and samples done when a loop began, which is now unless it began earlier."""
+        return self.began.setdefault(loop, (self.step, self.samples))
 
     def end(self, total: int) -> int:
         """Make the current step the last of a loop of `total` steps; returns that step."""
@@ -41,6 +47,7 @@ class Position:
         return {
             "step": self.step, "samples": self.samples, "ended": list(self.ended.items()),
             "left": list(self.left.items()), "behind": sorted(self.behind), "data": self.data,
+            "began": [(loop, *at) for loop, at in self.began.items()],
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self.history.items()},
         }  # fmt: skip
 
@@ -54,5 +61,6 @@ def read(saved: Mapping[str, Any]) -> Position:
         ended=dict(saved.get("ended", ())),
         left=dict(saved.get("left", ())),
         behind=set(saved.get("behind", ())),
+        began={loop: (step, sample) for loop, step, sample in saved.get("began", ())},
         data=saved.get("data"),
     )
