@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -1536,6 +1537,26 @@ def test_the_best_is_of_the_weights_that_were_measured_where_asked_or_watched(
     if best in measured:
         weights = load_file(store.export_model(manifest.read(found), found.parent / "best.safetensors"))
         assert torch.equal(weights["0.weight"], measured[best]["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "said"),
+    [
+        ("score", "score", r"its metric score is not known to be better low or high: .*run.goal\('score'"),
+        ("eval_loss", "val_loss", "its metric val_loss was not logged: name .*; did you mean 'eval_loss'"),
+        ("val_loss", "val_loss", ""),
+    ],
+)
+def test_a_best_checkpoint_that_cannot_be_told_is_warned_of_once(
+    metric: str, best: str, said: str, open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), best=best, checkpoint_best=True)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=4):
+            run.log({metric: trainer.step(batch).item()})
+    warned = [text for text in caplog.messages if "no best checkpoint is kept" in text]
+    assert len(warned) == bool(said)
+    assert not said or re.search(said, warned[0])
 
 
 @pytest.mark.parametrize(

@@ -459,6 +459,8 @@ class Trainer:
                     self._end_loop()
                     raise Stopped(stop)
             self.run.step = self.steps_done
+        if self.training.checkpoint_best and self.steps_done == self._total:
+            self._checkpoints.warn_if_never_logged()
         self._save()
         self._end_loop()
 

@@ -26,7 +26,7 @@ from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
-from stoker.errors import StokerError
+from stoker.errors import StokerError, nearest
 from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.world import World
@@ -217,6 +217,7 @@ class Checkpoints:
             self._folder, attempt.world, ours=attempt.end_if_lost, before=attempt.flush, done=self._on_disk
         )
         self._best_saved: float | None = None
+        self._warned = False
         self.wait = self._saver.wait
         self.restore, self.checksums = saved.restore, saved.checksums
 
@@ -301,6 +302,10 @@ class Checkpoints:
         """Whether `best` was measured at this step and is better than in any checkpoint; only on rank 0."""
         value = self._attempt.recorder.latest.get(self.best)
         goal = goal_of(self.best, self._attempt.goals)
+        if value is not None and goal is None:
+            self._warn_of_best(
+                f"is not known to be better low or high: say so with run.goal({self.best!r}, ...)"
+            )
         is_old = self._attempt.recorder.latest_at.get(self.best) != self._attempt.step
         if value is None or goal is None or is_old or math.isnan(value):
             return False
@@ -308,6 +313,17 @@ class Checkpoints:
             self._best_saved = manifest.metrics(there)[self.best]
         known = self._best_saved
         return known is None or (value < known if goal == "min" else value > known)
+
+    def warn_if_never_logged(self) -> None:
+        """Warn if the metric that defines the best checkpoint was not logged in the whole run."""
+        known = self._attempt.recorder.latest
+        if self._attempt.world.rank == 0 and self.best not in known:
+            self._warn_of_best(f"was not logged: name one with Trainer(best=...){nearest(self.best, known)}")
+
+    def _warn_of_best(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("no best checkpoint is kept: its metric %s %s", self.best, why)
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._attempt.directory.path))
