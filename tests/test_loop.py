@@ -680,6 +680,30 @@ def _assert_goes_on(
     return whole
 
 
+class _Momentary(nn.Module):
+    """A buffer that is not persistent and changes, one that is made in the first pass, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _model()
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+        self.register_buffer("mask", torch.tril(torch.ones(4, 4, dtype=torch.bool)), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shift = x.new_zeros(6) if self.shift is None else self.shift + 0.1 * x.mean(0)
+        self.scale.mul_(0.9)
+        return self.model(x * self.scale + self.shift)
+
+
+def test_buffers_that_are_not_persistent_are_saved_if_they_change(open_run: Callable[..., Run]) -> None:
+    _assert_goes_on(open_run, _Momentary)
+    newest, _ = manifest.newest(open_run("cut").directory.checkpoints)
+    assert newest is not None
+    saved = {name for name in store.shapes(newest) if "scale" in name or "shift" in name or "mask" in name}
+    assert saved == {"buffer.scale", "buffer.shift"}
+
+
 class _Prototypes(nn.Module):
     """A frozen table of which a row is moved, and frozen values that nobody moves."""
 

@@ -72,12 +72,12 @@ class Saved:
         """This rank's tensors, and the joined values of all ranks. All ranks call it."""
         strategies.gather_no_more(self.step.model)
         self.frozen.check(position["step"])
-        copies.check(
-            self.step.model,
-            distributed.gathered(copies.held(self.step.model, self._part())),
-            position["step"],
-        )
-        tensors, values = self._model()
+        kept, buffers = self.frozen.kept(), self.frozen.buffers()
+        frozen = {n: p.detach() for n, p in self.step.model.named_parameters() if n in kept}
+        beside = {**frozen, **state.saved_buffers(self.step.model), **buffers}
+        copies.check(self.step.model, beside, self._part(), position["step"])
+        tensors, values = self._model(kept)
+        tensors.update({f"buffer.{name}": t for name, t in buffers.items()})
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
         own, registered = self.registered.capture()
         tensors.update(own)
@@ -104,6 +104,7 @@ class Saved:
         tensors, values, whole = self._put(checkpoint, waits)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
+        self.frozen.put_buffers(state.inside(tensors, "buffer."))
         self.modes.restore(values.get("modes", {}))
         self.registered.restore(checkpoint, values.get("registered", {}))
         rank = self.world.rank
@@ -129,13 +130,12 @@ class Saved:
 
         return self.step if isinstance(self.step, DeepSpeedStep) else None
 
-    def _model(self) -> tuple[Tensors, dict[str, Any]]:
+    def _model(self, kept: Set[str]) -> tuple[Tensors, dict[str, Any]]:
         zero = self._zero
         if zero is None or zero.stage == 0:
-            return state.capture(self.step.model, self.step.optimizers, self.built, self.frozen.kept())
+            return state.capture(self.step.model, self.step.optimizers, self.built, kept)
         parameters, held, counts = zero.capture()
         buffers = state.saved_buffers(self.step.model)
-        kept = self.frozen.kept()
         frozen = {n: zero.whole(p) for n, p in self.step.model.named_parameters() if n in kept}
         tensors = {f"model.{n}": t for n, t in {**parameters, **frozen, **buffers}.items()}
         tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})

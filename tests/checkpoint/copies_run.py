@@ -17,9 +17,15 @@ def train(folder: Path, how: str, **settings: object) -> str:
         with Run("test", how, runs=folder / "runs") as run:
             trainer = trainer_of(run, **settings)
             weight = trainer.model.weight
+            if how == "buffer":
+                trainer.model.register_buffer("center", torch.zeros(2), persistent=False)
             loader = trainer.loader(TensorDataset(torch.randn(24, 2, generator=made)), batch_size=12)
             for batch in trainer.steps(loader, max_steps=2):
                 loss = trainer.forward(batch).square().sum()
+                if how == "buffer":
+                    trainer.model.center.lerp_(batch[0].mean(0), 0.1)
+                if how == "frozen":
+                    trainer.model.bias.requires_grad_(False).add_(run.world.rank)
                 if how == "alone":
                     loss.backward()
                     trainer.optimizer.step()

@@ -33,5 +33,14 @@ def test_weights_that_come_apart_are_not_saved(how: str, tmp_path: Path) -> None
 def test_what_is_one_model_is_saved(how: str, settings: dict[str, object], size: int, tmp_path: Path) -> None:
     assert ranks.run(copies_run.train, size, tmp_path, tmp_path, how, **settings) == [""] * size
     log = (tmp_path / "runs" / "test" / how / "logs" / "rank-0.log").read_text()
+    assert "ranks have changed buffers" not in log
     said = "step 2: weight differs between ranks 0 and 1, which hold copies, by 0."
     assert (said in log) == (how == "rounding")
+
+
+@pytest.mark.parametrize(("how", "name"), [("buffer", "center"), ("frozen", "bias")])
+def test_what_each_rank_changes_by_its_own_batches_is_told_once(how: str, name: str, tmp_path: Path) -> None:
+    assert ranks.run(copies_run.train, 2, tmp_path, tmp_path, how, checkpoint_every=1) == ["", ""]
+    log = (tmp_path / "runs" / "test" / how / "logs" / "rank-0.log").read_text()
+    assert log.count(f"step 1: ranks have changed buffers or frozen weights differently ({name})") == 1
+    assert log.count("ranks have changed") == 1

@@ -1,56 +1,72 @@
 """Checks that ranks holding copies of the same parameters have the same values: a checkpoint stores only one.
 
-If they diverge, the cause is a mistake: a loop that calls `loss.backward()` and `optimizer.step()` itself,
-so that gradients are not reduced over ranks, or weights that are drawn with random numbers, which differ
-between ranks. The check compares evenly spaced values, which takes a few milliseconds.
+If trained parameters diverge, the cause is a mistake: a loop that calls `loss.backward()` and
+`optimizer.step()` itself, so that gradients are not reduced over ranks, or weights that are drawn with random
+numbers, which differ between ranks. Buffers and frozen parameters diverge if each rank changes them by its
+own batches, which is said. The check compares evenly spaced values, which takes a few milliseconds.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 import xxhash
 from stoker import distributed
 from stoker.checkpoint import frozen
 from stoker.errors import StokerError
+from stoker.words import some
 from stoker.world import World
 from torch import nn
 
 log = logging.getLogger("stoker")
 
-Held = tuple[Hashable, str]
-"""The part of the model that a rank holds, equal for ranks with the same part; and a checksum of its
-values."""
-
 _ROUNDING = 1e-4  # of a parameter's largest value: the differences between unlike devices are far below this
-_APART = 1e-2
+_TOO_FAR = 1e-2
 _PROBED = 64  # values per parameter
+_NAMED = 5  # names in a message
+
+_Apart = tuple[float, str, int, int]
+"""By how much a tensor differs, its name, and the two ranks."""
+
+_said: set[str] = set()
+"""The buffers and frozen parameters that were warned of."""
 
 
-def held(model: nn.Module, part: Hashable) -> Held:
-    """The part that this rank holds of a model, with its checksum."""
-    values = list(_probes(model).values())
-    return part, xxhash.xxh3_128_hexdigest(torch.cat(values).numpy().data) if values else ""
+def check(model: nn.Module, beside: Mapping[str, torch.Tensor], part: Hashable, step: int) -> None:
+    """Raises StokerError if trained parameters have diverged between ranks; warns if others have.
+
+    All ranks call it.
+
+    Args:
+        beside: what is saved besides trained parameters: buffers, and frozen parameters that have changed.
+        part: which part of the model this rank holds, equal for ranks that hold copies.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    probes = [_probes(trained), _probes(beside)]
+    of_ranks = distributed.gathered((part, [_sum(found) for found in probes]))
+    firsts = {held: rank for rank, (held, _) in reversed(list(enumerate(of_ranks)))}
+    pairs = [(firsts[held], rank) for rank, (held, _) in enumerate(of_ranks)]
+    for number, answer in enumerate((_answer, _tell)):
+        others = [(a, b) for a, b in pairs if of_ranks[a][1][number] != of_ranks[b][1][number]]
+        if others:
+            values = distributed.gathered(probes[number])
+            apart = [
+                (_apart(ours, values[rank][name]), name, first, rank)
+                for first, rank in others
+                for name, ours in values[first].items()
+                if name in values[rank]
+            ]
+            answer(step, sorted(apart, reverse=True))
 
 
-def check(model: nn.Module, of_ranks: Sequence[Held], step: int) -> None:
-    """Raises StokerError if ranks have diverged. All ranks call it, with what all of them hold."""
-    firsts = {part: rank for rank, (part, _) in reversed(list(enumerate(of_ranks)))}
-    pairs = [(firsts[part], rank) for rank, (part, _) in enumerate(of_ranks)]
-    others = [(first, rank) for first, rank in pairs if of_ranks[first] != of_ranks[rank]]
-    if not others:
-        return
-    values = distributed.gathered(_probes(model))
-    share, name, first, rank = max(
-        (_apart(ours, values[rank][name]), name, first, rank)
-        for first, rank in others
-        for name, ours in values[first].items()
-    )
+def _answer(step: int, apart: Sequence[_Apart]) -> None:
+    """Raises StokerError if trained parameters have diverged by more than rounding."""
+    share, name, first, rank = apart[0]
     said = f"{name} differs between ranks {first} and {rank}, which hold copies, by {share:.2%} of its size"
-    if share > _APART:
+    if share > _TOO_FAR:
         raise StokerError(
             f"step {step}: {said}, so no checkpoint is saved. In your own loop, use "
             "trainer.backward(loss_sum, weight) and trainer.update() instead of loss.backward() and "
@@ -61,9 +77,26 @@ def check(model: nn.Module, of_ranks: Sequence[Held], step: int) -> None:
         log.warning("step %d: %s", step, said)
 
 
-def _probes(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: frozen.held(p) for name, p in model.named_parameters() if p.requires_grad}
+def _tell(step: int, apart: Sequence[_Apart]) -> None:
+    """Warn once of what ranks hold differently besides trained parameters."""
+    names = {name for share, name, _, _ in apart if share > _ROUNDING} - _said
+    _said.update(names)
+    if names and World.current().rank == 0:
+        log.warning(
+            "step %d: ranks have changed buffers or frozen weights differently (%s), and a checkpoint has "
+            "those of one rank: a resumed run goes on from other values. Reduce what each rank computes of "
+            "its own batches, as with torch.distributed.all_reduce, before it changes them",
+            step, some(sorted(names), _NAMED),
+        )  # fmt: skip
+
+
+def _probes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {name: frozen.own(tensor) for name, tensor in tensors.items()}
     return {name: _probe(values).float().cpu() for name, values in found.items() if values is not None}
+
+
+def _sum(probes: Mapping[str, torch.Tensor]) -> str:
+    return xxhash.xxh3_128_hexdigest(torch.cat(list(probes.values())).numpy().data) if probes else ""
 
 
 def _probe(values: torch.Tensor) -> torch.Tensor:
@@ -72,7 +105,9 @@ def _probe(values: torch.Tensor) -> torch.Tensor:
 
 
 def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference between two ranks' values of a parameter, as a share of its largest value."""
+    """The largest difference between two ranks' values of a tensor, as a share of its largest value."""
+    if ours.shape != theirs.shape:
+        return math.inf
     largest = max(ours.abs().max().item(), theirs.abs().max().item()) if ours.numel() else 0.0
     share = (ours - theirs).abs().max().item() / largest if largest else 0.0
     return math.inf if math.isnan(share) else share

@@ -1,7 +1,8 @@
-"""Which parameters must be saved although they are not trained at the moment.
+"""What must be saved although it is neither trained nor part of a model's state.
 
 Most frozen parameters never change, and are loaded again from where they came from. But some are changed by
-hand (a target network, a mean teacher), and some are frozen only for a while, or unfrozen later.
+hand (a target network, a mean teacher), and some are frozen only for a while, or unfrozen later. Buffers that
+are not persistent are mostly constants, too; those that change are saved.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Frozen:
         self._trained = {name: p.requires_grad for name, p in model.named_parameters()}
         self._kept = {name for name, trained in self._trained.items() if trained}
         self._before = checksums(dict(self._frozen()))
+        self._buffers_before = checksums(_not_persistent(model), integers=True)
 
     def check(self, step: int) -> None:
         """Raises StokerError if the model has different parameters or buffers than when it was built."""
@@ -50,6 +52,26 @@ class Frozen:
         changed = {name for name, p in self._frozen() if self._has_changed(name, p)}
         self._kept |= {name for names in distributed.gathered(sorted(changed)) for name in names}
         return frozenset(name for name, _ in self._frozen() if name in self._kept)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers of this rank that are not persistent, but have changed."""
+        now = _not_persistent(self._model)
+        sums = checksums(now, integers=True)
+        before = self._buffers_before
+        return {n: now[n] for n, of in sums.items() if n not in before or not torch.equal(of, before[n])}
+
+    def put_buffers(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `buffers` returned, as far as this rank has it."""
+        for prefix, module in self._model.named_modules():
+            for name in module._non_persistent_buffers_set & module._buffers.keys():
+                tensor, now = saved.get(f"{prefix}.{name}".removeprefix(".")), module._buffers[name]
+                if tensor is None:
+                    continue
+                if now is not None and now.shape == tensor.shape:
+                    now.copy_(tensor)
+                else:
+                    beside = now if now is not None else next(self._model.parameters())
+                    module._buffers[name] = tensor.to(beside.device)
 
     def turned(self) -> dict[str, bool]:
         """Parameters that were frozen or unfrozen since: whether each is trained now."""
@@ -71,6 +93,16 @@ class Frozen:
         return now is not None and not torch.equal(_checksums(now), self._before[name])
 
 
+def _not_persistent(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are not part of a model's state, by name."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): buffer.detach()
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set and buffer is not None
+    }
+
+
 def _names(model: nn.Module) -> set[str]:
     """The names of parameters, and of saved buffers, including those that are None."""
     buffers = {
@@ -87,17 +119,17 @@ def checksums(tensors: Mapping[str, torch.Tensor], *, integers: bool = False) ->
     Args:
         integers: also of those that are no real numbers, which as parameters are quantised.
     """
-    of = _own if integers else held
+    of = own if integers else held
     return {name: _checksums(values) for name, t in tensors.items() if (values := of(t)) is not None}
 
 
 def held(parameter: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of a parameter as real numbers; None if it is quantised."""
-    values = _own(parameter)
+    values = own(parameter)
     return values if values is not None and values.is_floating_point() else None
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor | None:
+def own(tensor: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of a tensor, complex numbers as real ones; None if it has no plain values."""
     values = local(getattr(tensor, "ds_tensor", tensor).detach())  # ds_tensor: DeepSpeed's partition
     return real(values) if type(values) is torch.Tensor and not values.is_meta else None
