@@ -297,6 +297,7 @@ class Trainer:
                 self.model, batch_size=batch_size, share=share, training=self.training
             )
             loader.warn_of_repeats()
+            loader.warn_of_set_epoch()
         return loader
 
     def steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import traceback
 from collections.abc import Iterator
@@ -39,6 +40,33 @@ class Augmented(Numbers):
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+        return {"index": index, "drawn": torch.tensor(drawn, dtype=torch.float64)}
+
+
+class Jitter:
+    """A transform with a generator of its own, beside one that it is given."""
+
+    def __init__(self, given: random.Random) -> None:
+        self.rng, self.given = np.random.default_rng(0), [given]
+
+    def __call__(self) -> list[float]:
+        return [self.rng.random(), self.given[0].random()]
+
+
+class Own(Numbers):
+    """Each sample with a draw from every generator that it holds."""
+
+    def __init__(self, size: int, given: random.Random) -> None:
+        super().__init__(size)
+        self.legacy, self.of_torch = np.random.RandomState(0), torch.Generator()
+        self.transforms = {"jitter": functools.partial(Jitter.__call__, Jitter(given))}
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        drawn = [
+            *self.transforms["jitter"](),
+            self.legacy.rand(),
+            float(torch.rand((), generator=self.of_torch)),
+        ]
         return {"index": index, "drawn": torch.tensor(drawn, dtype=torch.float64)}
 
 
@@ -98,6 +126,30 @@ def test_workers_and_restarts_change_no_sample_and_no_augmentation() -> None:
     assert worked == here
     assert resumed == resumed_worked == (here[0][12:], here[1][12:])
     assert len({tuple(drawn) for drawn in here[1]}) == 32  # another draw in each epoch
+
+
+def test_generators_that_a_dataset_holds_are_seeded_for_each_sample_and_left_as_they_were() -> None:
+    given = random.Random(3)
+    before = given.getstate()
+    dataset = Own(20, given)
+    whole = flat(take(loader(dataset).batches(0), 11))
+    assert flat(take(loader(dataset).batches(0), 11)) == whole
+    assert given.getstate() == before
+    assert dataset.legacy.rand() == np.random.RandomState(0).rand()
+    for workers in (0, 2):
+        again = loader(Own(20, random.Random(4)), workers=workers)
+        assert flat(take(again.batches(12), 8)) == tuple(part[12:] for part in whole)
+    _, drawn = whole
+    assert all(len({row[at] for row in drawn}) == len(drawn) for at in range(4))  # the second epoch's too
+
+
+def test_a_dataset_that_is_told_the_epoch_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Told(Numbers):
+        def set_epoch(self, epoch: int) -> None: ...
+
+    for dataset in (Numbers(8), Told(8)):
+        loader(dataset).warn_of_set_epoch()
+    assert [text.startswith("the dataset has a set_epoch") for text in caplog.messages] == [True]
 
 
 def test_an_augmentation_does_not_depend_on_the_world() -> None:

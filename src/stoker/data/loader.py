@@ -2,10 +2,9 @@
 
 Which samples make up a batch is a pure function of (seed, position), see `order`. The randomness of an
 augmentation is a function of (seed, epoch, sample): a dataset with `read(index, key)` receives a key
-derived from them; for any other dataset, Python's, NumPy's and torch's CPU generators are seeded before
-each sample is read and restored after the batch. So the number of workers, ranks and restarts changes no
-sample, and loading never touches the global random state. A dataset that keeps its own generator is not
-covered by this.
+derived from them; for any other dataset, Python's, NumPy's and torch's CPU generators, and those that the
+dataset or its transforms hold, are seeded before each sample is read and restored after the batch. So the
+number of workers, ranks and restarts changes no sample, and loading never touches the global random state.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from stoker import signals
-from stoker.data import order
+from stoker.data import generators, order
 from stoker.data.order import fold
 from stoker.errors import BadInput, StokerError
 from stoker.words import counted
@@ -132,6 +131,15 @@ class Loader:
             start_sample, self.batch_size, self._world,
         )  # fmt: skip
         return _batches(self._dataset, sampler, self.workers)
+
+    def warn_of_set_epoch(self) -> None:
+        """Warn if a dataset is to be told the epoch, which reaches no worker, and is lost on a resume."""
+        if callable(getattr(self._dataset.dataset, "set_epoch", None)):
+            log.warning(
+                "the dataset has a set_epoch, but workers read ahead with copies of it, and a resumed run is "
+                "within an epoch: random numbers differ by epoch without it. If it needs more, give "
+                "it read(index, key), where key is a number of its own for each sample of each epoch"
+            )
 
     def warn_of_repeats(self) -> None:
         """Warn if an epoch has fewer samples than a batch, so that a batch repeats samples."""
@@ -312,12 +320,14 @@ class _SeededDataset(Dataset[Any]):
     def __init__(self, dataset: MapDataset, seed: int, collate: Collate) -> None:
         self.dataset, self._seed, self._collate = dataset, seed, collate
         self._draws = not (isinstance(dataset, KeyedDataset) and collate is default_collate)
+        self._own: list[generators.Generator] | None = None
+        """The generators that the dataset and `collate` hold, once they are looked for."""
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, pair: Pair) -> Any:
-        with _random_state_kept():
+        with self._random_state_kept():
             return self._read([pair])[0]
 
     def __getitems__(self, pairs: list[Pair]) -> Any:
@@ -332,9 +342,9 @@ class _SeededDataset(Dataset[Any]):
     def _join(self, pairs: list[Pair]) -> Any:
         if not self._draws:
             return self._collate(self._read(pairs))
-        with _random_state_kept():
+        with self._random_state_kept():
             samples = self._read(pairs)
-            _seed_all(int(fold(self._seed, *pairs[0], _COLLATE)[0]))
+            self._seed_all(int(fold(self._seed, *pairs[0], _COLLATE)[0]))
             return self._collate(samples)
 
     def _read(self, pairs: list[Pair]) -> list[Any]:
@@ -351,27 +361,30 @@ class _SeededDataset(Dataset[Any]):
         return samples
 
     def _read_seeded(self, index: int, key: int) -> Any:
-        _seed_all(key)
+        self._seed_all(key)
         return self.dataset[index]
 
+    @contextmanager
+    def _random_state_kept(self) -> Iterator[None]:
+        """Restore the random state of the training process; in a worker nobody else uses it."""
+        if self._own is None:  # only now, since a script may still set a transform after it makes a loader
+            self._own = generators.of((self.dataset, self._collate))
+        if get_worker_info() is not None:
+            yield
+            return
+        python, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            with generators.kept(self._own):
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+            torch.set_rng_state(default)
 
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Restore the random state of the training process; in a worker nobody else uses it."""
-    if get_worker_info() is not None:
-        yield
-        return
-    python, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-        torch.set_rng_state(default)
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    # Not torch.manual_seed, which also seeds every GPU: those belong to the training step.
-    torch.default_generator.manual_seed(seed)
+    def _seed_all(self, seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # Not torch.manual_seed, which also seeds every GPU: those belong to the training step.
+        torch.default_generator.manual_seed(seed)
+        for generator in self._own or ():
+            generators.seed(generator, seed)
