@@ -122,7 +122,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine.random_state import seed_everything
     from stoker.language import hub
     from stoker.loop import Trainer
-    from stoker.recipes import exporting, image_model, image_processor, resuming
+    from stoker.recipes import classifiers, exporting, image_model, image_processor, resuming
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -133,6 +133,8 @@ def train(run: Run, config: Config) -> None:
         config.model, classes=source.classes, size=config.image_size,
         new=image_processor.DIGITS if small else image_processor.PHOTOS,
     )  # fmt: skip
+    source = image_model.in_order(source, made.classes)
+    classifiers.say(run, made.said)
     size, mean, std = made.processor.size, made.processor.mean, made.processor.std
     evaluated = augment.Evaluate(size, mean, std)
     training = images.Images(
