@@ -1,0 +1,81 @@
+"""The image recipe from end to end: what it exports, in plain transformers and as a model to go on with."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from stoker.data import images
+from transformers import pipeline
+
+from commands import Command
+from support import loaded
+
+CLASSES = 12  # of which "10" is before "2" by name, and after it by number
+TRAIN = ("train", "image", "precision=fp32", "workers=0")
+
+
+@pytest.fixture(scope="module")
+def squares() -> list[tuple[Image.Image, int]]:
+    """Noise with a white square, whose place is the class."""
+    drawn, made = np.random.default_rng(0), []
+    for number in range(CLASSES * 20):
+        row, column = divmod(number % CLASSES, 4)
+        pixels = drawn.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+        pixels[row * 10 : row * 10 + 10, column * 8 : column * 8 + 8] = 255
+        made.append((Image.fromarray(pixels), number % CLASSES))
+    return made
+
+
+def as_folders(squares: list[tuple[Image.Image, int]], folder: Path) -> Path:
+    for number, (image, label) in enumerate(squares):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        image.save(folder / str(label) / f"{number}.png")
+    return folder
+
+
+def as_parquet(squares: list[tuple[Image.Image, int]], file: Path) -> Path:
+    cells = []
+    for image, _ in squares:
+        image.save(written := io.BytesIO(), "png")
+        cells.append(written.getvalue())
+    pq.write_table(pa.table({"image": cells, "label": [label for _, label in squares]}), file)
+    return file
+
+
+def test_a_model_goes_on_with_its_own_classes_whatever_their_order_in_the_data(
+    stoker: Command, squares: list[tuple[Image.Image, int]], tmp_path: Path
+) -> None:
+    folder, file = as_folders(squares, tmp_path / "squares"), as_parquet(squares, tmp_path / "squares.parquet")
+    first = stoker(*TRAIN, f"data={folder}", "epochs=20", "batch_size=32", "eval_every=20ep", "image_size=32",
+                   "flip=false", "--name", "first")  # fmt: skip
+    assert first.code == 0, first.err
+    known = loaded(tmp_path / "runs/image/first").newest()
+    assert known["test_accuracy"] > 0.8
+    model = f"model={tmp_path / 'runs/image/first/artifacts/model'}"
+    second = stoker(*TRAIN, f"data={file}", model, "max_steps=1", "lr=1e-9", "test=0.4", "--name", "second")
+    assert second.code == 0, second.err
+    assert loaded(tmp_path / "runs/image/second").newest()["test_accuracy"] > 0.8
+    assert "last layer" not in second.err
+    (folder / "11").rename(folder / "eleven")
+    third = stoker(*TRAIN, f"data={folder}", model, "max_steps=1", "--name", "third")
+    assert third.code == 0, third.err
+    assert "stoker: warning: the last layer is new: the model's was for other classes (0, 1, 10" in third.err
+    assert "LOAD REPORT" not in third.err
+
+
+def test_a_pipeline_of_transformers_has_the_accuracy_of_the_test(stoker: Command, tmp_path: Path) -> None:
+    done = stoker(*TRAIN, "epochs=1", "--name", "digits")
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "image" / "digits"
+    classify = pipeline("image-classification", model=str(run / "artifacts" / "model"))
+    source = images.read("digits")
+    numbers = images.split(source, validation=0.1, test=0.1).test.tolist()
+    found = classify([images.picture(source, number) for number in numbers], batch_size=64, top_k=1)
+    right = [best["label"] == str(source.labels[n]) for n, (best,) in zip(numbers, found, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(loaded(run).newest()["test_accuracy"])
