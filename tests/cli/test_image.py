@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from stoker import exports
+from stoker.cli import sharing
 from stoker.data import images
+from stoker.integrations import mlflow as served
 from transformers import pipeline
 
 from commands import Command
@@ -51,9 +56,14 @@ def as_parquet(squares: list[tuple[Image.Image, int]], file: Path) -> Path:
 def test_a_model_goes_on_with_its_own_classes_whatever_their_order_in_the_data(
     stoker: Command, squares: list[tuple[Image.Image, int]], tmp_path: Path
 ) -> None:
-    folder, file = as_folders(squares, tmp_path / "squares"), as_parquet(squares, tmp_path / "squares.parquet")
-    first = stoker(*TRAIN, f"data={folder}", "epochs=20", "batch_size=32", "eval_every=20ep", "image_size=32",
-                   "flip=false", "--name", "first")  # fmt: skip
+    folder, file = (
+        as_folders(squares, tmp_path / "squares"),
+        as_parquet(squares, tmp_path / "squares.parquet"),
+    )
+    first = stoker(
+        *TRAIN, f"data={folder}", "epochs=20", "batch_size=32", "eval_every=20ep", "image_size=32",
+        "flip=false", "--name", "first",
+    )  # fmt: skip
     assert first.code == 0, first.err
     known = loaded(tmp_path / "runs/image/first").newest()
     assert known["test_accuracy"] > 0.8
@@ -69,13 +79,49 @@ def test_a_model_goes_on_with_its_own_classes_whatever_their_order_in_the_data(
     assert "LOAD REPORT" not in third.err
 
 
-def test_a_pipeline_of_transformers_has_the_accuracy_of_the_test(stoker: Command, tmp_path: Path) -> None:
+@pytest.fixture
+def digits(stoker: Command, tmp_path: Path) -> Path:
     done = stoker(*TRAIN, "epochs=1", "--name", "digits")
     assert done.code == 0, done.err
-    run = tmp_path / "runs" / "image" / "digits"
-    classify = pipeline("image-classification", model=str(run / "artifacts" / "model"))
+    return tmp_path / "runs" / "image" / "digits"
+
+
+def test_a_pipeline_of_transformers_has_the_accuracy_of_the_test(digits: Path) -> None:
+    classify = pipeline("image-classification", model=str(digits / "artifacts" / "model"))
     source = images.read("digits")
     numbers = images.split(source, validation=0.1, test=0.1).test.tolist()
     found = classify([images.picture(source, number) for number in numbers], batch_size=64, top_k=1)
     right = [best["label"] == str(source.labels[n]) for n, (best,) in zip(numbers, found, strict=True)]
-    assert sum(right) / len(right) == pytest.approx(loaded(run).newest()["test_accuracy"])
+    assert sum(right) / len(right) == pytest.approx(loaded(digits).newest()["test_accuracy"])
+
+
+def test_it_is_shared_with_the_card_of_a_classifier(digits: Path, tmp_path: Path) -> None:
+    seen = loaded(digits)
+    (tmp_path / "made").mkdir()
+    made = exports.make(seen, tmp_path / "made")
+    folder = sharing.prepare(seen, made, tmp_path / "merged", name="org/digits", merge=False, base=None)
+    card = (folder / "README.md").read_text()
+    for said in (
+        "pipeline_tag: image-classification", "An image classifier, trained with stoker",
+        'classify = pipeline("image-classification", model="org/digits")', "| accuracy on the test set |",
+        "## Data\n\n- digits\n- 1,437 images for training, 180 for validation, 180 for testing\n"
+        "- 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n- fingerprint of the content: `",
+    ):  # fmt: skip
+        assert said in card, said
+
+
+def test_mlflow_labels_images_in_every_form_that_transformers_takes(digits: Path, tmp_path: Path) -> None:
+    found = served._load_pyfunc(str(digits / "artifacts" / "model"))
+    image = images.picture(images.read("digits"), 0)
+    image.save(tmp_path / "digit.png")
+    content = (tmp_path / "digit.png").read_bytes()
+    forms = [image, np.asarray(image), str(tmp_path / "digit.png"), tmp_path / "digit.png", content,
+             base64.b64encode(content).decode()]  # fmt: skip
+    answers = found.predict(forms)
+    assert len(answers) == len(forms)
+    assert len(set(answers)) == 1
+    assert answers[0] in "0123456789"
+    assert found.predict(pd.DataFrame({"image": forms[2:]})) == answers[2:]
+    for one in forms:
+        assert found.predict(one) == answers[:1]
+    assert found.predict(np.stack([np.asarray(image.convert("RGB"))] * 2)) == answers[:2]

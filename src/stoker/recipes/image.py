@@ -144,6 +144,9 @@ def train(run: Run, config: Config) -> None:
     test = images.Images(source, splits.test, evaluated)
     resuming.check_classes(run, source.classes)
     run.fingerprint("data", source.fingerprint)
+    run.attempt.event(
+        "data", sources=[config.data], images={name: len(those) for name, those in vars(splits).items()}
+    )
     run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
     hub.record(run, {"model": None if config.model in SIZES else config.model})
 

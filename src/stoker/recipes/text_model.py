@@ -96,9 +96,11 @@ def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None
     else:
         known, revision = f"sha256:{texts.fingerprint}", hub_datasets.revision(data)
         run.data("data", data, fingerprint=known, revision=revision)
+    splits = {"train": texts.train, "validation": texts.validation, "test": texts.test}
     run.attempt.event(
-        "data", sources=[texts.description], rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample
-    )
+        "data", sources=[texts.description], texts={name: len(those) for name, those in splits.items()},
+        rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample,
+    )  # fmt: skip
     if run.world.rank > 0:
         return
     most, count = Counter(text.label for text in texts.train).most_common(1)[0]

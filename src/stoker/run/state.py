@@ -43,7 +43,8 @@ class Attempt:
     """How a Trainer used the devices: `parallel`, `precision`, `ranks`, `device`, and why; the `memory_bytes`
     of each; the `peak` that MFU is relative to (`flops`, `source`)."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What it trained on, if its recipe reports it: a line per `sources` entry, `rows`, `tokens_per_row`."""
+    """What it trained on, if its recipe reports it: a line per `sources` entry, `rows`, `tokens_per_row`;
+    the number of `images` or `texts` of each split."""
     began: float | None = None
     """When a Trainer's loop started."""
     spent: list[dict[str, Any]] = field(default_factory=list)
