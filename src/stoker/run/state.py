@@ -85,6 +85,19 @@ class Use:
 
 
 @dataclass
+class LeftOut:
+    """A batch that `on_bad_loss` left out."""
+
+    step: int
+    samples: list[int]
+    """The first and the last one."""
+    reason: str
+    time: float
+    rewound_to: int | None = None
+    """The step to whose weights the run went back."""
+
+
+@dataclass
 class RunView:
     """The state of a run when it was read, as by `stoker.runs`; to follow a running run, read it again."""
 
@@ -112,6 +125,8 @@ class RunView:
     """The metric that decides which checkpoint is the best."""
     checkpoints: list[int] = field(default_factory=list)
     """Steps at which a checkpoint was committed (it may have been deleted since then)."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """The batches that were left out because of their loss, in the order of steps."""
     artifacts: dict[str, Event] = field(default_factory=dict)
     used: dict[str, Use] = field(default_factory=dict)
     used_by: list[dict[str, Any]] = field(default_factory=list)
