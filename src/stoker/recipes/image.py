@@ -16,6 +16,8 @@ from stoker.engine.options import Training
 from stoker.errors import BadInput
 from stoker.user_run import Run
 
+BEST_METRIC = "val_accuracy"
+
 PRELOAD = (
     "stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment",
     "sklearn.datasets",  # holds the digits; importing it takes longer than training an epoch on them
@@ -158,7 +160,7 @@ def train(run: Run, config: Config) -> None:
         loss=image_model.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
         training=config,
-        best="val_accuracy",
+        best=BEST_METRIC,
     )
 
     describe = functools.partial(image_model.describe, made)
@@ -174,7 +176,7 @@ def train(run: Run, config: Config) -> None:
             run.log(trainer.performance())
         if trainer.every(config.eval_every) or trainer.last:
             run.log({f"val_{name}": value for name, value in measure(validation).items()})
-            if config.patience is not None and trainer.stale("val_accuracy", config.patience):
-                trainer.finish(f"val_accuracy did not improve for {config.patience} evaluations")
+            if config.patience is not None and trainer.stale(BEST_METRIC, config.patience):
+                trainer.finish(f"{BEST_METRIC} did not improve for {config.patience} evaluations")
     run.log({f"test_{name}": value for name, value in measure(test).items()})
     exporting.export(trainer, describe)
