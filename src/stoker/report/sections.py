@@ -435,9 +435,9 @@ def _shown(value: Value | None) -> str:
 
 def _config_cell(value: Value | None) -> Html:
     if value is None:
-        return tag("td", tag("span", "missing", class_="source"))
+        return tag("td", tag("span", "missing", class_="source"), class_="value")
     source = "" if value.is_default else value.source
-    return tag("td", tag("code", _shown(value)), tag("span", source, class_="source"))
+    return tag("td", tag("code", _shown(value)), " ", tag("span", source, class_="source"), class_="value")
 
 
 def _logged(view: RunView, logged: Sequence[Media], with_step: bool) -> Html:
