@@ -16,12 +16,12 @@ from stoker.engine.options import Training
 from stoker.errors import BadInput
 from stoker.user_run import Run
 
-BEST_METRIC = "val_accuracy"
-
 PRELOAD = (
     "stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment",
     "sklearn.datasets",  # holds the digits; importing it takes longer than training an epoch on them
 )  # fmt: skip
+
+BEST_METRIC = "val_accuracy"
 
 _DEEP = [256, 512, 1024, 2048]
 _WIDE = [64, 128, 256, 512]
@@ -146,10 +146,10 @@ def train(run: Run, config: Config) -> None:
     test = images.Images(source, splits.test, evaluated)
     resuming.check_classes(run, source.classes)
     run.fingerprint("data", source.fingerprint)
+    run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
     run.attempt.event(
         "data", sources=[config.data], images={name: len(those) for name, those in vars(splits).items()}
     )
-    run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
     hub.record(run, {"model": None if config.model in SIZES else config.model})
 
     trainer = Trainer(
