@@ -779,6 +779,7 @@ def test_the_compacted_form_is_the_fold_and_follows_the_journal(
             run.log(loss=float(step), odd=math.nan)
         run.text("said", "x")
         run.note("n")
+        run.attempt.event("skipped", step=2, samples=[2, 3], reason="the loss is nan")
         run.goal(odd="max")
         run.artifact(run.directory.record_file, name="record")
         run.use(__file__)

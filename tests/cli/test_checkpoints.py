@@ -185,6 +185,19 @@ def test_the_best_is_that_by_the_metric_that_the_run_kept_its_best_by(
         assert found.answer["checkpoint"]["step"] == step
 
 
+def test_the_list_marks_the_best_and_says_from_when_a_metric_is(stoker: Command, tmp_path: Path) -> None:
+    script = BY_SCORE.replace("run.log(val_loss", "run.log(loss=1.0)\n        if step != 4: run.log(val_loss")
+    (tmp_path / "own.py").write_text(script, encoding="utf-8")
+    assert stoker("train", "own.py", "--name", "a").code == 0
+    *_, three, four = stoker("checkpoints", "a").out.splitlines()
+    assert three.split()[3:] == ["1", "4", "0.9", "step-00000003,", "best", "by", "val_accuracy"]
+    assert "4 (step 3)  0.9 (step 3)  step-00000004" in four
+    answer = stoker("checkpoints", "a", "--json").answer
+    assert answer["best_by"] == "val_accuracy"
+    assert [row["best"] for row in answer["checkpoints"]] == [False, False, True, False]
+    assert answer["checkpoints"][-1]["measured_at"] == {"loss": 4, "val_loss": 3, "val_accuracy": 3}
+
+
 def test_what_is_there_is_listed_verified_and_removed(stopped: Path, stoker: Command) -> None:
     listed = stoker("checkpoints", "a", "--json").answer["checkpoints"]
     assert listed == stoker("checkpoints", "list", "a", "--json").answer["checkpoints"]

@@ -275,6 +275,13 @@ def test_a_batch_that_is_bad_is_left_out_on_all_ranks(policy: str, stoker: Comma
     run = tmp_path / "runs" / "ranked" / "a"
     assert ("rewound the weights to those of step 20" in done.err) == (policy == "rewind")
     assert done.answer["step"] == 60
+    shown = " ".join(stoker("runs", "show", "a").out.split())
+    back = "; the weights went back to those of step 20" if policy == "rewind" else ""
+    assert f"left out 1 batch, at step 30{back} started" in shown
+    (batch,) = stoker("runs", "show", "a", "--json").answer["left_out"]
+    assert (batch["step"], batch["samples"], batch["reason"]) == (30, [464, 479], "the loss is nan")
+    assert batch["rewound_to"] == (20 if policy == "rewind" else None)
+    assert f"Left out: 1 batch, at step 30{back}." in (run / "artifacts" / "report.html").read_text()
     assert all(math.isfinite(value) for values in _weights(run).values() for value in _flat(values))
 
 

@@ -16,7 +16,7 @@ from stoker.tune import record, space
 RECIPE = Path(__file__).parent / "searched.py"
 
 
-def _prepared(folder: Path, *given: str, recipe: Path = RECIPE, **asked: Any) -> Prepared:
+def _prepared(folder: Path, *given: str, recipe: Path | str = RECIPE, **asked: Any) -> Prepared:
     found = recipes.load(str(recipe))
     return searching.prepare(
         Asked(recipe=found, space=space.parse(given, found.config), runs=folder, name="s", **asked)
@@ -37,6 +37,15 @@ def test_a_grid_is_tried_whole_unless_fewer_trials_are_asked_for(
     assert _prepared(tmp_path, *points, sampler="grid", trials=trials).trials == planned
     assert ("12 of the 30 points of the grid" in caplog.text) == (planned == 12)
     assert _prepared(tmp_path, *points, trials=trials).trials == (trials or 20)
+
+
+def test_without_a_metric_it_is_the_one_that_the_recipe_keeps_its_best_by(tmp_path: Path) -> None:
+    (own := tmp_path / "own.py").write_text(RECIPE.read_text() + '\nBEST_METRIC = "val_f1"\n')
+    searched = {"image": "lr=log(0.01, 1)", "text": "lr=log(1e-4, 1)", RECIPE: "x=[1, 2]", own: "x=[1, 2]"}
+    found = [_prepared(tmp_path, space, recipe=name).objectives for name, space in searched.items()]
+    assert [(one.metric, one.goal) for (one,) in found] == [
+        ("val_accuracy", "max"), ("val_accuracy", "max"), ("val_loss", "min"), ("val_f1", "max"),
+    ]  # fmt: skip
 
 
 def test_a_recipe_is_the_same_however_its_path_is_written(

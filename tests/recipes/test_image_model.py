@@ -127,18 +127,22 @@ def test_an_image_processor_that_does_not_load_is_refused(saved: Path) -> None:
         built(str(saved))
 
 
-@pytest.mark.parametrize("processor", [image_processor.DIGITS, image_processor.PHOTOS])
-def test_what_is_exported_says_how_an_evaluation_takes_images(
-    tmp_path: Path, processor: image_processor.Processor
+GREY = image_processor.Processor(32, (0.5,), (0.5,))
+ODD = image_processor.Processor(75, HALF, HALF)
+
+
+@pytest.mark.parametrize("processor", [image_processor.DIGITS, image_processor.PHOTOS, ODD, GREY])
+@pytest.mark.parametrize("size", [(768, 512), (331, 517), (40, 40), (2048, 301)])
+def test_what_is_exported_makes_the_pixels_of_an_evaluation(
+    tmp_path: Path, processor: image_processor.Processor, size: tuple[int, int]
 ) -> None:
     drawn = np.random.default_rng(0).integers(0, 255, (25, 30, 3), dtype=np.uint8)
-    given = Image.fromarray(drawn).resize((768, 512), Image.Resampling.BICUBIC)
+    given = Image.fromarray(drawn).resize(size, Image.Resampling.BICUBIC)
     given = given if len(processor.mean) == 3 else given.convert("L")
     image_model.describe(image_model.build("resnet-tiny", classes=("a", "b"), new=processor), tmp_path)
     (theirs,) = AutoImageProcessor.from_pretrained(tmp_path)(given, return_tensors="np")["pixel_values"]
     ours = Evaluate(*dataclasses.astuple(processor))(given).numpy()
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).mean() < 0.01  # of values with a standard deviation of about 1
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert image_processor.of_model(tmp_path) == processor, "and whoever goes on with it does the same"
 
 

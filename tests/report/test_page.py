@@ -168,3 +168,25 @@ def test_an_error_in_the_console_is_noticed(page: Path, tmp_path: Path, script: 
         assert opened.errors
         refused = [error for error in opened.errors if "Content Security Policy" in error]
         assert refused, "unsafe-inline counts for nothing beside a hash"
+
+
+def test_a_constant_accuracy_and_a_narrow_page_can_be_read(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "runs" / "demo" / "narrow")
+    keys = {"deepspeed.offload_parameters": False, "precision": "fp32"}
+    directory.create(
+        {"id": "a", "experiment": "demo", "config": keys, "sources": dict.fromkeys(keys, "command line")}
+    )
+    _, writer = journal.start_attempt(directory.journal)
+    writer.append("attempt_started", pid=1, host="here")
+    for step in (1, 2):
+        writer.append("metrics", step=step, values={"val_accuracy": 0.6})
+    writer.close()
+    page = html.write([view.load(directory)], tmp_path / "report.html")
+    with Browser(page, tmp_path / "profile", width=500) as opened:
+        opened.until(f"{DRAW_ALL}, {ALL_DRAWN}")
+        low, high = opened.run("document.querySelector('.plot').layout.yaxis.range")
+        assert 0.5 < low < 0.6 < high < 0.7
+        opened.run("document.body.style.width = '375px'")
+        heights = opened.run("[...document.querySelectorAll('td .source')].map(said => said.offsetHeight)")
+        assert len(heights) == 2
+        assert max(heights) < 30, "no word of it is broken"

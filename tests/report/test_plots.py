@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stoker.report import plots
 from stoker.run.directory import RunDirectory
-from stoker.run.view import Attempt, RunView
+from stoker.run.view import Attempt, LeftOut, RunView
 
 from support import series
 
@@ -56,6 +56,16 @@ def test_every_resume_is_marked_at_its_step() -> None:
     (mark,) = figure["marks"]
     assert mark["x"] == 7
     assert mark["text"].startswith("attempt 2 resumed from step 7")
+
+
+def test_every_batch_that_was_left_out_is_marked_at_its_step() -> None:
+    view = _view({"loss": CURVE}, [Attempt(1, 0.0)])
+    view.left_out = [LeftOut(2, [32, 63], "the loss is nan", 1.0, rewound_to=1)]
+    (figure,) = plots.figures([view], ["a"])
+    (mark,) = figure["marks"]
+    assert (mark["x"], mark["label"]) == (2, "✕")
+    said = "step 2: the loss is nan; its batch was left out; the weights went back to those of step 1"
+    assert mark["text"] == said
 
 
 def test_names_reach_plotly_without_tags() -> None:

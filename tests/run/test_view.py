@@ -88,6 +88,21 @@ def test_checkpoints_and_media_past_the_resumed_step_are_void(tmp_path: Path) ->
     assert [t.step for t in seen.media] == [2]
 
 
+def test_a_batch_that_is_left_out_again_after_a_resume_counts_once(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+
+    def bad(step: int) -> list[dict[str, Any]]:
+        skipped = {"type": "skipped", "step": step, "samples": [step, step], "reason": "the loss is nan"}
+        return [skipped, {"type": "rewound", "step": step, "to": step - 1}]
+
+    _attempt(directory, [*bad(2), *bad(4)])
+    _attempt(directory, [_resumed(3), *bad(4), *bad(4)])
+    _attempt(directory, [_resumed(4), {"type": "skipped", "step": 6}])
+    seen = view.load(directory)
+    assert [(batch.step, batch.rewound_to) for batch in seen.left_out] == [(2, 1), (4, 3)]
+    assert "incomplete event" in seen.damage[0].reason
+
+
 def test_rows_have_every_metric_by_step(tmp_path: Path) -> None:
     directory = _run(tmp_path)
     _attempt(directory, [*_points(1, 2), {"type": "metrics", "step": 2, "values": {"val": 7.0}}])

@@ -14,8 +14,9 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, StokerError
 from stoker.report import facts
-from stoker.report.terminal import print_table
+from stoker.report.terminal import print_whole
 from stoker.run import finding, mirror, opening, view
+from stoker.run.view import RunView
 from typer.core import TyperGroup
 
 
@@ -47,15 +48,22 @@ Metric = Annotated[
 
 @app.command("list")
 def list_(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """List a run's checkpoints, oldest first. Their content is not checked."""
+    """List a run's checkpoints, oldest first, and which is the best. Their content is not checked.
+
+    A metric that was measured at an earlier step than the checkpoint's is shown with that step.
+    """
     seen = view.load(finding.find(runs, run))
-    rows = [_row(path) for path in manifest.folders(seen.directory.checkpoints)]
+    best = _best(seen)
+    rows = [
+        {**row, "measured_at": _measured_at(seen, row), "best": Path(row["path"]) == best}
+        for row in map(_row, manifest.folders(seen.directory.checkpoints))
+    ]
     if json:
-        print_json({"checkpoints": rows})
+        print_json({"best_by": seen.best, "checkpoints": rows})
     elif not rows:
         console().print(f"run {seen.directory.id} has no checkpoint", markup=False)
     else:
-        _print(rows)
+        _print(rows, seen.best)
 
 
 @app.command()
@@ -156,6 +164,24 @@ def rm(
         console().print(f"removed {path.name}", markup=False)
 
 
+def _best(seen: RunView) -> Path | None:
+    """The best checkpoint; None if none has the metric that decides, or its goal is not known."""
+    try:
+        return exports.meant(seen, "best")
+    except BadInput:
+        return None
+
+
+def _measured_at(seen: RunView, row: dict[str, Any]) -> dict[str, int]:
+    """The step at which each metric of a checkpoint was measured."""
+    found = {}
+    for name in row["metrics"]:
+        steps = seen.points[name].x if name in seen.points else ()
+        before = [int(step) for step in steps if step <= row["step"]]
+        found.update({name: before[-1]} if before else {})
+    return found
+
+
 def _row(path: Path) -> dict[str, Any]:
     """A checkpoint as its manifest says."""
     row: dict[str, Any] = {"step": manifest.step_of(path), "path": str(path), "problem": None}
@@ -166,14 +192,21 @@ def _row(path: Path) -> dict[str, Any]:
     return {**row, "bytes": found.bytes, "samples": found.samples, "metrics": found.metrics}
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[dict[str, Any]], decides: str) -> None:
+    shown = list(dict.fromkeys(["loss", "val_loss", decides]))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("step", "size", "loss", "val_loss"):
+    for heading in ("step", "size", *shown):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for row in rows:
-        losses = [row["metrics"].get(name) for name in ("loss", "val_loss")]
-        shown = [facts.number(loss) if loss is not None else "" for loss in losses]
         size = words.size(row["bytes"]) if row["bytes"] is not None else ""
-        table.add_row(str(row["step"]), size, *shown, row["problem"] or Path(row["path"]).name)
-    print_table(console(), table)
+        name = Path(row["path"]).name + (f", best by {decides}" if row["best"] else "")
+        values = [_measured(row, metric) for metric in shown]
+        table.add_row(str(row["step"]), size, *values, row["problem"] or name)
+    print_whole(console(), table)
+
+
+def _measured(row: dict[str, Any], metric: str) -> str:
+    """A checkpoint's metric, with the step at which it was measured if that is an earlier one."""
+    value, step = row["metrics"].get(metric), row["measured_at"].get(metric, row["step"])
+    return facts.number(value) + (f" (step {step})" if value is not None and step != row["step"] else "")

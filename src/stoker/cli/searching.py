@@ -128,7 +128,7 @@ def prepare(asked: Asked) -> Prepared:
         raise BadInput(
             "the search space is empty: give a key a range or choices, such as lr='log(1e-5, 1e-3)'"
         )
-    objectives = _objectives(asked.metrics, asked.goals)
+    objectives = _objectives(asked.metrics or [asked.recipe.best], asked.goals)
     sampler, scheduler = _ways(asked, several=len(objectives) > 1)
     _check_ways(asked, sampler, scheduler)
     shortest, whole, unit = plan.span(asked.least, asked.most)
@@ -337,7 +337,6 @@ def _points(searched: Space) -> Iterator[list[str]]:
 
 def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
     """The metrics to optimise, with their goals. Raises BadInput."""
-    metrics = metrics or ["val_loss"]
     ways: Sequence[str | None] = goals or [None] * len(metrics)
     if len(set(metrics)) < len(metrics):
         raise BadInput(f"--metric {' --metric '.join(metrics)}: give each metric once")

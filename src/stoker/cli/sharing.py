@@ -14,7 +14,7 @@ from stoker import exports, object_store, storage
 from stoker.errors import BadInput
 from stoker.exports import Exported
 from stoker.language.shape import SIZES
-from stoker.recipes import text_shape
+from stoker.recipes import image, text_shape
 from stoker.report import card
 from stoker.run import artifacts
 from stoker.run.view import RunView
@@ -118,11 +118,20 @@ def prepare(
         merged=merge,
         task=artifacts.task_of(folder),
         chat=_has_template(folder),
+        classes=_classes(folder),
         base_config=storage.read_json(folder / exports.BASE).get("config", {}),
         metrics=made.checkpoint.metrics if made.checkpoint else None,
     )
     card.write(seen, folder, about)
     return folder
+
+
+def _classes(folder: Path) -> list[str]:
+    """The labels of a classifier, in the order of its outputs."""
+    if artifacts.task_of(folder) in (None, "text-generation"):
+        return []
+    names = storage.read_json(folder / "config.json").get("id2label") or {}
+    return [str(names[number]) for number in sorted(names, key=int)]
 
 
 def _base(adapter: Path, given: str | None) -> str | None:
@@ -144,7 +153,7 @@ def _base(adapter: Path, given: str | None) -> str | None:
 def _trained_from(seen: RunView) -> str | None:
     """The model that a run fine-tuned in full; None if it trained from scratch."""
     model = seen.config.get("model")
-    sizes = {"llm": set(SIZES), "text": set(text_shape.SIZES)}
+    sizes = {"llm": set(SIZES), "text": set(text_shape.SIZES), "image": set(image.SIZES)}
     new = sizes.get(str((seen.record.get("recipe") or {}).get("name")))
     return str(model) if new is not None and model not in new else None
 

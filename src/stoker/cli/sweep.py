@@ -73,7 +73,7 @@ def sweep(
         list[str] | None,
         typer.Option(
             help="The metric to optimise; repeatable. Early stopping uses the first.",
-            show_default="val_loss",
+            show_default="the recipe's: val_accuracy of image and text, else val_loss",
         ),
     ] = None,
     goal: Annotated[

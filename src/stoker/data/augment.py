@@ -24,6 +24,11 @@ CENTRE = 224 / 256
 """The share of the short side that is evaluated of a larger image."""
 
 
+def shortest_edge(size: int) -> int:
+    """Pixels of the short side of a larger image, of which the central `size` pixels are evaluated."""
+    return round(size / CENTRE)
+
+
 @dataclass(frozen=True)
 class Augment:
     """For training: a random resized crop, and a flip.
@@ -64,12 +69,15 @@ class Augment:
                     box=(x, y, x + w, y + h),
                     reducing_gap=2.0,
                 )
-        return _centred(image, self.size, 1.0)
+        return _square(image, self.size)
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """For evaluation: the whole image; of a large one, the central `CENTRE` of the short side."""
+    """For evaluation: the whole image; of a large one, the central `CENTRE` of the short side.
+
+    To the same pixels as transformers does it, by the settings that `image_processor.written` exports.
+    """
 
     size: int
     mean: tuple[float, ...]
@@ -80,7 +88,7 @@ class Evaluate:
         if self.size <= SMALL:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         else:
-            image = _centred(image, self.size, CENTRE)
+            image = _centre(image, self.size)
         return to_tensor(image, self.mean, self.std)
 
 
@@ -103,13 +111,21 @@ def _whole(drawn: Iterator[float], low: int, high: int) -> int:
     return low + int(next(drawn) * (high - low + 1))
 
 
-def _centred(image: Image.Image, size: int, share: float) -> Image.Image:
-    """The central square with `share` of the short side, resized."""
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """The central square, resized."""
     width, height = image.size
-    side = min(width, height) * share
+    side = min(width, height)
     x, y = (width - side) / 2, (height - side) / 2
-    return _resized(image, size, (x, y, x + side, y + side))
-
-
-def _resized(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
+    box = (x, y, x + side, y + side)
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+
+
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    """The central pixels of the image, resized so that its short side has `shortest_edge`."""
+    short, (width, height) = shortest_edge(size), image.size
+    if width <= height:
+        resized = image.resize((short, int(short * height / width)), Image.Resampling.BILINEAR)
+    else:
+        resized = image.resize((int(short * width / height), short), Image.Resampling.BILINEAR)
+    x, y = (resized.width - size) // 2, (resized.height - size) // 2
+    return resized.crop((x, y, x + size, y + size))

@@ -1,13 +1,14 @@
 """Loads a registered model for MLflow: `mlflow.pyfunc.load_model("models:/NAME@production")`.
 
 The registered files are the run's own export, in formats that need no pickle: a Hugging Face model, a PEFT
-adapter, or safetensors weights. Language models generate text, and text classifiers label it. Any other
-model is returned as weights by name, since its code is not part of the export.
+adapter, or safetensors weights. Language models generate text, and classifiers label texts or images. Any
+other model is returned as weights by name, since its code is not part of the export.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,10 @@ class Generator:
 
 
 class Classifier:
-    """Labels texts with a Hugging Face model."""
+    """Labels texts or images with a Hugging Face model."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, task: str) -> None:
+        self.folder, self._task = folder, task
 
     @property
     def python_model(self) -> Classifier:
@@ -91,15 +92,42 @@ class Classifier:
         """The transformers pipeline, loaded on first use."""
         from transformers import pipeline
 
-        return pipeline("text-classification", model=str(self.folder), truncation=True)
+        options = {"truncation": True} if self._task == "text-classification" else {}
+        return pipeline(self._task, model=str(self.folder), **options)
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """The most likely label of each text in a list, or in the first column of a table."""
-        return [found["label"] for found in self.pipeline(_texts(model_input))]
+        """The most likely label of each text or image in a list, or in the first column of a table.
+
+        An image is a path, a URL, the content of a file (also in base64, as in JSON), a PIL image or an array
+        (height, width, channels); one image need not be in a list.
+        """
+        if self._task == "text-classification":
+            return [found["label"] for found in self.pipeline(_texts(model_input))]
+        return [best["label"] for (best,) in self.pipeline(_images(model_input), top_k=1)]
 
 
 def _texts(model_input: Any) -> list[str]:
     return model_input.iloc[:, 0].tolist() if hasattr(model_input, "iloc") else list(model_input)
+
+
+def _images(model_input: Any) -> list[Any]:
+    """Images as transformers takes them: PIL images, or texts that say where they are or what is in them."""
+    if hasattr(model_input, "iloc"):
+        return [_image(one) for one in model_input.iloc[:, 0]]
+    is_array = hasattr(model_input, "shape")
+    several = len(model_input.shape) in (1, 4) if is_array else isinstance(model_input, list | tuple)
+    return [_image(one) for one in model_input] if several else [_image(model_input)]
+
+
+def _image(given: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(given, bytes | bytearray):
+        return Image.open(io.BytesIO(given))
+    if isinstance(given, Path):
+        return str(given)
+    return Image.fromarray(np.asarray(given)) if hasattr(given, "shape") else given
 
 
 class Weights:
@@ -137,4 +165,4 @@ def _load_pyfunc(path: str) -> Generator | Classifier | Weights:
     task = artifacts.task_of(folder)
     if task == "text-generation":
         return Generator(folder)
-    return Classifier(folder) if task == "text-classification" else Weights(folder)
+    return Weights(folder) if task is None else Classifier(folder, task)

@@ -60,7 +60,7 @@ def sweep(
     recipe: str | Path | Callable[..., None],
     space: Mapping[str | tuple[str, ...], Any],
     *,
-    metric: str | Sequence[str] = "val_loss",
+    metric: str | Sequence[str] | None = None,
     goal: str | Sequence[str] | None = None,
     trials: int | None = None,
     parallel: int | None = None,
@@ -101,7 +101,8 @@ def sweep(
     Args:
         recipe: a shipped recipe, a file with a `train(run, config)` function, or such a function from a file.
         space: the searched keys, written as for the command, and the values that are the same in all trials.
-        metric: the metric to optimise; if there are several, early stopping uses the first.
+        metric: the metric to optimise; if there are several, early stopping uses the first. By default that
+            by which the recipe keeps its best checkpoint.
         goal: min or max for each metric; by default derived from the metric's name.
         tries: values to try first, for one trial or for several.
         on: local or ray.

@@ -48,6 +48,9 @@ class Recipe:
     number would work. It must be fast, since it is called for every number of ranks that is possible."""
     preload: tuple[str, ...] = ()
     """`PRELOAD` of its module: modules that the forkserver of the ranks imports in advance."""
+    best: str = "val_loss"
+    """`BEST_METRIC` of its module: what a search optimises, and what its Trainer keeps the best checkpoint
+    by."""
 
     @property
     def code(self) -> Path:
@@ -105,6 +108,7 @@ def from_function(
         check=getattr(module, "check_launch", None),
         check_ranks=getattr(module, "check_ranks", None),
         preload=tuple(getattr(module, "PRELOAD", ())),
+        best=str(getattr(module, "BEST_METRIC", Recipe.best)),
     )
 
 

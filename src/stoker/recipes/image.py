@@ -21,6 +21,8 @@ PRELOAD = (
     "sklearn.datasets",  # holds the digits; importing it takes longer than training an epoch on them
 )  # fmt: skip
 
+BEST_METRIC = "val_accuracy"
+
 _DEEP = [256, 512, 1024, 2048]
 _WIDE = [64, 128, 256, 512]
 
@@ -122,7 +124,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine.random_state import seed_everything
     from stoker.language import hub
     from stoker.loop import Trainer
-    from stoker.recipes import exporting, image_model, image_processor, resuming
+    from stoker.recipes import classifiers, exporting, image_model, image_processor, resuming
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -133,6 +135,8 @@ def train(run: Run, config: Config) -> None:
         config.model, classes=source.classes, size=config.image_size,
         new=image_processor.DIGITS if small else image_processor.PHOTOS,
     )  # fmt: skip
+    source = image_model.in_order(source, made.classes)
+    classifiers.say(run, made.said)
     size, mean, std = made.processor.size, made.processor.mean, made.processor.std
     evaluated = augment.Evaluate(size, mean, std)
     training = images.Images(
@@ -143,6 +147,9 @@ def train(run: Run, config: Config) -> None:
     resuming.check_classes(run, source.classes)
     run.fingerprint("data", source.fingerprint)
     run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
+    run.attempt.event(
+        "data", sources=[config.data], images={name: len(those) for name, those in vars(splits).items()}
+    )
     hub.record(run, {"model": None if config.model in SIZES else config.model})
 
     trainer = Trainer(
@@ -153,7 +160,7 @@ def train(run: Run, config: Config) -> None:
         loss=image_model.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
         training=config,
-        best="val_accuracy",
+        best=BEST_METRIC,
     )
 
     describe = functools.partial(image_model.describe, made)
@@ -169,7 +176,7 @@ def train(run: Run, config: Config) -> None:
             run.log(trainer.performance())
         if trainer.every(config.eval_every) or trainer.last:
             run.log({f"val_{name}": value for name, value in measure(validation).items()})
-            if config.patience is not None and trainer.stale("val_accuracy", config.patience):
-                trainer.finish(f"val_accuracy did not improve for {config.patience} evaluations")
+            if config.patience is not None and trainer.stale(BEST_METRIC, config.patience):
+                trainer.finish(f"{BEST_METRIC} did not improve for {config.patience} evaluations")
     run.log({f"test_{name}": value for name, value in measure(test).items()})
     exporting.export(trainer, describe)

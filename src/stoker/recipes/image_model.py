@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from stoker.engine import quiet  # noqa: F401 (its import is its work)
+from stoker.data.images import Source
 from stoker.engine.metrics import Mean, Metric
 from stoker.errors import BadInput
 from stoker.language import hub
-from stoker.recipes import image_processor
+from stoker.recipes import classifiers, image_processor
 from stoker.recipes.image import SIZES
 from stoker.recipes.image_processor import Processor
 from torch.nn import functional as F
@@ -28,45 +29,47 @@ class Classifier:
     model: Any
     config: Any
     processor: Processor
+    classes: tuple[str, ...]
+    """In the order of the model's outputs."""
+    said: str
+    """What became of the last layer of a loaded model, see `classifiers.Loaded`."""
 
 
 def build(reference: str, *, classes: Sequence[str], new: Processor, size: int | None = None) -> Classifier:
     """A new ResNet of a given size, or the model of a directory or hub id, with a new last layer if needed.
 
     Args:
+        classes: those of the data. A loaded model that has the same ones keeps its own order.
         new: the input of a new model.
         size: pixels per side, instead of what a loaded model was trained on, or a new one has.
 
     Raises:
         BadInput: the model does not exist, does not load, or does not take images of this size.
     """
-    names = dict(enumerate(classes))
-    labels = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
     if reference in SIZES:
-        shape = ResNetConfig(**SIZES[reference], num_channels=len(new.mean), **labels)
-        model: Any = ResNetForImageClassification(shape)
+        shape = ResNetConfig(**SIZES[reference], num_channels=len(new.mean), **classifiers.labels(classes))
+        made = classifiers.Loaded(ResNetForImageClassification(shape), tuple(classes), "")
         processor = new
     else:
         folder = hub.find(reference, known=tuple(SIZES), pickles=True)
-        model = _load(reference, folder, labels)
+        made = classifiers.load(AutoModelForImageClassification, reference, folder, classes)
         processor = image_processor.of_model(folder)
         if size not in (None, processor.size):
-            _check_size(reference, model, replace(processor, size=size))
+            _check_size(reference, made.model, replace(processor, size=size))
+    model = made.model
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    return Classifier(model, config, replace(processor, size=size or processor.size))
+    processor = replace(processor, size=size or processor.size)
+    return Classifier(model, config, processor, made.classes, made.said)
 
 
-def _load(reference: str, folder: Path, labels: Mapping[str, Any]) -> Any:
-    """Load the model, with a new last layer if the number of classes differs. Raises BadInput."""
-    try:
-        model = AutoModelForImageClassification.from_pretrained(
-            folder, **labels, ignore_mismatched_sizes=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"model {reference} cannot be loaded: {hub.first_line(error)}") from error
-    model.config.name_or_path, _ = hub.named(reference, folder)
-    return model
+def in_order(source: Source, classes: Sequence[str]) -> Source:
+    """The same images, with their labels numbered in this order of the same classes."""
+    number = {name: n for n, name in enumerate(classes)}
+    numbers = np.array([*(number[name] for name in source.classes), -1])  # the last one for -1, no label
+    made = copy.copy(source)
+    made.labels, made.classes = numbers[source.labels], tuple(classes)
+    return made
 
 
 def _check_size(reference: str, model: Any, processor: Processor) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger("stoker")
 FILE = "preprocessor_config.json"
 _SIDE = 512  # pixels of a plain image
 _DIGITS = 6  # of a mean, beyond which there is only rounding
+_GREY = (0.5,)
 _BILINEAR = int(Image.Resampling.BILINEAR)
 
 
@@ -38,7 +39,8 @@ class Processor:
     std: tuple[float, ...]
 
 
-DIGITS = Processor(32, (0.5,), (0.5,))
+DIGITS = Processor(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Also in colour, which is what a pipeline of transformers gives a model."""
 PHOTOS = Processor(224, *augment.IMAGENET)
 
 
@@ -51,8 +53,8 @@ def of_model(folder: Path) -> Processor:
     channels = shape.get("num_channels") or len(PHOTOS.mean)
     if not (folder / FILE).is_file():
         size = shape.get("image_size")
-        known = PHOTOS if channels == len(PHOTOS.mean) else DIGITS
-        return Processor(size if isinstance(size, int) else PHOTOS.size, known.mean, known.std)
+        mean, std = augment.IMAGENET if channels == len(PHOTOS.mean) else (_GREY, _GREY)
+        return Processor(size if isinstance(size, int) else PHOTOS.size, mean, std)
     from transformers import AutoImageProcessor
 
     try:
@@ -77,7 +79,7 @@ def written(processor: Processor) -> dict[str, Any]:
     }  # fmt: skip
     if processor.size <= augment.SMALL:
         return {"image_processor_type": "ViTImageProcessor", "size": size, **common}
-    edge = {"shortest_edge": round(processor.size / augment.CENTRE)}
+    edge = {"shortest_edge": augment.shortest_edge(processor.size)}
     return {
         "image_processor_type": "CLIPImageProcessor", "size": edge, "do_center_crop": True, "crop_size": size,
         **common,

@@ -17,6 +17,8 @@ from stoker.errors import BadInput, nearest
 from stoker.recipes.text_shape import SIZES, Shape, shape
 from stoker.user_run import Run
 
+BEST_METRIC = "val_accuracy"
+
 PRELOAD = ("stoker.recipes.text_model", "stoker.data.labelled_sources", "stoker.data.text_rows")
 
 
@@ -189,7 +191,7 @@ def train(run: Run, config: Config) -> None:
         loss=text_model.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
         training=config,
-        best="val_accuracy",
+        best=BEST_METRIC,
     )
     describe = functools.partial(text_model.describe, made)
     exporting.record_shape(trainer, describe)
@@ -210,7 +212,7 @@ def train(run: Run, config: Config) -> None:
             run.log(trainer.performance(needed))
         if trainer.every(config.eval_every) or trainer.last:
             measure("val", rows.validation)
-            if config.patience is not None and trainer.stale("val_accuracy", config.patience):
-                trainer.finish(f"val_accuracy did not improve for {config.patience} evaluations")
+            if config.patience is not None and trainer.stale(BEST_METRIC, config.patience):
+                trainer.finish(f"{BEST_METRIC} did not improve for {config.patience} evaluations")
     measure("test", rows.test)
     exporting.export(trainer, describe)

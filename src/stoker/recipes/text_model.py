@@ -20,6 +20,7 @@ from stoker.engine.metrics import Mean, Metric, Sum
 from stoker.errors import BadInput
 from stoker.language import building, hub
 from stoker.language.data import fingerprint
+from stoker.recipes import classifiers
 from stoker.recipes.text_shape import SIZES, Shape
 from stoker.user_run import Run
 from tokenizers.processors import TemplateProcessing
@@ -43,6 +44,8 @@ class Classifier:
     """The labels, in the order of the model's outputs."""
     config: Any
     """The model's config as it is written next to its weights."""
+    said: str
+    """What became of the last layer of a loaded model, see `classifiers.Loaded`."""
 
 
 def build(
@@ -70,18 +73,18 @@ def build(
     """
     if shape is not None:
         made = _load_tokenizer(tokenizer) if tokenizer else _train_tokenizer(texts, vocab_size, max_length)
-        encoding, classes = fingerprint(made), texts.classes
-        model = _new(shape, made, classes, max_length, dropout)
+        encoding = fingerprint(made)
+        model = _new(shape, made, texts.classes, max_length, dropout)
+        loaded = classifiers.Loaded(model, texts.classes, "")
     else:
         folder = hub.find(reference, known=tuple(SIZES), pickles=True)
         made = _load_tokenizer(tokenizer or str(folder))
-        encoding, found = fingerprint(made), _config(folder)
-        _check_positions(reference, found, max_length)
-        classes = _in_order(found, texts.classes)
-        model = _load(reference, folder, made, classes)
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    return Classifier(model, made, encoding, classes, config)
+        encoding = fingerprint(made)
+        _check_positions(reference, _config(folder), max_length)
+        loaded = _load(reference, folder, made, texts.classes)
+    config = copy.deepcopy(loaded.model.config)
+    config.architectures = [type(loaded.model).__name__]
+    return Classifier(loaded.model, made, encoding, loaded.classes, config, loaded.said)
 
 
 def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None:
@@ -93,9 +96,11 @@ def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None
     else:
         known, revision = f"sha256:{texts.fingerprint}", hub_datasets.revision(data)
         run.data("data", data, fingerprint=known, revision=revision)
+    splits = {"train": texts.train, "validation": texts.validation, "test": texts.test}
     run.attempt.event(
-        "data", sources=[texts.description], rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample
-    )
+        "data", sources=[texts.description], texts={name: len(those) for name, those in splits.items()},
+        rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample,
+    )  # fmt: skip
     if run.world.rank > 0:
         return
     most, count = Counter(text.label for text in texts.train).most_common(1)[0]
@@ -103,6 +108,7 @@ def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None
         "data: %s; %d classes, the largest, %s, with %.1f%% of the %d training texts",
         texts.description, len(made.classes), most, 100 * count / len(texts.train), len(texts.train),
     )  # fmt: skip
+    classifiers.say(run, made.said)
     if texts.repeated:
         log.warning("%d of the %d test texts are also in the train split", texts.repeated, len(texts.test))
 
@@ -137,40 +143,23 @@ def check(reference: str) -> None:
     _config(hub.find(reference, known=tuple(SIZES), weights=False))
 
 
-def _in_order(config: Any, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes in the order of a loaded model's labels, if it has exactly these; else as given."""
-    known = tuple((config.id2label or {}).values())
-    return known if sorted(known) == sorted(classes) else tuple(classes)
-
-
 def _new(shape: Shape, tokenizer: Any, classes: Sequence[str], max_length: int, dropout: float) -> Any:
     """A BERT (Devlin et al. 2019, arXiv:1810.04805)."""
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=shape.width, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, intermediate_size=shape.feed_forward,
         max_position_embeddings=max(_POSITIONS, max_length), pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **_labels(classes),
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **classifiers.labels(classes),
     )  # fmt: skip
     return BertForSequenceClassification(config)
 
 
-def _load(reference: str, folder: Path, tokenizer: Any, classes: Sequence[str]) -> Any:
-    """Load the model, with a new last layer if the number of classes differs. Raises BadInput."""
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, **_labels(classes), ignore_mismatched_sizes=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"model {reference} cannot be loaded: {hub.first_line(error)}") from error
-    building.check_vocabulary(reference, model, tokenizer)
-    model.config.name_or_path, _ = hub.named(reference, folder)
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which some models find a text's last token
-    return model
-
-
-def _labels(classes: Sequence[str]) -> dict[str, Any]:
-    names = dict(enumerate(classes))
-    return {"id2label": names, "label2id": {name: n for n, name in names.items()}}
+def _load(reference: str, folder: Path, tokenizer: Any, classes: Sequence[str]) -> classifiers.Loaded:
+    """Load the model, with a new last layer if the classes differ. Raises BadInput."""
+    loaded = classifiers.load(AutoModelForSequenceClassification, reference, folder, classes)
+    building.check_vocabulary(reference, loaded.model, tokenizer)
+    loaded.model.config.pad_token_id = tokenizer.pad_token_id  # by which some find a text's last token
+    return loaded
 
 
 def _config(folder: Path) -> Any:

@@ -18,7 +18,7 @@ from stoker.progress import clock
 from stoker.report import curve_image, facts, performance, plots
 from stoker.reproduce import packages
 from stoker.run.view import RunView
-from stoker.words import counted
+from stoker.words import counted, some
 
 PICTURE = "curves.png"
 _EVALUATIONS = 12  # rows of the table of evaluations
@@ -30,6 +30,11 @@ _KINDS = {
     "text-classification": "A text classifier",
     "image-classification": "An image classifier",
 }
+_CLASSIFIED = {  # how its pipeline is made and asked
+    "text-classification": (", truncation=True", "..."),
+    "image-classification": ("", "image.jpg"),
+}
+_CLASSES = 30  # as many as are named
 _RESULTS = {
     "test_perplexity": "perplexity on the test documents",
     "base_test_perplexity": "perplexity on the test documents before training",
@@ -62,6 +67,8 @@ class About:
     """The transformers task: text-generation, text-classification or image-classification."""
     chat: bool = False
     """Whether its tokenizer has a chat template."""
+    classes: Sequence[str] = ()
+    """The labels of a classifier."""
     base_config: Mapping[str, Any] = field(default_factory=dict)
     """What an adapter needs to be different in the config of its base model."""
     metrics: Mapping[str, float] | None = None
@@ -83,7 +90,7 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
         _summary(view, about),
         _section("Results", _results(view, about)),
         _section("How to load it", _loading(about)),
-        _section("Data", _data(view)),
+        _section("Data", _data(view, about)),
         _section("Training", _training(view, about), _picture(picture), _evaluations(view), _config(view)),
         _section("How to reproduce it", _again(view)),
     ]
@@ -142,14 +149,15 @@ def _measured(view: RunView, name: str, until: int) -> str:
 
 
 def _loading(about: About) -> str:
-    if about.task == "text-classification":
+    if about.task in _CLASSIFIED:
         place, brought = _place(about)
+        options, asked = _CLASSIFIED[about.task]
         return _fenced("python", [
             "from transformers import pipeline",
             "",
             *brought,
-            f'classify = pipeline("text-classification", model={place}, truncation=True)',
-            'print(classify("..."))',
+            f'classify = pipeline("{about.task}", model={place}{options})',
+            f'print(classify("{asked}"))',
         ])  # fmt: skip
     if about.task != "text-generation":
         read = 'tensors = load_file("model.safetensors")  # pass to model.load_state_dict'
@@ -193,15 +201,19 @@ def _place(about: About) -> tuple[str, list[str]]:
     return f'"{place}"', [f"# after copying {about.name} to {place}"]
 
 
-def _data(view: RunView) -> str:
+def _data(view: RunView, about: About) -> str:
     known = view.attempts[-1].data if view.attempts else {}
     lines = [f"- {source}" for source in known.get("sources", [])]
     fingerprint = view.tags.get("fingerprint.data")
     rows, tokens = known.get("rows"), known.get("tokens_per_row")
     if rows and tokens:
         lines.append(f"- {counted(rows, 'row')} of {facts.number(tokens)} tokens on average")
+    counts = [_counts(known[what], what) for what in ("images", "texts") if what in known]
+    lines += [f"- {said}" for said in counts]
+    if about.classes:
+        lines.append(f"- {len(about.classes)} classes: {some(about.classes, _CLASSES)}")
     held = {use: view.config.get(use) for use in _USES if f"{use}_data" not in known}
-    if known and held and all(isinstance(share, float) for share in held.values()):
+    if known and not counts and held and all(isinstance(share, float) for share in held.values()):
         said = ", ".join(f"{share:.0%} {_USES[use]}" for use, share in held.items())
         lines.append(f"- held out: {said.replace('%', '% of the documents', 1)}")
     lines += [f"- fingerprint of the content: `{fingerprint}`"] if fingerprint else []
@@ -210,6 +222,13 @@ def _data(view: RunView) -> str:
         own = view.tags.get(f"fingerprint.{use}_data")
         lines += [f"- fingerprint of the data {said}: `{own}`"] if own else []
     return "\n".join(lines)
+
+
+def _counts(of: Mapping[str, int], what: str) -> str:
+    """The images or texts of each split."""
+    uses = {"train": "for training", **_USES}
+    first, *others = [(f"{of[name]:,}", use) for name, use in uses.items() if of.get(name)]
+    return f"{first[0]} {what} {first[1]}" + "".join(f", {count} {use}" for count, use in others)
 
 
 def _training(view: RunView, about: About) -> str:

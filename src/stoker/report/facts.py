@@ -148,6 +148,17 @@ def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
     return [*([attempt.error] if attempt.error else []), *passed_over, *changes]
 
 
+def left_out(view: RunView) -> str:
+    """The batches that were left out because of their loss: `2 batches, at step 18, 28`."""
+    found = view.left_out
+    if not found:
+        return ""
+    count = f"{len(found):,} {'batch' if len(found) == 1 else 'batches'}"
+    back = some(list(dict.fromkeys(f"{b.rewound_to:,}" for b in found if b.rewound_to is not None)))
+    rewound = f"; the weights went back to those of step {back}" if back else ""
+    return f"{count}, at step {some([f'{batch.step:,}' for batch in found])}{rewound}"
+
+
 def kept_checkpoints(view: RunView) -> list[int]:
     """The steps whose checkpoint still exists."""
     folder = view.directory.checkpoints

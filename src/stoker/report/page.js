@@ -104,6 +104,13 @@
     yaxis: { gridcolor: css("--grid"), zeroline: false, automargin: true, tickformat: "~g",
              ticks: "outside", ticklen: 4, tickcolor: "rgba(0,0,0,0)" },
   });
+  // Plotly draws a constant curve in a range of 2: an accuracy of 0.6 would be between -0.4 and 1.6.
+  const aroundConstant = (figure) => {
+    const values = figure.curves.flatMap((curve) => curve.y.filter((value) => value !== null));
+    if (!values.length || values.some((value) => value !== values[0])) return {};
+    const room = Math.abs(values[0]) / 10 || 0.1;
+    return { range: [values[0] - room, values[0] + room] };
+  };
   const layout = (figure, over, log) => {
     const base = frame();
     const marks = figure.marks.filter((mark) => place(mark, over) !== null);
@@ -111,7 +118,7 @@
       ...base, hovermode: "x unified", showlegend: figure.legend, uirevision: `${over} ${log}`,
       legend: { orientation: "h", x: 0, y: 1.01, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
       xaxis: xaxis(over),
-      yaxis: { ...base.yaxis, type: log ? "log" : "linear", rangemode: figure.levels ? "tozero" : "normal",
+      yaxis: { ...base.yaxis, ...(log || figure.levels ? {} : aroundConstant(figure)), type: log ? "log" : "linear", rangemode: figure.levels ? "tozero" : "normal",
                tickformat: figure.title.includes("bytes") ? "~s" : "~g" },
       yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
       shapes: [...marks.map((mark) => upright(mark, over)), ...(figure.levels || []).map(across)],

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stoker.report import facts
 from stoker.run.series import Series
-from stoker.run.view import Attempt, Media, RunView
+from stoker.run.view import Attempt, LeftOut, Media, RunView
 
 T = TypeVar("T")
 
@@ -259,24 +259,33 @@ def _device(metric: str) -> str:
 
 
 def _marks(view: RunView, clock: Clock, name: str, index: int, *, several: bool) -> list[dict[str, Any]]:
-    """The point from which an attempt resumed, for a vertical line."""
+    """The points from which an attempt resumed and at which a batch was left out, for vertical lines."""
     resumed = [a for a in view.attempts if a.resumed_from is not None]
+    found = [
+        *((a.resumed_from, a.started, f"↻ {a.number}", _said(a)) for a in resumed[-_MOST_MARKS:]),
+        *((b.step, b.time, "✕", _said_left_out(b)) for b in view.left_out[-_MOST_MARKS:]),
+    ]
     return [
         {
             "run": index,
-            "x": attempt.resumed_from,
-            "t": _numbers(clock.at(np.array([attempt.started])))[0],
-            "label": "" if several else f"↻ {attempt.number}",
-            "text": escape(f"{name}: {_said(attempt)}" if several else _said(attempt)),
+            "x": step,
+            "t": _numbers(clock.at(np.array([time])))[0],
+            "label": "" if several else label,
+            "text": escape(f"{name}: {text}" if several else text),
             "color": index if several else None,
         }
-        for attempt in resumed[-_MOST_MARKS:]
+        for step, time, label, text in found
     ]
 
 
 def _said(attempt: Attempt) -> str:
     at = datetime.fromtimestamp(attempt.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return f"attempt {attempt.number} resumed from step {attempt.resumed_from} at {at}"
+
+
+def _said_left_out(batch: LeftOut) -> str:
+    back = "" if batch.rewound_to is None else f"; the weights went back to those of step {batch.rewound_to}"
+    return f"step {batch.step}: {batch.reason}; its batch was left out{back}"
 
 
 def _is_histogram(about: Mapping[str, Any]) -> bool:

@@ -38,8 +38,9 @@ def header(views: Sequence[RunView], names: Sequence[str]) -> Html:
     recipe = (view.record.get("recipe") or {}).get("name")
     made = [f"{recipe} recipe"] if recipe else []
     about = " · ".join([*made, f"started {when(view.started)}", *_hosts(view), facts.code(view)])
+    hints = _error(view), _left_out(view), _damage_hint(views)
     return join([
-        tag("header", title, tag("p", about, class_="soft"), _error(view), _damage_hint(views)),
+        tag("header", title, tag("p", about, class_="soft"), *hints),
         tag("div", *_tiles(view), class_="tiles"),
     ])  # fmt: skip
 
@@ -48,9 +49,10 @@ def curves(figures: Sequence[Figure], views: Sequence[RunView], names: Sequence[
     """A placeholder for every figure, which the page's script draws, and the controls for all of them."""
     if not figures:
         return _NOTHING
-    marked = any(figure["marks"] for figure in figures)
     hint = "Drag to zoom in, double-click to zoom out."
-    hint += " Dotted vertical lines: an attempt resumed from a checkpoint there." if marked else ""
+    if any(figure["marks"] for figure in figures):
+        hint += " Dotted vertical lines: an attempt resumed from a checkpoint there"
+        hint += " (↻), or a batch was left out (✕)." if any(view.left_out for view in views) else "."
     if any(curve["bad"] for figure in figures for curve in figure["curves"]):
         hint += " Crosses and triangles at the edge: a value is NaN or infinite."
     key = [tag("span", _swatch(i), name) for i, name in enumerate(names)] if len(names) > 1 else []
@@ -312,6 +314,11 @@ def _error(view: RunView) -> Html:
     return tag("p", error, class_="error") if error else _NOTHING
 
 
+def _left_out(view: RunView) -> Html:
+    found = facts.left_out(view)
+    return tag("p", f"Left out: {found}.", class_="soft") if found else _NOTHING
+
+
 def _damage_hint(views: Sequence[RunView]) -> Html:
     count = sum(len(view.damage) for view in views)
     return tag("p", f"{_damaged(count)} See Damage, below.", class_="error") if count else _NOTHING
@@ -428,9 +435,9 @@ def _shown(value: Value | None) -> str:
 
 def _config_cell(value: Value | None) -> Html:
     if value is None:
-        return tag("td", tag("span", "missing", class_="source"))
+        return tag("td", tag("span", "missing", class_="source"), class_="value")
     source = "" if value.is_default else value.source
-    return tag("td", tag("code", _shown(value)), tag("span", source, class_="source"))
+    return tag("td", tag("code", _shown(value)), " ", tag("span", source, class_="source"), class_="value")
 
 
 def _logged(view: RunView, logged: Sequence[Media], with_step: bool) -> Html:

@@ -211,6 +211,7 @@ def _summary(view: RunView) -> list[tuple[str, str]]:
     kept = facts.kept_checkpoints(view)
     return [
         ("step", _steps(view)),
+        ("left out", facts.left_out(view)),
         ("started", f"{started}, {clock(view.seconds)} spent"),
         ("where", _shortest(view.directory.path)),
         ("recipe", str((view.record.get("recipe") or {}).get("name", ""))),

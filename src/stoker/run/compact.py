@@ -16,9 +16,9 @@ from stoker import storage
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Damage
 from stoker.run.series import Series
-from stoker.run.state import Attempt, Media, RunView, Use
+from stoker.run.state import Attempt, LeftOut, Media, RunView, Use
 
-FORMAT = 5
+FORMAT = 6
 _WORTH_IT = 5_000  # points
 _COLUMNS = ("x", "y", "time")
 
@@ -38,6 +38,7 @@ def save(view: RunView, sizes: Mapping[str, int]) -> None:
         "view": {name: getattr(view, name) for name in _REST},
         "attempts": [asdict(a) for a in view.attempts], "media": [asdict(m) for m in view.media],
         "used": [asdict(u) for u in view.used.values()], "damage": [asdict(d) for d in view.damage],
+        "left_out": [asdict(batch) for batch in view.left_out],
     }  # fmt: skip
     content = dump(columns, {"stoker": orjson.dumps(about).decode()})
     with contextlib.suppress(OSError):  # only a cache
@@ -81,5 +82,6 @@ def _restored(
     view.attempts = [Attempt(**a) for a in about["attempts"]]
     view.media = [Media(**m) for m in about["media"]]
     view.used = {u["name"]: Use(**u) for u in about["used"]}
+    view.left_out = [LeftOut(**batch) for batch in about["left_out"]]
     view.damage = [Damage(**d) for d in about["damage"]]
     return view

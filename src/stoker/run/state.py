@@ -43,7 +43,8 @@ class Attempt:
     """How a Trainer used the devices: `parallel`, `precision`, `ranks`, `device`, and why; the `memory_bytes`
     of each; the `peak` that MFU is relative to (`flops`, `source`)."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What it trained on, if its recipe reports it: a line per `sources` entry, `rows`, `tokens_per_row`."""
+    """What it trained on, if its recipe reports it: a line per `sources` entry, `rows`, `tokens_per_row`;
+    the number of `images` or `texts` of each split."""
     began: float | None = None
     """When a Trainer's loop started."""
     spent: list[dict[str, Any]] = field(default_factory=list)
@@ -84,6 +85,19 @@ class Use:
 
 
 @dataclass
+class LeftOut:
+    """A batch that `on_bad_loss` left out."""
+
+    step: int
+    samples: list[int]
+    """The first and the last one."""
+    reason: str
+    time: float
+    rewound_to: int | None = None
+    """The step to whose weights the run went back."""
+
+
+@dataclass
 class RunView:
     """The state of a run when it was read, as by `stoker.runs`; to follow a running run, read it again."""
 
@@ -111,6 +125,8 @@ class RunView:
     """The metric that decides which checkpoint is the best."""
     checkpoints: list[int] = field(default_factory=list)
     """Steps at which a checkpoint was committed (it may have been deleted since then)."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """The batches that were left out because of their loss, in the order of steps."""
     artifacts: dict[str, Event] = field(default_factory=dict)
     used: dict[str, Use] = field(default_factory=dict)
     used_by: list[dict[str, Any]] = field(default_factory=list)

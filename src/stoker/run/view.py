@@ -28,6 +28,7 @@ from stoker.run.state import (
     RUNNING,
     STOPPED,
     Attempt,
+    LeftOut,
     Media,
     RunView,
     Use,
@@ -35,7 +36,7 @@ from stoker.run.state import (
 
 __all__ = [
     "FAILED", "FINISHED", "INTERRUPTED", "KILLED", "PAUSED", "PREEMPTED", "RUNNING", "STOPPED",
-    "Attempt", "Media", "RunView", "Use", "fold", "load",
+    "Attempt", "LeftOut", "Media", "RunView", "Use", "fold", "load",
 ]  # fmt: skip
 
 
@@ -161,6 +162,7 @@ class _Folding:
         for columns in self._points.values():
             columns.void_after(step)
         self._view.media = [m for m in self._view.media if m.step <= step]
+        self._view.left_out = [batch for batch in self._view.left_out if batch.step <= step]
         self._view.checkpoints = [s for s in self._view.checkpoints if s <= step]
 
 
@@ -205,6 +207,18 @@ def _media(view: RunView, event: Event) -> None:
         view.media.append(found)
 
 
+def _skipped(view: RunView, event: Event) -> None:
+    found = LeftOut(event["step"], event["samples"], event["reason"], event["time"])
+    if all(batch.step != found.step for batch in view.left_out):
+        view.left_out.append(found)
+
+
+def _rewound(view: RunView, event: Event) -> None:
+    for batch in view.left_out:
+        if batch.step == event["step"]:
+            batch.rewound_to = event["to"]
+
+
 def _ended(view: RunView, event: Event) -> None:
     last = view.attempts[-1]
     last.ended, last.status, last.error = event["time"], event["status"], event.get("error")
@@ -227,6 +241,8 @@ _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "peak": _peak,
     "spent": _spent,
     "media": _media,
+    "skipped": _skipped,
+    "rewound": _rewound,
     "attempt_ended": _ended,
     "attempt_failed": _failed,
     "checkpoint": lambda view, event: view.checkpoints.append(event["step"]),

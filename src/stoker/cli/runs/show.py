@@ -39,6 +39,7 @@ def _everything(seen: RunView, sinks: Sequence[Pending]) -> dict[str, Any]:
         "config": {v.key: {"value": v.value, "source": v.source} for v in facts.config(seen)},
         "metrics": {name: summary.facts() for name, summary in facts.metrics(seen).items()},
         "performance": performance.as_json(seen),
+        "left_out": [vars(batch) | {"time": iso(batch.time)} for batch in seen.left_out],
         "checkpoints": facts.kept_checkpoints(seen),
         "artifacts": [vars(a) for a in facts.artifacts(seen)],
         "code": seen.record.get("code"),
