@@ -113,7 +113,7 @@ def test_a_split_whose_labels_are_withheld_is_not_measured_on(tmp_path: Path) ->
     """As in ImageNet: its test labels are all -1, which is not the last class."""
     source = images.read(_hub_dataset(tmp_path, train=[0, 1, 2] * 6, validation=[2, 0], test=[-1] * 5))
     parts = images.split(source, validation=0.1, test=0.1)
-    assert [len(parts.train), len(parts.validation), len(parts.test)] == [16, 2, 2]
+    assert [len(parts.validation), len(parts.train) + len(parts.test)] == [2, 18]
     used = np.concatenate([parts.train, parts.validation, parts.test])
     assert sorted(source.labels[used].tolist()) == sorted([0, 1, 2] * 6 + [2, 0])
 
@@ -158,11 +158,65 @@ def test_splits_are_disjoint_complete_and_the_seeds_alone() -> None:
     parts = images.split(source, validation=0.1, test=0.2, seed=3)
     numbers = np.concatenate([parts.train, parts.validation, parts.test])
     assert sorted(numbers.tolist()) == list(range(1797))
-    assert (len(parts.validation), len(parts.test)) == (180, 359)
+    assert abs(len(parts.validation) - 180) < 40
+    assert abs(len(parts.test) - 359) < 50
     again = images.split(source, validation=0.1, test=0.2, seed=3)
     assert all(np.array_equal(getattr(parts, n), getattr(again, n)) for n in vars(parts))
     other = images.split(source, validation=0.1, test=0.2, seed=4)
     assert not np.array_equal(parts.test, other.test)
+
+
+def _named(source: images.Source, parts: images.Splits) -> dict[str, str]:
+    """The split of each image, by its location."""
+    return {source.place(n): name for name, those in vars(parts).items() for n in those.tolist()}
+
+
+@pytest.mark.parametrize("make", [_folder, _tar])
+@pytest.mark.parametrize("seed", range(5))
+def test_images_that_come_and_go_change_the_split_of_no_other(
+    make: Callable[[Path], Path], seed: int, tmp_path: Path
+) -> None:
+    """So a run that resumes after a broken image is removed is not tested on what it was trained on."""
+
+    def split() -> dict[str, str]:
+        source = images.read(str(tmp_path / "data"))
+        return _named(source, images.split(source, validation=0.3, test=0.3, seed=seed))
+
+    make(tmp_path / "data")
+    if make is _folder:
+        _more(tmp_path / "data", 60)
+        before = split()
+        for file in ("cat/00.png", "dog/07.png", "cat/more-10.png"):
+            (tmp_path / "data" / file).unlink()
+    else:
+        before = split()
+        (tmp_path / "data" / "1.tar").rename(tmp_path / "data" / "2.tar")
+        before = {name.replace("1.tar", "2.tar"): part for name, part in before.items()}
+        with tarfile.open(tmp_path / "data" / "1.tar", "w") as target:
+            for n in range(20, 30):
+                _add(target, f"{n:05}.png", _png(n % 10))
+                _add(target, f"{n:05}.cls", b"0")
+    after = split()
+    both = before.keys() & after.keys()
+    assert len(both) >= COUNT
+    assert {name: after[name] for name in both} == {name: before[name] for name in both}
+
+
+def _more(path: Path, count: int) -> None:
+    for number in range(count):
+        (path / CLASSES[number % 2] / f"more-{number}.png").write_bytes(_png(number % 12))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_few_images_are_in_every_split_and_each_class_is_trained_on(seed: int, tmp_path: Path) -> None:
+    for name, count in (("cat", 2), ("dog", 2), ("cow", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number}.png").write_bytes(_png(number))
+    source = images.read(str(tmp_path))
+    parts = images.split(source, validation=0.1, test=0.1, seed=seed)
+    assert min(len(parts.validation), len(parts.test)) > 0
+    assert set(source.labels[parts.train].tolist()) == {0, 1, 2}
 
 
 def test_splits_that_are_folders_are_used_as_they_are(tmp_path: Path) -> None:
@@ -171,7 +225,8 @@ def test_splits_that_are_folders_are_used_as_they_are(tmp_path: Path) -> None:
     source = images.read(str(tmp_path / "data"))
     parts = images.split(source, validation=0.1, test=0.25)
     assert source.classes == CLASSES
-    assert (len(parts.train), len(parts.validation), len(parts.test)) == (9, 12, 3)
+    assert len(parts.train) + len(parts.test) == COUNT
+    assert parts.validation.tolist() == list(range(COUNT, 2 * COUNT))
     assert not set(parts.train) & set(parts.validation)
 
 
@@ -180,7 +235,8 @@ def test_a_folder_of_training_images_alone_is_no_class(tmp_path: Path) -> None:
     source = images.read(str(tmp_path / "data"))
     assert source.classes == CLASSES
     parts = images.split(source, validation=0.1, test=0.25)
-    assert (len(parts.train), len(parts.validation), len(parts.test)) == (8, 1, 3)
+    assert min(map(len, vars(parts).values())) > 0
+    assert sum(map(len, vars(parts).values())) == COUNT
 
 
 @pytest.mark.parametrize("size", [16, 64])
@@ -222,7 +278,7 @@ def test_files_named_after_splits_are_those(tmp_path: Path) -> None:
         pq.write_table(rows, tmp_path / f"{name}.parquet")
     source = images.read(str(tmp_path))
     splits = images.split(source, validation=0.3, test=0.5)
-    assert [len(splits.train), len(splits.validation), len(splits.test)] == [6, 3, 3]
+    assert len(splits.train) + len(splits.validation) == 9
     assert splits.test.tolist() == [0, 1, 2], "files are in the order of their names"
     assert source.place(4).endswith("train-00000-of-00002.parquet, row 1")
 

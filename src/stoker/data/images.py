@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import random
 import tarfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from stoker import storage
 from stoker.data import parquet
+from stoker.data.documents import place
 from stoker.data.labelled import SPLITS, split_of
-from stoker.data.order import permute
 from stoker.errors import BadInput
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
@@ -42,6 +44,8 @@ class Source(Protocol):
     given: dict[str, Numbers]
     """The splits that the source itself has, by name; empty if it has none."""
     fingerprint: str
+    keys: Sequence[str]
+    """What identifies each image within the data, wherever the others are; decides its split."""
 
     def raw(self, index: int) -> bytes | Image.Image:
         """The file's bytes, or a decoded picture."""
@@ -114,7 +118,10 @@ class Splits:
 
 
 def split(source: Source, *, validation: float, test: float, seed: int = 0) -> Splits:
-    """The source's own splits; missing ones are held out by a permutation that depends only on the seed.
+    """The source's own splits; missing ones are held out from the images to train on.
+
+    Which images are held out depends on the seed and on each image's own key, so that no other image changes
+    its split if some are added or removed.
 
     Args:
         validation: share of the images held out during training, if the source has no `val` folder.
@@ -127,14 +134,38 @@ def split(source: Source, *, validation: float, test: float, seed: int = 0) -> S
     if held and "train" not in held:
         raise BadInput(f"there is no train split to train on: the data has {' and '.join(held)}")
     everything = held.get("train", np.arange(len(source.labels), dtype=np.int64))
-    shuffled = everything[permute(np.arange(len(everything)), len(everything), seed)]
-    for name, share in (("validation", validation), ("test", test)):
-        if name not in held:
-            count = max(1, round(share * len(everything)))
-            held[name], shuffled = shuffled[:count], shuffled[count:]
-    if min(len(shuffled), len(held["validation"]), len(held["test"])) == 0:
+    shares = {name: share for name, share in (("validation", validation), ("test", test)) if name not in held}
+    places = np.array([place(f"{seed} {source.keys[number]}") for number in everything.tolist()])
+    held |= {name: everything[those] for name, those in _held_out(places, source.labels[everything], shares)}
+    if min(len(held[name]) for name in ("train", "validation", "test")) == 0:
         raise BadInput(f"{len(source.labels)} images are too few for training, validation and test")
-    return Splits(np.sort(shuffled), np.sort(held["validation"]), np.sort(held["test"]))
+    return Splits(held["train"], held["validation"], held["test"])
+
+
+def _held_out(
+    places: NDArray[np.float64], labels: Numbers, shares: Mapping[str, float]
+) -> Iterator[tuple[str, Numbers]]:
+    """The images of "train" and of parts of about these shares, by their places in [0, 1).
+
+    The lowest places are for validation, the highest for the test. Of each class an image stays in train;
+    a part that would be empty gets the image that is next to it and can be spared.
+    """
+    edges = {name: share if name == "validation" else 1 - share for name, share in shares.items()}
+    part = np.full(len(places), "train", dtype="<U10")
+    for name, edge in edges.items():
+        part[places < edge if name == "validation" else places >= edge] = name
+    for label in np.setdiff1d(labels, labels[part == "train"]):
+        those = np.flatnonzero(labels == label)
+        part[those[np.argmin(abs(places[those] - 0.5))]] = "train"
+    for name, edge in edges.items():
+        if (part == name).any():
+            continue
+        left = np.flatnonzero(part == "train")
+        spare = left[np.bincount(labels[left])[labels[left]] > 1]
+        if spare.size == 0 and (part != "train").sum() > 1:
+            spare = np.flatnonzero(part != "train")
+        part[spare[np.argsort(abs(places[spare] - edge))[:1]]] = name
+    return ((name, np.flatnonzero(part == name)) for name in ("train", *shares))
 
 
 class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -169,6 +200,7 @@ class _Pictures:
     labels: Numbers
     classes: tuple[str, ...]
     fingerprint: str
+    keys: Sequence[str]
     given: dict[str, Numbers] = field(default_factory=dict)
 
     def raw(self, index: int) -> Image.Image:
@@ -186,8 +218,9 @@ def _digits() -> Source:
     found = load_digits()
     pixels = (found.images * (255 / 16)).round().astype(np.uint8)
     classes = tuple(str(name) for name in found.target_names)
+    fingerprint = _hash(pixels.tobytes(), found.target.tobytes())
     return _Pictures(
-        pixels, found.target.astype(np.int64), classes, _hash(pixels.tobytes(), found.target.tobytes())
+        pixels, found.target.astype(np.int64), classes, fingerprint, [str(n) for n in range(len(pixels))]
     )
 
 
@@ -200,6 +233,7 @@ class _Files:
     classes: tuple[str, ...]
     given: dict[str, Numbers]
     fingerprint: str
+    keys: Sequence[str]
 
     def raw(self, index: int) -> bytes:
         return self.files[index].read_bytes()
@@ -222,8 +256,9 @@ def _folder(path: Path, files: list[Path]) -> Source:
     names = [p[depth] for p in parts]
     classes = tuple(sorted(set(names)))
     given = _given([SPLITS[p[0]] for p in parts]) if has_splits else {}
-    listing = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
-    return _Files(files, _numbered(names, classes), classes, given, _hash("\n".join(listing).encode()))
+    keys = ["/".join(p) for p in parts]
+    listing = [f"{key} {file.stat().st_size}" for key, file in zip(keys, files, strict=True)]
+    return _Files(files, _numbered(names, classes), classes, given, _hash("\n".join(listing).encode()), keys)
 
 
 @dataclass
@@ -236,6 +271,7 @@ class _Rows:
     labels: Numbers
     classes: tuple[str, ...]
     fingerprint: str
+    keys: Sequence[str]
     given: dict[str, Numbers] = field(default_factory=dict)
 
     def raw(self, index: int) -> bytes:
@@ -280,7 +316,10 @@ def _parquets(files: list[Path]) -> Source:
     numbers = np.full(len(labels), -1, np.int64)
     numbers[labelled] = _numbered(names, classes)
     given = {name: those for name, those in given.items() if name not in withheld}
-    return _Rows(rows, starts, numbers, classes, found, given)
+    bounds = itertools.pairwise([*(n for n, _ in starts), len(labels)])
+    rows_of = zip(files, bounds, strict=True)
+    keys = [f"{file.name} {n}" for file, (begin, end) in rows_of for n in range(end - begin)]
+    return _Rows(rows, starts, numbers, classes, found, keys, given)
 
 
 def _are_withheld(split: str, labels: Sequence[Any], those: Numbers) -> bool:
@@ -318,6 +357,7 @@ class _Tars:
     labels: Numbers
     classes: tuple[str, ...]
     fingerprint: str
+    keys: Sequence[str]
     given: dict[str, Numbers] = field(default_factory=dict)
 
     def raw(self, index: int) -> bytes:
@@ -347,7 +387,9 @@ def _tars(files: list[Path]) -> Source:
     listing = [f"{files[n].name} {offset} {size} {name}" for n, offset, size, name in members]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
     given = _given([split_of(files[number]) for number, *_ in members])
-    return _Tars(files, members, _numbered(names, classes), classes, found, given)
+    known = Counter(name for *_, name in members)
+    keys = [name if known[name] == 1 else f"{files[n].name} {name}" for n, *_, name in members]
+    return _Tars(files, members, _numbered(names, classes), classes, found, keys, given)
 
 
 def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
