@@ -1,4 +1,4 @@
-"""Labelled texts, and their division into train, validation and test.
+"""Labelled texts, their files and labels, and their division into train, validation and test.
 
 Texts of one group (one module, one document; by default equal texts) are never in two splits. The split of a
 group is decided by a hash of its name, label by label, so that every split has its share of each label.
@@ -7,26 +7,32 @@ group is decided by a hash of its name, label by label, so that every split has 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from stoker.data import records
 from stoker.data.documents import place
-from stoker.errors import BadInput
+from stoker.errors import BadInput, nearest
 from stoker.words import some
 
 SPLITS = {
     "train": "train",
+    "training": "train",
     "validation": "validation",
     "val": "validation",
     "valid": "validation",
     "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
+    "testing": "test",
 }
-"""Names of files and folders, by split."""
+"""Names of files and folders in lower case, by split."""
 
 
 class Text(NamedTuple):
@@ -75,8 +81,87 @@ class Texts:
 
 def split_of(file: Path) -> str:
     """The split of a file, by hub conventions: `train-00000-of-00002.parquet`, `val/0001.tar`; or ""."""
-    words = [re.split(r"[-_.]", file.name)[0], file.parent.name]
+    words = [re.split(r"[-_.]", file.name)[0].lower(), file.parent.name.lower()]
     return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def splits_of(files: Sequence[Path]) -> list[str]:
+    """The split of each file of a dataset; "train" for all if they do not differ.
+
+    Raises:
+        BadInput: some files belong to a split and others do not.
+    """
+    splits = [split_of(file) for file in files]
+    if len(set(splits)) == 1:
+        return ["train"] * len(files)
+    if "" in splits:
+        raise BadInput(
+            f"{files[splits.index('')]} belongs to no split, but other files do: name it train, validation "
+            "or test, or move it elsewhere"
+        )
+    return splits
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is an editor's or an operating system's, not data."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files below a folder in order, except hidden ones; links are followed. Raises BadInput."""
+    return list(_files_in(folder, frozenset()))
+
+
+def _files_in(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """Args: above: the folders that contain this one, to which a link may lead back."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _files_in(Path(entry.path), above | {real})
+        elif entry.is_file() or entry.is_symlink():  # a link to nothing is refused where it is read
+            yield Path(entry.path)
+
+
+def label_of(where: str, value: Any, column: str, classes: Sequence[str] = ()) -> str:
+    """A label as text.
+
+    Args:
+        where: its location, for messages.
+        classes: the names of the classes, of which whole numbers are then the numbers.
+
+    Raises:
+        BadInput: it is neither a text nor a whole number nor a truth value, or the number of no class.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and classes:
+        if not 0 <= value < len(classes):
+            raise BadInput(f"{where}: the label is {value}, but the dataset has {len(classes)} classes")
+        return str(classes[value])
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
+        return str(value).strip()
+    raise BadInput(
+        f"{where}: {column!r} must be a string, a whole number, or true or false, not "
+        f"{'an empty string' if value == '' else records.kind_of(value)}: a label is the name or the number "
+        "of one class; correct it, or set label_column="
+    )
+
+
+def no_column(where: str, column: str, key: str, names: Sequence[str]) -> BadInput:
+    """The error for a column that does not exist, which a key of the config names."""
+    has = ", ".join(map(repr, names)) or "none"
+    return BadInput(
+        f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
+    )
 
 
 def divided(

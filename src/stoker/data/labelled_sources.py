@@ -18,7 +18,7 @@ from typing import Any
 from stoker import object_store
 from stoker.data import hub_datasets, parquet, python_parts, records
 from stoker.data.documents import content_key
-from stoker.data.labelled import SPLITS, Text, Texts, divided, split_of
+from stoker.data.labelled import SPLITS, Text, Texts, divided, files_in, label_of, no_column, splits_of
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
 
@@ -90,17 +90,10 @@ def _described(name: str, read_in: dict[str, list[Text]], given: dict[str, list[
 def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
     if path.is_file():
         return {"train": _of_file(path, columns)}
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
+    files = [file for file in files_in(path) if file.suffix.lower() in _READERS]
     if not files:
         raise BadInput(f"{path} is a folder without a {_ENDINGS} file")
-    splits = [split_of(file) for file in files]
-    if len(set(splits)) == 1:
-        splits = ["train"] * len(files)
-    elif "" in splits:
-        raise BadInput(
-            f"{files[splits.index('')]} belongs to no split, but other files do: name it train, validation "
-            "or test, or move it elsewhere"
-        )
+    splits = splits_of(files)
     of = {name: [f for f, s in zip(files, splits, strict=True) if s == name] for name in set(splits)}
     return {
         name: itertools.chain.from_iterable(_of_file(file, columns) for file in some)
@@ -148,21 +141,12 @@ def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
         names = file.schema_arrow.names
         for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
             if column not in names:
-                raise _no_column(str(path), column, key, names)
-        classes = _class_names(file.schema_arrow, columns.label)
+                raise no_column(str(path), column, key, names)
+        classes = parquet.class_names(file.schema_arrow, columns.label)
         number = itertools.count(1)
         for batch in file.iter_batches(columns=[columns.text, columns.label]):
             for row in batch.to_pylist():
                 yield _text(f"{path}, row {next(number)}", row, columns, classes)
-
-
-def _class_names(schema: Any, label: str) -> Sequence[str]:
-    """The names of a label column's numbers, if `datasets` has written them into the file."""
-    if b"huggingface" not in (schema.metadata or {}):
-        return ()
-    from datasets import Features
-
-    return getattr(Features.from_arrow_schema(schema).get(label), "names", None) or ()
 
 
 _READERS: dict[str, Callable[[Path, Columns], Iterator[Text]]] = {
@@ -197,7 +181,7 @@ def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
 def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequence[str] = ()) -> Text:
     for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
         if column not in record:
-            raise _no_column(where, column, key, [str(name) for name in record if name is not None])
+            raise no_column(where, column, key, [str(name) for name in record if name is not None])
     text = record[columns.text]
     if not isinstance(text, str):
         raise BadInput(f"{where}: {columns.text!r} must be a string, not {records.kind_of(text)}")
@@ -205,26 +189,4 @@ def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequenc
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
         raise BadInput(f"{where}: {columns.text!r} is not valid Unicode: {error.reason}") from error
-    return Text(text, _label(where, record[columns.label], columns, classes), content_key(text))
-
-
-def _label(where: str, value: Any, columns: Columns, classes: Sequence[str]) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and classes:
-        if not 0 <= value < len(classes):
-            raise BadInput(f"{where}: the label is {value}, but the dataset has {len(classes)} classes")
-        return str(classes[value])
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
-        return str(value).strip()
-    raise BadInput(
-        f"{where}: {columns.label!r} must be a string, a whole number, or true or false, not "
-        f"{'an empty string' if value == '' else records.kind_of(value)}"
-    )
-
-
-def _no_column(where: str, column: str, key: str, names: Sequence[str]) -> BadInput:
-    has = ", ".join(map(repr, names)) or "none"
-    return BadInput(
-        f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
-    )
+    return Text(text, label_of(where, record[columns.label], columns.label, classes), content_key(text))
