@@ -167,7 +167,7 @@ def _labels(
             have = opened.schema_arrow.names
             for column, key in ((columns.label, "label_column"), (columns.image, "image_column")):
                 if column not in have:
-                    raise labelled.no_column(str(file), column, key, have)
+                    raise labelled.NoColumn(str(file), column, key, have)
             classes = classes or list(parquet.class_names(opened.schema_arrow, columns.label))
             values.append(opened.read(columns=[columns.label]).column(columns.label).to_pylist())
     withheld = {

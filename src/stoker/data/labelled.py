@@ -34,6 +34,8 @@ SPLITS = {
 }
 """Names of files and folders in lower case, by split."""
 
+_MARKS = 20  # labels that may be fractions and still are classes
+
 
 class Text(NamedTuple):
     """A text with its label."""
@@ -71,6 +73,11 @@ class Texts:
                     digest.update(len(content).to_bytes(8, "little"))
                     digest.update(content)
         return digest.hexdigest()
+
+    @property
+    def are_hardly_repeated(self) -> bool:
+        """Whether most labels are those of a single text."""
+        return 2 * len(self.classes) > len(self.train)
 
     @property
     def repeated(self) -> int:
@@ -156,12 +163,15 @@ def label_of(where: str, value: Any, column: str, classes: Sequence[str] = ()) -
     )
 
 
-def no_column(where: str, column: str, key: str, names: Sequence[str]) -> BadInput:
-    """The error for a column that does not exist, which a key of the config names."""
-    has = ", ".join(map(repr, names)) or "none"
-    return BadInput(
-        f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
-    )
+class NoColumn(BadInput):
+    """There is no column with the name that a key of the config gives."""
+
+    def __init__(self, where: str, column: str, key: str, names: Sequence[str]) -> None:
+        has = ", ".join(map(repr, names)) or "none"
+        super().__init__(
+            f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
+        )
+        self.key = key
 
 
 def divided(
@@ -218,6 +228,12 @@ def _check(found: Texts) -> None:
     parts = {"train": found.train, "validation": found.validation, "test": found.test}
     count = sum(map(len, parts.values()))
     classes = found.classes
+    if _are_measured(classes):
+        raise BadInput(
+            f"{found.description}: the labels are {len(classes):,} different numbers, such as {classes[1]}: "
+            "this recipe predicts one of several classes, not a number: give each text the name of a class "
+            "or of a range (low, high), or set label_column="
+        )
     if 1 < len(classes) == len(found.train):
         raise BadInput(
             f"{found.description}: each of the {len(classes)} texts has a different label: is label_column "
@@ -241,6 +257,14 @@ def _check(found: Texts) -> None:
                 f"{found.description}: the {name} split has the label {unseen[0]!r}, but the training texts "
                 f"have only {some(classes)}"
             )
+
+
+def _are_measured(classes: Sequence[str]) -> bool:
+    """Whether labels are numbers on a scale. A few fractions are taken for classes, such as 4.5 stars."""
+    try:
+        return len(classes) > _MARKS and not all(float(name).is_integer() for name in classes)
+    except ValueError:
+        return False
 
 
 def _unseen(part: Iterable[Text], classes: Sequence[str]) -> list[str]:

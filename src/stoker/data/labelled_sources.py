@@ -18,7 +18,7 @@ from typing import Any
 from stoker import object_store
 from stoker.data import hub_datasets, parquet, python_parts, records
 from stoker.data.documents import content_key
-from stoker.data.labelled import SPLITS, Text, Texts, divided, files_in, label_of, no_column, splits_of
+from stoker.data.labelled import SPLITS, NoColumn, Text, Texts, divided, files_in, label_of, splits_of
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
 
@@ -95,10 +95,23 @@ def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
         raise BadInput(f"{path} is a folder without a {_ENDINGS} file")
     splits = splits_of(files)
     of = {name: [f for f, s in zip(files, splits, strict=True) if s == name] for name in set(splits)}
-    return {
-        name: itertools.chain.from_iterable(_of_file(file, columns) for file in some)
-        for name, some in of.items()
-    }
+    # Train first: if its files have the columns, a test file without labels was meant to be predicted.
+    return {name: _of_split(name, of[name], columns) for name in sorted(of, key=lambda name: name != "train")}
+
+
+def _of_split(split: str, files: Sequence[Path], columns: Columns) -> Iterator[Text]:
+    for file in files:
+        texts = _of_file(file, columns)
+        try:
+            first = list(itertools.islice(texts, 1))
+        except NoColumn as error:
+            if split == "train" or error.key != "label_column":
+                raise
+            raise BadInput(
+                f"{file} has no labels (no column {columns.label!r}), so nothing can be measured on it: move "
+                "it elsewhere, and texts are held out instead"
+            ) from error
+        yield from itertools.chain(first, texts)
 
 
 def _of_file(path: Path, columns: Columns) -> Iterator[Text]:
@@ -141,7 +154,7 @@ def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
         names = file.schema_arrow.names
         for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
             if column not in names:
-                raise no_column(str(path), column, key, names)
+                raise NoColumn(str(path), column, key, names)
         classes = parquet.class_names(file.schema_arrow, columns.label)
         number = itertools.count(1)
         for batch in file.iter_batches(columns=[columns.text, columns.label]):
@@ -181,7 +194,7 @@ def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
 def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequence[str] = ()) -> Text:
     for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
         if column not in record:
-            raise no_column(where, column, key, [str(name) for name in record if name is not None])
+            raise NoColumn(where, column, key, [str(name) for name in record if name is not None])
     text = record[columns.text]
     if not isinstance(text, str):
         raise BadInput(f"{where}: {columns.text!r} must be a string, not {records.kind_of(text)}")
