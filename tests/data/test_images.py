@@ -413,6 +413,7 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
     (data / "bird").symlink_to(elsewhere / "bird")
     (data / "cat" / "linked.png").symlink_to(elsewhere / "bird" / "0.png")
     (data / "cat" / "up").symlink_to(data)
+    (data / "dog" / "outside").symlink_to(tmp_path)
     source = images.read(str(data))
     assert source.classes == ("bird", *CLASSES)
     assert np.bincount(source.labels).tolist() == [5, 6, 5]

@@ -7,14 +7,14 @@ group is decided by a hash of its name, label by label, so that every split has 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stoker import storage
 from stoker.data import records
 from stoker.data.documents import place
 from stoker.errors import BadInput, nearest
@@ -115,27 +115,16 @@ def is_hidden(name: str) -> bool:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files below a folder in order, except hidden ones; links are followed. Raises BadInput."""
-    return list(_files_in(folder, frozenset()))
+    """The files below a folder in order, except hidden ones. Links are followed; one to nothing is a file.
 
-
-def _files_in(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """Args: above: the folders that contain this one, to which a link may lead back."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
+    Raises:
+        BadInput: a folder cannot be read.
+    """
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        found = storage.walk(folder, is_hidden)
+        return [Path(entry.path) for entry in found if entry.is_file() or entry.is_symlink()]
     except OSError as error:
-        raise BadInput(f"{folder} cannot be read: {error.strerror}") from error
-    for entry in entries:
-        if is_hidden(entry.name):
-            continue
-        if entry.is_dir():
-            yield from _files_in(Path(entry.path), above | {real})
-        elif entry.is_file() or entry.is_symlink():  # a link to nothing is refused where it is read
-            yield Path(entry.path)
+        raise BadInput(f"{error.filename or folder} cannot be read: {error.strerror}") from error
 
 
 def label_of(where: str, value: Any, column: str, classes: Sequence[str] = ()) -> str:

@@ -177,7 +177,7 @@ def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
     """The splits of a hub dataset, except those whose labels are withheld (all -1)."""
     found: dict[str, Iterable[Text]] = {}
     for split, rows in hub_datasets.splits(name, tuple(BUILT_IN)).items():
-        if split not in SPLITS:
+        if SPLITS.get(split, split) in found or split not in SPLITS:  # the first of, say, validation and dev
             continue
         classes = getattr(rows.features.get(columns.label), "names", None) or ()
         if classes and set(rows.unique(columns.label)) == {-1}:
