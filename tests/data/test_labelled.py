@@ -119,6 +119,20 @@ def test_a_folder_has_the_splits_that_its_files_are_named_for_and_the_rest_is_he
     assert found.repeated == sum(t.group in {o.group for o in found.train} for t in found.test) > 0
 
 
+def test_of_two_hub_splits_for_one_purpose_the_first_is_used(tmp_path: Path) -> None:
+    files = {"train": ROWS, "validation": ROWS[:8], "eval": ROWS[:4], "test": ROWS[:6]}
+    listed = [f"  - split: {name}\n    path: {name}.parquet\n" for name in files]
+    for name, rows in files.items():
+        write_parquet(tmp_path / f"{name}.parquet", rows)
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{''.join(listed)}---\n"
+    )
+    found = labelled_sources.of_hub(str(tmp_path), COLUMNS)
+    assert {name: len(list(texts)) for name, texts in found.items()} == {
+        "train": 40, "validation": 8, "test": 6,
+    }  # fmt: skip
+
+
 def test_a_dataset_of_the_hub_has_its_own_splits_and_names_and_withheld_labels_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
