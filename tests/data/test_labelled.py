@@ -119,7 +119,10 @@ def test_a_folder_has_the_splits_that_its_files_are_named_for_and_the_rest_is_he
     assert found.repeated == sum(t.group in {o.group for o in found.train} for t in found.test) > 0
 
 
-def test_of_two_hub_splits_for_one_purpose_the_first_is_used(tmp_path: Path) -> None:
+def test_of_two_hub_splits_for_one_purpose_the_first_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     files = {"train": ROWS, "validation": ROWS[:8], "eval": ROWS[:4], "test": ROWS[:6]}
     listed = [f"  - split: {name}\n    path: {name}.parquet\n" for name in files]
     for name, rows in files.items():
