@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,34 @@ def files_under(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def walk(folder: Path, is_skipped: Callable[[str], bool] = lambda name: False) -> Iterator[os.DirEntry[str]]:
+    """Everything below a folder but folders, in the order of names. Links are followed, but not in circles.
+
+    Args:
+        is_skipped: whether a file or a folder is passed over, by its name.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    return _walk(str(folder), is_skipped, frozenset(map(str, folder.resolve().parents)))
+
+
+def _walk(
+    folder: str, is_skipped: Callable[[str], bool], above: frozenset[str]
+) -> Iterator[os.DirEntry[str]]:
+    """Args: above: the folders that contain this one, to which a link may lead back."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as found:
+        entries = sorted((e for e in found if not is_skipped(e.name)), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(entry.path, is_skipped, above | {real})
+        else:
+            yield entry
 
 
 def try_lock(path: Path) -> int | None:

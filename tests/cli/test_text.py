@@ -106,6 +106,21 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_texts_that_are_cut_off_and_labels_that_hardly_repeat_are_said(
+    stoker: Command, tmp_path: Path
+) -> None:
+    labels = [*range(30), *[99] * 20]
+    with (tmp_path / "said.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["text", "label"], *([f"forge anvil tongs {n}", label] for n, label in enumerate(labels))]
+        )
+    short = ("batch_size=16", "epochs=none", "max_steps=1", "max_length=4", "eval_every=1")
+    done = stoker("train", "text", f"data={tmp_path / 'said.csv'}", *TRAIN[2:5], *short)
+    assert done.code == 0, done.err
+    assert "50 of 50 texts are cut off at 4 tokens: increase max_length" in done.err
+    assert "46 texts have 31 different labels" in done.err
+
+
 def test_two_ranks_have_the_losses_of_one(stoker: Command, given: tuple[str, ...]) -> None:
     changed = ("dropout=0", "max_steps=12", "eval_every=12")
     runs = Path(given[-1])

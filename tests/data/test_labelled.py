@@ -119,6 +119,23 @@ def test_a_folder_has_the_splits_that_its_files_are_named_for_and_the_rest_is_he
     assert found.repeated == sum(t.group in {o.group for o in found.train} for t in found.test) > 0
 
 
+def test_of_two_hub_splits_for_one_purpose_the_first_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    files = {"train": ROWS, "validation": ROWS[:8], "eval": ROWS[:4], "test": ROWS[:6]}
+    listed = [f"  - split: {name}\n    path: {name}.parquet\n" for name in files]
+    for name, rows in files.items():
+        write_parquet(tmp_path / f"{name}.parquet", rows)
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{''.join(listed)}---\n"
+    )
+    found = labelled_sources.of_hub(str(tmp_path), COLUMNS)
+    assert {name: len(list(texts)) for name, texts in found.items()} == {
+        "train": 40, "validation": 8, "test": 6,
+    }  # fmt: skip
+
+
 def test_a_dataset_of_the_hub_has_its_own_splits_and_names_and_withheld_labels_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,3 +236,36 @@ def test_whole_groups_are_held_out_nothing_is_lost_and_no_share_is_exceeded(
         assert any(text.label == label for text in found["train"])
         for name, share in (("validation", validation), ("test", test)):
             assert sum(text.label == label for text in found[name]) <= round(share * total)
+
+
+def test_a_test_file_without_labels_can_be_left_out(tmp_path: Path) -> None:
+    """As competitions have them: its labels are to be predicted."""
+    write_csv(tmp_path / "train.csv", ROWS)
+    (tmp_path / "test.csv").write_text("text\nof coal or of iron\n")
+    with pytest.raises(BadInput, match=r"test.csv has no labels \(no column 'label'\), .*: move it"):
+        read(tmp_path)
+    with pytest.raises(BadInput, match=r"train.csv, line 2: no column 'kind': set label_column="):
+        read(tmp_path, Columns("text", "kind"))
+    (tmp_path / "test.csv").unlink()
+    assert read(tmp_path).classes == ("coal", "iron")
+
+
+def test_hidden_files_are_no_data_and_links_are(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    write_csv(tmp_path / "elsewhere" / "Train.csv", ROWS)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    write_csv(tmp_path / "data" / ".ipynb_checkpoints" / "train-checkpoint.csv", ROWS)
+    (tmp_path / "data" / "._train.csv").write_bytes(b"\0\5\x16\7")
+    found = read(tmp_path / "data")
+    assert sum(map(len, parts(found).values())) == len(ROWS)
+
+
+def test_numbers_on_a_scale_are_no_classes(tmp_path: Path) -> None:
+    scale = [(f"text {n}", f"{n / 50:.2f}") for n in range(200)]
+    write_csv(tmp_path / "scale.csv", scale)
+    with pytest.raises(BadInput, match=r"labels are 200 different numbers, such as 0\.02: .*set label_"):
+        read(tmp_path / "scale.csv")
+    stars = [(f"text {n}", str(n % 10 / 2)) for n in range(200)]
+    write_csv(tmp_path / "stars.csv", stars)
+    assert read(tmp_path / "stars.csv").classes == tuple(f"{n / 2:.1f}" for n in range(10))

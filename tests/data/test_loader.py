@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import random
 import traceback
 from collections.abc import Iterator
@@ -281,6 +282,17 @@ def test_what_a_worker_cannot_read_is_said_as_by_the_process_that_trains(workers
     with pytest.raises(BadInput) as refused:
         next(batches)
     assert str(refused.value) == "sample 0 cannot be read"
+
+
+@pytest.mark.parametrize("dataset", ["Unreadable", "Broken"])
+def test_no_worker_is_still_starting_when_an_error_is_raised(dataset: str) -> None:
+    """It would print a traceback below the message of the process that trains, once that has ended."""
+    before = set(multiprocessing.active_children())
+    batches = loader(globals()[dataset](8), shuffle=False, workers=2).batches(0)
+    with pytest.raises((BadInput, ZeroDivisionError)) as raised:
+        take(batches, 2)
+    assert raised.tb is not None
+    assert set(multiprocessing.active_children()) <= before
 
 
 class Broken(Numbers):

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,28 @@ def texts() -> Texts:
 @pytest.fixture(scope="module")
 def made(texts: Texts) -> text_model.Classifier:
     return small(texts)
+
+
+def test_texts_that_are_cut_off_are_counted(texts: Texts, made: text_model.Classifier) -> None:
+    whole = [len(made.tokenizer(text.text)["input_ids"]) for text in texts.train]
+    found = rows_of(texts, made, 8).train
+    assert 0 < found.truncated < len(whole)
+    assert found.truncated == sum(length > 64 for length in whole)
+    slowly = SlowTokenizer(made.tokenizer)
+    _, truncated = text_rows._encoded(texts.train, slowly, 64)
+    assert truncated == found.truncated
+
+
+class SlowTokenizer:
+    """One written in Python, which does not say what it cuts off."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: list[str], **how: Any) -> dict[str, Any]:
+        return {"input_ids": self._tokenizer(texts, **how)["input_ids"]}
 
 
 def test_it_is_shipped_with_a_meaning_for_each_of_its_keys() -> None:

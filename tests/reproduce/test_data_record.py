@@ -88,6 +88,14 @@ def test_much_data_is_sampled_and_says_so(folder: Path, monkeypatch: pytest.Monk
         before = changed
 
 
+def test_a_link_back_is_not_followed_for_ever(folder: Path, tmp_path: Path) -> None:
+    before = fingerprint(folder)
+    inner = next(path for path in folder.iterdir() if path.is_dir())
+    (inner / "up").symlink_to(folder)
+    (inner / "above").symlink_to(tmp_path)
+    assert fingerprint(folder) == before
+
+
 def test_an_empty_file_and_an_empty_folder_have_fingerprints(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

@@ -7,59 +7,30 @@ which cannot be read row by row, is copied once, into the cache. Decoding runs i
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import random
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from stoker import storage
-from stoker.data import parquet
-from stoker.data.labelled import SPLITS, split_of
-from stoker.data.order import permute
+from stoker.data import image_folder, image_rows, image_shards, image_source, labelled
+from stoker.data.documents import place
+from stoker.data.image_source import IMAGE_AND_LABEL, SUFFIXES, Columns, Numbers, Source
 from stoker.errors import BadInput
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
-
-Numbers = NDArray[np.int64]
-
-_GAPS, _FEW = 10, 1000  # a numeric label below so many times their number, or below this, counts from 0
+from stoker.words import counted, some
 
 
-class Source(Protocol):
-    """Where images are: `raw` reads the bytes (or the picture) of one."""
-
-    labels: Numbers
-    classes: tuple[str, ...]
-    given: dict[str, Numbers]
-    """The splits that the source itself has, by name; empty if it has none."""
-    fingerprint: str
-
-    def raw(self, index: int) -> bytes | Image.Image:
-        """The file's bytes, or a decoded picture."""
-        ...
-
-    def place(self, index: int) -> str:
-        """The location of the image, for messages."""
-        ...
-
-
-def read(reference: str) -> Source:
+def read(reference: str, columns: Columns = IMAGE_AND_LABEL) -> Source:
     """The images of `digits`, a folder, a .parquet or .tar file, or a folder of these.
 
     A folder of images has one subfolder per class; there can be `train`, `val` and `test` folders above
-    these, and files can be in such folders or have such names (`train-00000.parquet`). Parquet files have an
-    `image` column, bytes or a struct with `bytes`, and a `label` column; a split of a hub dataset whose
-    labels are withheld (all -1) is left out. Samples of a tar shard are `KEY.jpg` (or another image type)
-    with `KEY.cls`, or `KEY.json` with a "label".
+    these, and files can be in such folders or have such names (`train-00000.parquet`). Parquet files have a
+    column with the image, bytes or a struct with `bytes`, and one with the label. Samples of a tar shard are
+    `KEY.jpg` (or another image type) with `KEY.cls`, or `KEY.json` with the label. Hidden files are left out.
 
     Raises:
         BadInput: there are no images, or one has no label.
@@ -69,17 +40,35 @@ def read(reference: str) -> Source:
     path = Path(reference).expanduser()
     if not path.exists():
         raise BadInput(f"data={reference} does not exist: give digits, a folder, a .parquet or a .tar file")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for suffix, make in ((".tar", _tars), (".parquet", _parquets)):
-        chosen = [file for file in files if file.suffix == suffix]
-        if chosen:
-            return make(chosen)
-    return _folder(path, [file for file in files if file.suffix.lower() in SUFFIXES])
+    files = [path] if path.is_file() else labelled.files_in(path)
+    shown = [file for file in files if file.suffix.lower() in SUFFIXES]
+    rows, shards = ([file for file in files if file.suffix.lower() == s] for s in (".parquet", ".tar"))
+    if shards and not image_folder.are_classes(path, shown):
+        return image_shards.read(shards, columns, _others(files, shards))
+    if rows and not image_folder.are_classes(path, shown):
+        return image_rows.read(rows, columns, _others(files, rows))
+    if path.is_file():
+        raise BadInput(
+            f"data={reference} is a single file: give a folder with one folder of images per class, or a "
+            ".parquet or .tar file"
+        )
+    return image_folder.read(path, shown, _others(files, shown))
+
+
+def _others(files: Sequence[Path], used: Sequence[Path]) -> list[Path]:
+    known = set(used)
+    return [file for file in files if file not in known]
 
 
 def picture(source: Source, index: int) -> Image.Image:
     """A decoded image. Raises BadInput, naming its location, if it cannot be read."""
-    found = source.raw(index)
+    try:
+        found = source.raw(index)
+    except OSError as error:
+        raise BadInput(
+            f"{source.place(index)} cannot be read any more ({error.strerror or error}): restore it, or "
+            "resume the run without it"
+        ) from error
     if isinstance(found, Image.Image):
         return found
     try:
@@ -90,8 +79,12 @@ def picture(source: Source, index: int) -> Image.Image:
             f"{source.place(index)} is not a readable image: its {len(found):,} bytes are in no format that "
             "Pillow supports; fix or remove it"
         ) from error
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{source.place(index)} is not a readable image: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise BadInput(
+            f"{source.place(index)} is too large to be decoded: {error}; scale it down, or remove it"
+        ) from error
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
+        raise BadInput(f"{source.place(index)} is not a readable image: {error}; fix or remove it") from error
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
@@ -99,6 +92,8 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
     Converted by Pillow, all but the darkest of its 65,536 greys would be white.
     """
+    if image.mode == "F":
+        raise ValueError("its pixels are fractions, whose scale is not known: save it with 8 or 16 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -114,7 +109,10 @@ class Splits:
 
 
 def split(source: Source, *, validation: float, test: float, seed: int = 0) -> Splits:
-    """The source's own splits; missing ones are held out by a permutation that depends only on the seed.
+    """The source's own splits; missing ones are held out from the images to train on.
+
+    Which images are held out depends on the seed and on each image's own key, so that no other image changes
+    its split if some are added or removed.
 
     Args:
         validation: share of the images held out during training, if the source has no `val` folder.
@@ -127,14 +125,72 @@ def split(source: Source, *, validation: float, test: float, seed: int = 0) -> S
     if held and "train" not in held:
         raise BadInput(f"there is no train split to train on: the data has {' and '.join(held)}")
     everything = held.get("train", np.arange(len(source.labels), dtype=np.int64))
-    shuffled = everything[permute(np.arange(len(everything)), len(everything), seed)]
-    for name, share in (("validation", validation), ("test", test)):
-        if name not in held:
-            count = max(1, round(share * len(everything)))
-            held[name], shuffled = shuffled[:count], shuffled[count:]
-    if min(len(shuffled), len(held["validation"]), len(held["test"])) == 0:
+    shares = {name: share for name, share in (("validation", validation), ("test", test)) if name not in held}
+    places = np.array([place(f"{seed} {name}") for name in source.names()])[everything]
+    held |= {name: everything[those] for name, those in _held_out(places, source.labels[everything], shares)}
+    if min(len(held[name]) for name in ("train", "validation", "test")) == 0:
         raise BadInput(f"{len(source.labels)} images are too few for training, validation and test")
-    return Splits(np.sort(shuffled), np.sort(held["validation"]), np.sort(held["test"]))
+    found = Splits(held["train"], held["validation"], held["test"])
+    _check(source, found)
+    return found
+
+
+def _check(source: Source, splits: Splits) -> None:
+    """Raises BadInput if there is nothing to learn, or a class that is measured is not trained on."""
+    trained = np.unique(source.labels[splits.train])
+    names = [source.classes[number] for number in trained.tolist()]
+    if len(names) < 2:
+        raise BadInput(
+            f"every training image has the class {names[0]!r}, so there is nothing to learn: give a folder "
+            "with one folder of images per class, or the label_column= with the classes"
+        )
+    for name, those in (("validation", splits.validation), ("test", splits.test)):
+        unseen = np.setdiff1d(source.labels[those], trained)
+        if unseen.size:
+            raise BadInput(
+                f"the {name} images have the class {source.classes[unseen[0]]!r}, but the training images "
+                f"have only {some(names)}: add such images to the training ones, or leave it out"
+            )
+
+
+def describe(source: Source, splits: Splits) -> str:
+    """The numbers of images and classes, the splits, and what is left out, in words."""
+    labels = source.labels[splits.train]
+    most = np.bincount(labels)
+    left_out = f"; left out: {'; '.join(source.left_out)}" if source.left_out else ""
+    used = len(splits.train) + len(splits.validation) + len(splits.test)
+    return (
+        f"{counted(used, 'image')}, {len(source.classes)} classes, the largest, "
+        f"{source.classes[most.argmax()]}, with {100 * most.max() / len(labels):.1f}% of the "
+        f"{len(labels):,} training images; {len(splits.validation):,} for validation, "
+        f"{len(splits.test):,} for the test{left_out}"
+    )
+
+
+def _held_out(
+    places: NDArray[np.float64], labels: Numbers, shares: Mapping[str, float]
+) -> Iterator[tuple[str, Numbers]]:
+    """The images of "train" and of parts of about these shares, by their places in [0, 1).
+
+    The lowest places are for validation, the highest for the test. Of each class an image stays in train;
+    a part that would be empty gets the image that is next to it and can be spared.
+    """
+    edges = {name: share if name == "validation" else 1 - share for name, share in shares.items()}
+    part = np.full(len(places), "train", dtype="<U10")
+    for name, edge in edges.items():
+        part[places < edge if name == "validation" else places >= edge] = name
+    for label in np.setdiff1d(labels, labels[part == "train"]):
+        those = np.flatnonzero(labels == label)
+        part[those[np.argmin(abs(places[those] - 0.5))]] = "train"
+    for name, edge in edges.items():
+        if (part == name).any():
+            continue
+        left = np.flatnonzero(part == "train")
+        spare = left[np.bincount(labels[left])[labels[left]] > 1]
+        if spare.size == 0 and (part != "train").sum() > 1:
+            spare = np.flatnonzero(part != "train")
+        part[spare[np.argsort(abs(places[spare] - edge))[:1]]] = name
+    return ((name, np.flatnonzero(part == name)) for name in ("train", *shares))
 
 
 class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -170,6 +226,10 @@ class _Pictures:
     classes: tuple[str, ...]
     fingerprint: str
     given: dict[str, Numbers] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def names(self) -> Iterator[str]:
+        return map(str, range(len(self.labels)))
 
     def raw(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
@@ -186,237 +246,5 @@ def _digits() -> Source:
     found = load_digits()
     pixels = (found.images * (255 / 16)).round().astype(np.uint8)
     classes = tuple(str(name) for name in found.target_names)
-    return _Pictures(
-        pixels, found.target.astype(np.int64), classes, _hash(pixels.tobytes(), found.target.tobytes())
-    )
-
-
-@dataclass
-class _Files:
-    """Images in separate files."""
-
-    files: list[Path]
-    labels: Numbers
-    classes: tuple[str, ...]
-    given: dict[str, Numbers]
-    fingerprint: str
-
-    def raw(self, index: int) -> bytes:
-        return self.files[index].read_bytes()
-
-    def place(self, index: int) -> str:
-        return str(self.files[index])
-
-
-def _folder(path: Path, files: list[Path]) -> Source:
-    """One folder per class, possibly below `train`, `val` and `test`; fingerprinted by names and sizes."""
-    if not files:
-        raise BadInput(f"data={path} contains no images: give {', '.join(SUFFIXES)} in one folder per class")
-    parts = [file.relative_to(path).parts for file in files]
-    tops = {p[0] for p in parts}
-    has_splits = tops <= set(SPLITS) and (len(tops) > 1 or all(len(p) > 2 for p in parts))
-    depth = 1 if has_splits else 0
-    loose = next((file for file, p in zip(files, parts, strict=True) if len(p) < depth + 2), None)
-    if loose is not None:
-        raise BadInput(f"{loose} has no label: images must be in one folder per class")
-    names = [p[depth] for p in parts]
-    classes = tuple(sorted(set(names)))
-    given = _given([SPLITS[p[0]] for p in parts]) if has_splits else {}
-    listing = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
-    return _Files(files, _numbered(names, classes), classes, given, _hash("\n".join(listing).encode()))
-
-
-@dataclass
-class _Rows:
-    """Rows of a memory-mapped `datasets.Dataset`, each of which can be read separately."""
-
-    rows: Any
-    files: list[tuple[int, Path]]
-    """First row and file, in order."""
-    labels: Numbers
-    classes: tuple[str, ...]
-    fingerprint: str
-    given: dict[str, Numbers] = field(default_factory=dict)
-
-    def raw(self, index: int) -> bytes:
-        cell = self.rows.data.column("image")[index].as_py()
-        found = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(found, bytes):
-            raise BadInput(f"{self.place(index)} contains no image bytes")
-        return found
-
-    def place(self, index: int) -> str:
-        first, file = max(pair for pair in self.files if pair[0] <= index)
-        return f"{file}, row {index - first}"
-
-
-def _parquets(files: list[Path]) -> Source:
-    """Rows of a Parquet group cannot be read separately: the files are converted to Arrow once, cached."""
-    labels: list[Any] = []
-    starts = []
-    for file in files:
-        with parquet.opened(file, str(file)) as opened:
-            missing = {"image", "label"} - set(opened.schema_arrow.names)
-            if missing:
-                have = ", ".join(opened.schema_arrow.names)
-                raise BadInput(f"{file} has no column {' and '.join(sorted(missing))}; it has {have}")
-            starts.append((len(labels), file))
-            labels += opened.read(columns=["label"]).column("label").to_pylist()
-    rows = _as_arrow(files)
-    named = tuple(getattr(rows.features["label"], "names", None) or ())  # for a hub dataset
-    of = np.repeat([split_of(file) for file in files], np.diff([*(n for n, _ in starts), len(labels)]))
-    given = _given(of.tolist())
-    withheld = [name for name, those in given.items() if named and _are_withheld(name, labels, those)]
-    labelled = np.flatnonzero(~np.isin(of, withheld)).tolist()
-    bad = next((n for n in labelled if not _is_label(labels[n], named)), None)
-    if bad is not None:
-        first, file = max(pair for pair in starts if pair[0] <= bad)
-        other = f"the label {labels[bad]}, but there are {len(named)} classes"
-        raise BadInput(f"{file}, row {bad - first} has {'no label' if labels[bad] is None else other}")
-    names = [named[labels[n]] if named and isinstance(labels[n], int) else str(labels[n]) for n in labelled]
-    classes = named or _classes(names)
-    listing = [f"{file.name} {file.stat().st_size}" for file in files]
-    found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    numbers = np.full(len(labels), -1, np.int64)
-    numbers[labelled] = _numbered(names, classes)
-    given = {name: those for name, those in given.items() if name not in withheld}
-    return _Rows(rows, starts, numbers, classes, found, given)
-
-
-def _are_withheld(split: str, labels: Sequence[Any], those: Numbers) -> bool:
-    """Whether the labels of a split are not published: `datasets` writes -1 for all of them."""
-    return split != "train" and all(labels[number] == -1 for number in those.tolist())
-
-
-def _is_label(label: Any, named: Sequence[str]) -> bool:
-    """Whether an image has a label, which is the number of a class if the classes have names."""
-    return label is not None and not (named and isinstance(label, int) and not 0 <= label < len(named))
-
-
-def _as_arrow(files: list[Path]) -> Any:
-    import datasets
-
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.Dataset.from_parquet(
-            [str(file) for file in files], columns=["image", "label"],
-            cache_dir=str(storage.cache_folder() / "images"),
-        )  # fmt: skip
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
-
-
-@dataclass
-class _Tars:
-    """Members of tar shards, by the position of their bytes."""
-
-    files: list[Path]
-    members: list[tuple[int, int, int, str]]
-    """File, offset, size and name."""
-    labels: Numbers
-    classes: tuple[str, ...]
-    fingerprint: str
-    given: dict[str, Numbers] = field(default_factory=dict)
-
-    def raw(self, index: int) -> bytes:
-        file, offset, size, _ = self.members[index]
-        with self.files[file].open("rb") as opened:
-            opened.seek(offset)
-            return opened.read(size)
-
-    def place(self, index: int) -> str:
-        file, _, _, name = self.members[index]
-        return f"{self.files[file]}, {name}"
-
-
-def _tars(files: list[Path]) -> Source:
-    """WebDataset shards: the files of a sample are adjacent, and share everything before the first dot."""
-    members, names = [], []
-    for number, file in enumerate(files):
-        for key, parts in _samples(file).items():
-            image = next((p for suffix, p in parts.items() if f".{suffix.lower()}" in SUFFIXES), None)
-            if image is None:
-                continue
-            members.append((number, image.offset_data, image.size, image.name))
-            names.append(_tar_label(file, key, parts))
-    if not members:
-        raise BadInput(f"{', '.join(map(str, files[:3]))}: no images found")
-    classes = _classes(names)
-    listing = [f"{files[n].name} {offset} {size} {name}" for n, offset, size, name in members]
-    found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    given = _given([split_of(files[number]) for number, *_ in members])
-    return _Tars(files, members, _numbered(names, classes), classes, found, given)
-
-
-def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    found: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(file, "r:") as shard:
-            for member in shard:
-                folder, _, base = member.name.rpartition("/")
-                key, dot, suffix = base.partition(".")
-                if member.isfile() and dot:
-                    found.setdefault(f"{folder}/{key}", {})[suffix] = member
-    except tarfile.TarError as error:
-        raise BadInput(f"{file} is not an uncompressed tar file: {error}") from error
-    return found
-
-
-def _tar_label(file: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> str:
-    with file.open("rb") as opened:
-        for suffix in ("cls", "json"):
-            if suffix in parts:
-                opened.seek(parts[suffix].offset_data)
-                text = opened.read(parts[suffix].size).decode(errors="replace")
-                label = (
-                    text.strip() if suffix == "cls" else _json_label(text, f"{file}, {parts[suffix].name}")
-                )
-                if label not in (None, ""):
-                    return str(label)
-    raise BadInput(f"{file}, {key.lstrip('/')} has no label: add {key.rpartition('/')[2]}.cls")
-
-
-def _json_label(text: str, where: str) -> Any:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
-    if not isinstance(found, dict):
-        raise BadInput(f'{where}: must be a JSON object such as {{"label": ...}}')
-    return found.get("label")
-
-
-def _given(splits: list[str]) -> dict[str, Numbers]:
-    """The images of each split; none unless all files name a split, and not all the same."""
-    if "" in splits or len(set(splits)) < 2:
-        return {}
-    of = np.array(splits)
-    return {name: np.flatnonzero(of == name).astype(np.int64) for name in sorted(set(splits))}
-
-
-def _classes(names: list[str]) -> tuple[str, ...]:
-    """Labels in order: numeric labels from 0 to the highest; otherwise by name.
-
-    Numbers of which most are missing are not counted from 0, but identify something.
-    """
-    if not all(name.isdecimal() for name in names):
-        return tuple(sorted(set(names)))
-    numbers = sorted(set(map(int, names)))
-    is_counted = numbers[-1] < max(_GAPS * len(numbers), _FEW)
-    return tuple(map(str, range(numbers[-1] + 1) if is_counted else numbers))
-
-
-def _numbered(names: list[str], classes: Sequence[str]) -> Numbers:
-    number = {name: n for n, name in enumerate(classes)}
-    return np.array(
-        [number[str(int(name)) if name.isdecimal() and name not in number else name] for name in names]
-    )
-
-
-def _hash(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()
+    fingerprint = image_source.digest(pixels.tobytes(), found.target.tobytes())
+    return _Pictures(pixels, found.target.astype(np.int64), classes, fingerprint)

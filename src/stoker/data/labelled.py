@@ -1,4 +1,4 @@
-"""Labelled texts, and their division into train, validation and test.
+"""Labelled texts, their files and labels, and their division into train, validation and test.
 
 Texts of one group (one module, one document; by default equal texts) are never in two splits. The split of a
 group is decided by a hash of its name, label by label, so that every split has its share of each label.
@@ -12,21 +12,29 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from stoker import storage
+from stoker.data import records
 from stoker.data.documents import place
-from stoker.errors import BadInput
+from stoker.errors import BadInput, nearest
 from stoker.words import some
 
 SPLITS = {
     "train": "train",
+    "training": "train",
     "validation": "validation",
     "val": "validation",
     "valid": "validation",
     "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
+    "testing": "test",
 }
-"""Names of files and folders, by split."""
+"""Names of files and folders in lower case, by split."""
+
+_MARKS = 20  # labels that may be fractions and still are classes
 
 
 class Text(NamedTuple):
@@ -67,6 +75,11 @@ class Texts:
         return digest.hexdigest()
 
     @property
+    def are_hardly_repeated(self) -> bool:
+        """Whether most labels are those of a single text."""
+        return 2 * len(self.classes) > len(self.train)
+
+    @property
     def repeated(self) -> int:
         """The number of test texts that are also in the train split, if the dataset comes with splits."""
         known = {text.group for text in self.train}
@@ -75,8 +88,79 @@ class Texts:
 
 def split_of(file: Path) -> str:
     """The split of a file, by hub conventions: `train-00000-of-00002.parquet`, `val/0001.tar`; or ""."""
-    words = [re.split(r"[-_.]", file.name)[0], file.parent.name]
+    words = [re.split(r"[-_.]", file.name)[0].lower(), file.parent.name.lower()]
     return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def splits_of(files: Sequence[Path]) -> list[str]:
+    """The split of each file of a dataset; "train" for all if they do not differ.
+
+    Raises:
+        BadInput: some files belong to a split and others do not.
+    """
+    splits = [split_of(file) for file in files]
+    if len(set(splits)) == 1:
+        return ["train"] * len(files)
+    if "" in splits:
+        raise BadInput(
+            f"{files[splits.index('')]} belongs to no split, but other files do: name it train, validation "
+            "or test, or move it elsewhere"
+        )
+    return splits
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is an editor's or an operating system's, not data."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files below a folder in order, except hidden ones. Links are followed; one to nothing is a file.
+
+    Raises:
+        BadInput: a folder cannot be read.
+    """
+    try:
+        found = storage.walk(folder, is_hidden)
+        return [Path(entry.path) for entry in found if entry.is_file() or entry.is_symlink()]
+    except OSError as error:
+        raise BadInput(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def label_of(where: str, value: Any, column: str, classes: Sequence[str] = ()) -> str:
+    """A label as text.
+
+    Args:
+        where: its location, for messages.
+        classes: the names of the classes, of which whole numbers are then the numbers.
+
+    Raises:
+        BadInput: it is neither a text nor a whole number nor a truth value, or the number of no class.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and classes:
+        if not 0 <= value < len(classes):
+            raise BadInput(f"{where}: the label is {value}, but the dataset has {len(classes)} classes")
+        return str(classes[value])
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
+        return str(value).strip()
+    raise BadInput(
+        f"{where}: {column!r} must be a string, a whole number, or true or false, not "
+        f"{'an empty string' if value == '' else records.kind_of(value)}: a label is the name or the number "
+        "of one class; correct it, or set label_column="
+    )
+
+
+class NoColumn(BadInput):
+    """There is no column with the name that a key of the config gives."""
+
+    def __init__(self, where: str, column: str, key: str, names: Sequence[str]) -> None:
+        has = ", ".join(map(repr, names)) or "none"
+        super().__init__(
+            f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
+        )
+        self.key = key
 
 
 def divided(
@@ -133,6 +217,12 @@ def _check(found: Texts) -> None:
     parts = {"train": found.train, "validation": found.validation, "test": found.test}
     count = sum(map(len, parts.values()))
     classes = found.classes
+    if _are_measured(classes):
+        raise BadInput(
+            f"{found.description}: the labels are {len(classes):,} different numbers, such as {classes[1]}: "
+            "this recipe predicts one of several classes, not a number: give each text the name of a class "
+            "or of a range (low, high), or set label_column="
+        )
     if 1 < len(classes) == len(found.train):
         raise BadInput(
             f"{found.description}: each of the {len(classes)} texts has a different label: is label_column "
@@ -156,6 +246,14 @@ def _check(found: Texts) -> None:
                 f"{found.description}: the {name} split has the label {unseen[0]!r}, but the training texts "
                 f"have only {some(classes)}"
             )
+
+
+def _are_measured(classes: Sequence[str]) -> bool:
+    """Whether labels are numbers on a scale. A few fractions are taken for classes, such as 4.5 stars."""
+    try:
+        return len(classes) > _MARKS and not all(float(name).is_integer() for name in classes)
+    except ValueError:
+        return False
 
 
 def _unseen(part: Iterable[Text], classes: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from stoker import object_store
 from stoker.data import hub_datasets, parquet, python_parts, records
 from stoker.data.documents import content_key
-from stoker.data.labelled import SPLITS, Text, Texts, divided, split_of
+from stoker.data.labelled import SPLITS, NoColumn, Text, Texts, divided, files_in, label_of, splits_of
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
 
@@ -90,22 +90,28 @@ def _described(name: str, read_in: dict[str, list[Text]], given: dict[str, list[
 def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
     if path.is_file():
         return {"train": _of_file(path, columns)}
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
+    files = [file for file in files_in(path) if file.suffix.lower() in _READERS]
     if not files:
         raise BadInput(f"{path} is a folder without a {_ENDINGS} file")
-    splits = [split_of(file) for file in files]
-    if len(set(splits)) == 1:
-        splits = ["train"] * len(files)
-    elif "" in splits:
-        raise BadInput(
-            f"{files[splits.index('')]} belongs to no split, but other files do: name it train, validation "
-            "or test, or move it elsewhere"
-        )
+    splits = splits_of(files)
     of = {name: [f for f, s in zip(files, splits, strict=True) if s == name] for name in set(splits)}
-    return {
-        name: itertools.chain.from_iterable(_of_file(file, columns) for file in some)
-        for name, some in of.items()
-    }
+    # Train first: if its files have the columns, a test file without labels was meant to be predicted.
+    return {name: _of_split(name, of[name], columns) for name in sorted(of, key=lambda name: name != "train")}
+
+
+def _of_split(split: str, files: Sequence[Path], columns: Columns) -> Iterator[Text]:
+    for file in files:
+        texts = _of_file(file, columns)
+        try:
+            first = list(itertools.islice(texts, 1))
+        except NoColumn as error:
+            if split == "train" or error.key != "label_column":
+                raise
+            raise BadInput(
+                f"{file} has no labels (no column {columns.label!r}), so nothing can be measured on it: move "
+                "it elsewhere, and texts are held out instead"
+            ) from error
+        yield from itertools.chain(first, texts)
 
 
 def _of_file(path: Path, columns: Columns) -> Iterator[Text]:
@@ -148,21 +154,12 @@ def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
         names = file.schema_arrow.names
         for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
             if column not in names:
-                raise _no_column(str(path), column, key, names)
-        classes = _class_names(file.schema_arrow, columns.label)
+                raise NoColumn(str(path), column, key, names)
+        classes = parquet.class_names(file.schema_arrow, columns.label)
         number = itertools.count(1)
         for batch in file.iter_batches(columns=[columns.text, columns.label]):
             for row in batch.to_pylist():
                 yield _text(f"{path}, row {next(number)}", row, columns, classes)
-
-
-def _class_names(schema: Any, label: str) -> Sequence[str]:
-    """The names of a label column's numbers, if `datasets` has written them into the file."""
-    if b"huggingface" not in (schema.metadata or {}):
-        return ()
-    from datasets import Features
-
-    return getattr(Features.from_arrow_schema(schema).get(label), "names", None) or ()
 
 
 _READERS: dict[str, Callable[[Path, Columns], Iterator[Text]]] = {
@@ -180,7 +177,7 @@ def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
     """The splits of a hub dataset, except those whose labels are withheld (all -1)."""
     found: dict[str, Iterable[Text]] = {}
     for split, rows in hub_datasets.splits(name, tuple(BUILT_IN)).items():
-        if split not in SPLITS:
+        if SPLITS.get(split, split) in found or split not in SPLITS:  # the first of, say, validation and dev
             continue
         classes = getattr(rows.features.get(columns.label), "names", None) or ()
         if classes and set(rows.unique(columns.label)) == {-1}:
@@ -197,7 +194,7 @@ def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
 def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequence[str] = ()) -> Text:
     for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
         if column not in record:
-            raise _no_column(where, column, key, [str(name) for name in record if name is not None])
+            raise NoColumn(where, column, key, [str(name) for name in record if name is not None])
     text = record[columns.text]
     if not isinstance(text, str):
         raise BadInput(f"{where}: {columns.text!r} must be a string, not {records.kind_of(text)}")
@@ -205,26 +202,4 @@ def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequenc
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
         raise BadInput(f"{where}: {columns.text!r} is not valid Unicode: {error.reason}") from error
-    return Text(text, _label(where, record[columns.label], columns, classes), content_key(text))
-
-
-def _label(where: str, value: Any, columns: Columns, classes: Sequence[str]) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and classes:
-        if not 0 <= value < len(classes):
-            raise BadInput(f"{where}: the label is {value}, but the dataset has {len(classes)} classes")
-        return str(classes[value])
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
-        return str(value).strip()
-    raise BadInput(
-        f"{where}: {columns.label!r} must be a string, a whole number, or true or false, not "
-        f"{'an empty string' if value == '' else records.kind_of(value)}"
-    )
-
-
-def _no_column(where: str, column: str, key: str, names: Sequence[str]) -> BadInput:
-    has = ", ".join(map(repr, names)) or "none"
-    return BadInput(
-        f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
-    )
+    return Text(text, label_of(where, record[columns.label], columns.label, classes), content_key(text))

@@ -207,7 +207,7 @@ def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: in
             f"workers={workers}: the dataset or collate cannot be sent to other processes ({error}): define "
             "their classes and functions at the top level of a file, or use workers=0"
         ) from error
-    return map(_or_raise, read)
+    return _answers(read)
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,20 @@ class _Refused:
     error: StokerError
 
 
-def _or_raise(batch: Any) -> Any:
-    if isinstance(batch, _Refused):
-        raise batch.error
-    return batch
+def _answers(read: Iterator[Any]) -> Iterator[Any]:
+    """The batches; before an error is raised, the workers are ended.
+
+    Those that are still starting would otherwise not find what this process shares with them once it exits,
+    and print a traceback below its message.
+    """
+    try:
+        for batch in read:
+            if isinstance(batch, _Refused):
+                raise batch.error
+            yield batch
+    except Exception:
+        getattr(read, "_shutdown_workers", lambda: None)()  # which reading without workers does not have
+        raise
 
 
 def _check(dataset: MapDataset, batch_size: int, world: World) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from stoker.errors import BadInput
 
 if TYPE_CHECKING:
+    from pyarrow import Schema
     from pyarrow.parquet import ParquetFile
 
 
@@ -31,3 +32,16 @@ def opened(source: Path | BinaryIO, where: str) -> Iterator[ParquetFile]:
             yield file
     except pyarrow.ArrowInvalid as error:
         raise BadInput(f"{where} is not a Parquet file: {error}") from error
+    except OSError as error:
+        if not isinstance(source, Path):  # then it says that a store does not answer
+            raise
+        raise BadInput(f"{where} cannot be read: {error.strerror or error}") from error
+
+
+def class_names(schema: Schema, column: str) -> Sequence[str]:
+    """The names of a label column's numbers, if `datasets` has written them into the file."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return ()
+    from datasets import Features
+
+    return getattr(Features.from_arrow_schema(schema).get(column), "names", None) or ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from stoker.data.labelled import Text, Texts
 from stoker.data.order import Positions, fold, permute
 from stoker.data.tokens import once
 
-FORMAT = 1
+FORMAT = 2
 """Part of the fingerprint: increase it when the arrays' contents for the same input change."""
 
 _STRETCH = 32  # batches whose texts are sorted by length
@@ -46,6 +46,8 @@ class TextRows:
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._bounds = np.load(folder / "bounds.npy", mmap_mode="r")
         self._labels = np.load(folder / "labels.npy", mmap_mode="r")
+        self.truncated = int(np.load(folder / "truncated.npy"))
+        """The number of texts that were longer."""
 
     def __reduce__(self) -> tuple[type[TextRows], tuple[Any, ...]]:
         # A worker maps the files itself, and copies nothing.
@@ -187,21 +189,35 @@ def _write(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 def _arrays(
     texts: Sequence[Text], classes: Sequence[str], tokenizer: Any, max_length: int
 ) -> Mapping[str, NDArray[Any]]:
-    """All tokens concatenated, the start of each text (texts + 1,), and its label; shortest text first."""
+    """All tokens concatenated, the start of each text (texts + 1,), and its label; shortest text first.
+
+    Also the number of texts that were truncated.
+    """
     number = {name: n for n, name in enumerate(classes)}
-    encoded = list(_encoded(texts, tokenizer, max_length))
+    encoded, truncated = _encoded(texts, tokenizer, max_length)
     lengths = np.array([len(tokens) for tokens in encoded])
     by_length = np.argsort(lengths, kind="stable")
     return {
         "tokens": np.concatenate([encoded[n] for n in by_length]),
         "bounds": np.concatenate([[0], np.cumsum(lengths[by_length])]),
         "labels": np.array([number[texts[n].label] for n in by_length]),
+        "truncated": np.array(truncated),
     }
 
 
-def _encoded(texts: Sequence[Text], tokenizer: Any, max_length: int) -> Iterator[NDArray[np.int32]]:
+def _encoded(texts: Sequence[Text], tokenizer: Any, max_length: int) -> tuple[list[NDArray[np.int32]], int]:
+    """The tokens of each text, and the number of texts that were truncated."""
+    encoded: list[NDArray[np.int32]] = []
+    truncated = 0
     for begin in range(0, len(texts), _AT_ONCE):
         some = [text.text for text in texts[begin : begin + _AT_ONCE]]
         found = tokenizer(some, truncation=True, max_length=max_length, return_attention_mask=False)
-        for ids in found["input_ids"]:
-            yield np.array(ids, dtype=np.int32)
+        encoded += [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
+        if tokenizer.is_fast:
+            truncated += sum(bool(encoding.overflowing) for encoding in found.encodings)
+        else:
+            pairs = zip(some, found["input_ids"], strict=True)
+            full = [text for text, ids in pairs if len(ids) >= max_length]
+            whole = tokenizer(full, return_attention_mask=False, verbose=False)["input_ids"] if full else []
+            truncated += sum(len(ids) > max_length for ids in whole)
+    return encoded, truncated

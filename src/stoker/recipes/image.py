@@ -6,6 +6,7 @@ Decoding and augmentation run in workers and depend only on (seed, epoch, sample
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,8 @@ from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput
 from stoker.user_run import Run
+
+log = logging.getLogger("stoker")
 
 PRELOAD = (
     "stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment",
@@ -47,6 +50,10 @@ class Config(Training):
     data: str = "digits"
     """digits (built in), a folder with one subfolder per class, a .parquet or .tar file, or a folder of
     these."""
+    image_column: str = "image"
+    """Name of the column with the image in Parquet files."""
+    label_column: str = "label"
+    """Name of the column with the label in Parquet files, or of the field in the JSON of tar shards."""
     image_size: Annotated[int, Ge(8)] | None = None
     """Pixels per side; default: what a loaded model was trained on; for a new one 32 for digits, else 224."""
     flip: bool = True
@@ -119,7 +126,7 @@ def check_launch(config: Config) -> None:
 def train(run: Run, config: Config) -> None:
     """Find the images, build the model, train, test, export."""
     from stoker import distributed
-    from stoker.data import augment, images
+    from stoker.data import augment, image_source, images
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.language import hub
@@ -128,7 +135,9 @@ def train(run: Run, config: Config) -> None:
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
-    source = images.read(config.data)
+    columns = image_source.Columns(config.image_column, config.label_column)
+    with distributed.rank_zero_first(run.world):  # which copies Parquet files into the cache
+        source = images.read(config.data, columns)
     splits = images.split(source, validation=config.validation, test=config.test, seed=config.seed)
     small = config.data == "digits"
     made = image_model.build(
@@ -146,6 +155,8 @@ def train(run: Run, config: Config) -> None:
     test = images.Images(source, splits.test, evaluated)
     resuming.check_classes(run, source.classes)
     run.fingerprint("data", source.fingerprint)
+    if run.world.rank == 0:
+        log.info("data: %s, %s", config.data, images.describe(source, splits))
     run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
     run.attempt.event(
         "data", sources=[config.data], images={name: len(those) for name, those in vars(splits).items()}

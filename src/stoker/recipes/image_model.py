@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stoker.data.images import Source
+from stoker.data.image_source import Source
 from stoker.engine.metrics import Mean, Metric
 from stoker.errors import BadInput
 from stoker.language import hub

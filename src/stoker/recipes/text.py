@@ -6,8 +6,9 @@ Each text is tokenised once. A batch holds texts of similar length and is padded
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
@@ -16,6 +17,13 @@ from stoker.engine.options import Training
 from stoker.errors import BadInput, nearest
 from stoker.recipes.text_shape import SIZES, Shape, shape
 from stoker.user_run import Run
+from stoker.words import counted
+
+if TYPE_CHECKING:
+    from stoker.data.labelled import Texts
+    from stoker.data.text_rows import Rows
+
+log = logging.getLogger("stoker")
 
 BEST_METRIC = "val_accuracy"
 
@@ -146,6 +154,22 @@ def check_launch(config: Config) -> None:
     text_model.check(config.model)
 
 
+def _warn(texts: Texts, rows: Rows, max_length: int) -> None:
+    """Say what of the data is probably not as it was meant."""
+    truncated = rows.train.truncated + rows.validation.truncated + rows.test.truncated
+    count = len(texts.train) + len(texts.validation) + len(texts.test)
+    if truncated:
+        log.warning(
+            "data: %s of %s %s cut off at %d tokens: increase max_length",
+            f"{truncated:,}", counted(count, "text"), "is" if truncated == 1 else "are", max_length,
+        )  # fmt: skip
+    if texts.are_hardly_repeated:
+        log.warning(
+            "data: %d texts have %d different labels, so most labels are seen once: is label_column correct?",
+            len(texts.train), len(texts.classes),
+        )  # fmt: skip
+
+
 def train(run: Run, config: Config) -> None:
     """Read and tokenise the texts, build the model, train, test, export."""
     from stoker import distributed
@@ -178,6 +202,8 @@ def train(run: Run, config: Config) -> None:
     if config.is_new:
         resuming.check_tokens(run, made.tokenizer.get_vocab())
     text_model.say(run, config.data, texts, rows, made)
+    if run.world.rank == 0:
+        _warn(texts, rows, config.max_length)
     hub.record(run, {"model": None if config.is_new else config.model, "tokenizer": config.tokenizer})
     mean_length = round(rows.train.tokens_per_sample)
     needed = 3 * text_model.forward_flops(made, mean_length) / mean_length  # backward is twice forward

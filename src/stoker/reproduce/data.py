@@ -131,17 +131,11 @@ def _files(path: Path) -> list[_File]:
     if not path.is_dir():
         return [_file("", str(path), path.stat())]
     found = []
-    for folder, _, names in os.walk(path, followlinks=True, onerror=_refuse):
-        for name in names:
-            place = os.path.join(folder, name)  # noqa: PTH118 - millions of files
-            status = os.stat(place)  # noqa: PTH116
-            if stat.S_ISREG(status.st_mode):
-                found.append(_file(os.path.relpath(place, path), place, status))
+    for entry in storage.walk(path):
+        status = entry.stat()
+        if stat.S_ISREG(status.st_mode):
+            found.append(_file(os.path.relpath(entry.path, path), entry.path, status))
     return sorted(found, key=lambda file: file.name)
-
-
-def _refuse(error: OSError) -> None:
-    raise error
 
 
 def _file(name: str, path: str, status: os.stat_result) -> _File:
