@@ -26,6 +26,10 @@ def sync(
             "--rebuild", help="Create the run anew in every tracker, and mark the old one as replaced."
         ),
     ] = False,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Upload a run anew that another machine deleted in the object store."),
+    ] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -36,7 +40,9 @@ def sync(
     With --rebuild, the run is created anew in every tracker, without the points that a resumed attempt
     replaced, even if it or its experiment was deleted in MLflow. The old one is marked as replaced.
     """
-    found = finding.find(runs, run)
+    found = finding.find(runs, run, deleted=True)
+    if mirror.is_deleted(found):
+        _restore(found, again)
     copied = _upload(found)
     if not follower.enabled() and (rebuild or not copied):
         raise BadInput("STOKER_SINKS=none turns off every sink: unset it to ship this run")
@@ -55,6 +61,15 @@ def sync(
                 f"{sink.name}: {_anew(sink.name, replaced)}{shipped} events shipped to {sink.where}",
                 markup=False,
             )
+
+
+def _restore(found: RunDirectory, again: bool) -> None:
+    if not again:
+        raise BadInput(
+            f"run {found.id!r} was deleted in {finding.shown(found.path.parent.parent)}: to upload it again "
+            f"from {found.path}, add --again; otherwise delete that folder"
+        )
+    mirror.restore(found)
 
 
 def _upload(found: RunDirectory) -> bool:

@@ -481,7 +481,7 @@ def _write_report(run: Run) -> None:
 
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
     """The finished run with this name and config, with its report; None if there is none."""
-    seen = view.load(found) if found.exists() else None
+    seen = view.load(found) if found.exists() and not mirror.is_deleted(found) else None
     if seen is None or seen.status != view.FINISHED:
         return None
     if configs.drift(seen.config, redaction.tree(resolved.values)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,12 +30,16 @@ log = logging.getLogger("stoker")
 Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
+_DELETED = "store.deleted"
+_ASIDE = ".set-aside"
+"""In a runs folder: copies of runs that were deleted in the store, or replaced there by others."""
+_HELD = ("attempt.lock", "store.lock", "store.wake")
 _LISTINGS = 5  # tries, if the run changes during a download
 _OWN = (  # folders that are not copied file by file
     "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again"
 )  # fmt: skip
 _DERIVED = (  # files next to run.json that belong to this machine
-    "attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN
+    "attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN, _DELETED
 )  # fmt: skip
 
 
@@ -63,6 +68,8 @@ class Mirror:
         """Files that are the same here and in the store, by key: local size and time, tag in the store."""
         self._there = there
         """The objects of the run in the store, by relative key; None before they are listed."""
+        self._same: set[str] = set()
+        """The journal files here that were compared with their part in the store."""
 
     @property
     def where(self) -> str:
@@ -79,7 +86,8 @@ class Mirror:
         """
         for left in reversed(range(_LISTINGS)):
             there = self._objects()
-            if "run.json" not in there:
+            self._note_deletion(there)
+            if "run.json" not in there or (self._is_another(there) and not self._set_aside()):
                 return
             self._run.make_folders()
             if newer_there is None:
@@ -92,6 +100,65 @@ class Mirror:
                 self.forget()
             else:
                 return
+
+    def make_room(self) -> bool:
+        """Set the copy here aside if the run was deleted in the store since, or replaced by another one.
+
+        The lock of the run must be held. Returns whether it was set aside. Raises Unreachable.
+        """
+        there = self._objects()
+        self._note_deletion(there)
+        if not (is_deleted(self._run) or self._is_another(there)):
+            return False
+        self._move_aside()
+        return True
+
+    def _is_another(self, there: Objects) -> bool:
+        """Whether the store has another run than this machine under the same name. Raises Unreachable."""
+        if "run.json" not in there or not self._run.exists():
+            return False
+        compared = [*_mark(self._run.record_file), there["run.json"].tag]
+        if there["run.json"].tag and self._known.get("run.json") == compared:
+            return False
+        uids = [_uid(self._store.read(f"{self._key}/run.json")), _uid(self._run.record_file.read_bytes())]
+        if None not in uids and uids[0] != uids[1]:
+            return True
+        self._known["run.json"] = compared
+        self._remember()
+        return False
+
+    def _note_deletion(self, there: Objects) -> None:
+        """Note here whether the run, which was in the store once, was deleted there by another machine."""
+        note = self._run.path / _DELETED
+        if "run.json" in there:
+            note.unlink(missing_ok=True)
+        elif "run.json" in self._known and self._run.exists():
+            note.touch()
+
+    def _set_aside(self) -> bool:
+        """Set the copy here aside, unless it is being trained; returns whether it was."""
+        lock = storage.try_lock(self._run.lock_file)
+        if lock is None:
+            return False
+        try:
+            self._move_aside()
+        finally:
+            os.close(lock)
+        return True
+
+    def _move_aside(self) -> None:
+        name = f"{self._run.id}-{(_uid(self._run.record_file.read_bytes()) or 'unknown')[:8]}"
+        aside = self._run.path.parent.parent / _ASIDE / self._run.experiment / name
+        aside.mkdir(parents=True, exist_ok=True)
+        files = [file for file in self._run.path.iterdir() if file.name not in _HELD]
+        for file in sorted(files, key=lambda file: file.name == "run.json"):  # last, so none is left over
+            target = aside / file.name
+            file.replace(target if not target.exists() else aside / f"{file.name}-{uuid.uuid4().hex[:8]}")
+        self._known, self._same = {}, set()
+        log.warning(
+            "%s was deleted or replaced by another run since it was trained here; what this machine had of "
+            "it is now in %s, which may be deleted", self.where, aside,
+        )  # fmt: skip
 
     def _fetch(self, there: Objects, *, artifacts: bool, newer_there: bool) -> None:
         self._fetch_files(there, artifacts=artifacts, newer_there=newer_there)
@@ -216,17 +283,43 @@ class Mirror:
         committed = sorted((file.parent for file in manifests), reverse=True)
         self._still_ours()
         there = self._objects()
+        self._check_run(there)
         for file in self._files():
             self._push_file(file, there)
         self._remember()
         known = stretches.known("journal", there)
         for file in sorted(self._run.journal.glob("*.jsonl")):
-            stretches.push(self._store, self._key, "journal", file, known.get(file.name, []), there)
+            of_file = known.get(file.name, [])
+            self._check_same(file, of_file)
+            stretches.push(self._store, self._key, "journal", file, of_file, there)
         for path in committed:
             self._push_checkpoint(path, there)
         if committed:
             self._still_ours()
             self._remove_others({path.name for path in committed}, there)
+
+    def _check_run(self, there: Objects) -> None:
+        """Raises Lost if the run was deleted in the store, or replaced there by another one.
+
+        A run that is being trained is uploaded anew if somebody deleted it.
+        """
+        if not self._run.trained_here:
+            self._note_deletion(there)
+            if is_deleted(self._run):
+                raise Lost(f"{self.where} was deleted by another machine")
+        if self._is_another(there):
+            raise Lost(f"{self.where} is another run, which another machine began since under this name")
+
+    def _check_same(self, file: Path, there: list[Stretch]) -> None:
+        """Raises Lost if a journal file is not the one that the store has a part of."""
+        if file.name in self._same:
+            return
+        if not stretches.is_same(self._store, f"{self._key}/journal", file, there):
+            raise Lost(
+                f"{self.where} has another {file.name} than {self._run.journal}: another machine trained "
+                "this run, and nothing is uploaded from here; the next start here continues what is there"
+            )
+        self._same.add(file.name)
 
     def push_addition(self, file: Path) -> None:
         """Upload a journal file of a command that adds to a run, whichever machine trains it.
@@ -347,6 +440,17 @@ def of(run: RunDirectory, patience: float | None = None) -> Mirror | None:
     return Mirror(run, store) if store is not None else None
 
 
+def is_deleted(run: RunDirectory) -> bool:
+    """Whether, as of the last look, a run of which there is a copy here was deleted in its store."""
+    return (run.path / _DELETED).exists()
+
+
+def restore(run: RunDirectory) -> None:
+    """Have a run that `is_deleted` uploaded again as a whole."""
+    (run.path / _KNOWN).unlink(missing_ok=True)
+    (run.path / _DELETED).unlink(missing_ok=True)
+
+
 def remove(run: RunDirectory) -> None:
     """Delete a run, here and in its object store. Raises Unreachable."""
     copy = of(run)
@@ -372,6 +476,18 @@ def refresh(runs: Path) -> None:
         run = RunDirectory(runs / place)
         if "run.json" in there and not run.trained_here:
             Mirror(run, store, there).fetch()
+    for file in runs.glob("*/*/run.json"):
+        run = RunDirectory(file.parent)
+        if "run.json" not in objects.get(f"{run.experiment}/{run.id}", {}) and not run.trained_here:
+            Mirror(run, store, {}).fetch()  # notes that it was deleted
+
+
+def _uid(record: bytes) -> str | None:
+    """The unique id in a `run.json`; None if it has none or is damaged."""
+    try:
+        return orjson.loads(record).get("uid")  # type: ignore[no-any-return]
+    except (orjson.JSONDecodeError, AttributeError):
+        return None
 
 
 def _step_of(folder: str) -> int:

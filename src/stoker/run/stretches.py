@@ -15,6 +15,7 @@ from stoker import storage
 from stoker.object_store import Store, Stored
 
 _LONGEST = 2**26  # bytes
+_COMPARED = 2**12  # bytes: whole lines with their times
 
 
 class Stretch(NamedTuple):
@@ -40,6 +41,30 @@ def known(folder: str, there: Mapping[str, Stored]) -> dict[str, list[Stretch]]:
         if int(begin) <= reached < int(begin) + there[key].size:  # a merged one may not be deleted yet
             of_file.append(Stretch(int(begin), int(begin) + there[key].size))
     return found
+
+
+def is_same(store: Store, folder: str, file: Path, stretches: Sequence[Stretch]) -> bool:
+    """Whether a file agrees with its stretches in the store, in the last bytes that both have.
+
+    If both have the same size, nothing is read.
+
+    Args:
+        folder: the folder's full key.
+
+    Raises:
+        Unreachable: the store does not answer.
+        FileNotFoundError: a stretch is no longer there.
+    """
+    size, there = file.stat().st_size, stretches[-1].end if stretches else 0
+    end = min(size, there)
+    if size == there or end == 0:
+        return True
+    last = next(stretch for stretch in stretches if stretch.begin < end <= stretch.end)
+    begin = max(last.begin, end - _COMPARED)
+    key = _key(folder, file.name, last.begin)
+    with file.open("rb") as source:
+        source.seek(begin)
+        return source.read(end - begin) == store.read(key, begin - last.begin, end - last.begin)
 
 
 def push(
