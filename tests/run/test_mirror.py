@@ -408,6 +408,50 @@ def test_a_run_is_found_by_its_experiment_and_id_where_there_is_no_copy_of_it(ma
     assert found.path == other.path
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_uploaded_gets_there(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each upload takes longer than the checkpoint is kept."""
+    run, _ = _begun(machine)
+    there = tmp_path / "store/experiment/a/checkpoints"
+    _save(run, b"weights", 1)
+    put, step = object_store.Store.put, 1
+
+    def slow(store: object_store.Store, key: str, file: Path) -> None:
+        nonlocal step
+        if key.endswith("shard"):
+            shutil.rmtree(manifest.folder(run.checkpoints, step))
+            step += 1
+            _save(run, b"weights", step)
+        put(store, key, file)
+
+    monkeypatch.setattr(object_store.Store, "put", slow)
+    for newest in (1, 2, 3):
+        copy = _mirror(run)
+        copy.push()
+        assert copy.newest == newest
+    folders = {path.name: sorted(file.name for file in path.iterdir()) for path in there.iterdir()}
+    assert {name: files for name, files in folders.items() if files} == {
+        "step-00000003": ["manifest.json", "shard"]
+    }
+    assert not (run.path / "uploading").exists()
+
+
+def test_it_is_said_once_that_the_store_falls_behind(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(uploader, "BEHIND_FOR", 0.0)
+    monkeypatch.setattr(uploader, "spawn", lambda run: None)
+    run, _ = _begun(machine)
+    uploads = uploader.Uploads(run, _mirror(run))
+    for step in range(1, 9):
+        path = _save(run, b"weights", step)
+        uploads.look_after()
+        assert ("no checkpoint yet, and 3 were made since" in caplog.text) == (step >= 3)
+        shutil.rmtree(path)
+    assert caplog.text.count("slower than checkpoints are made") == 1
+
+
 def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> None:
     run, _ = _begun(machine)
     there = tmp_path / "store/experiment/a/checkpoints/step-00000001"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,12 +32,14 @@ Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
 _DELETED = "store.deleted"
+_PINS = "uploading"
+"""A folder of a run: links to the files of the checkpoint that is being uploaded."""
 _ASIDE = ".set-aside"
 """In a runs folder: copies of runs that were deleted in the store, or replaced there by others."""
 _HELD = ("attempt.lock", "store.lock", "store.wake")
 _LISTINGS = 5  # tries, if the run changes during a download
 _OWN = (  # folders that are not copied file by file
-    "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again"
+    "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again", _PINS
 )  # fmt: skip
 _DERIVED = (  # files next to run.json that belong to this machine
     "attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN, _DELETED
@@ -292,11 +295,17 @@ class Mirror:
             of_file = known.get(file.name, [])
             self._check_same(file, of_file)
             stretches.push(self._store, self._key, "journal", file, of_file, there)
-        for path in committed:
+        for path in committed:  # the newest first
             self._push_checkpoint(path, there)
+            if self._has_newer(committed[0]):  # than all of these: it comes next, and older ones later
+                break
         if committed:
             self._still_ours()
             self._remove_others({path.name for path in committed}, there)
+
+    def _has_newer(self, path: Path) -> bool:
+        manifests = self._run.checkpoints.glob(f"*/{MANIFEST}")
+        return any(step_of(file.parent.name) > step_of(path.name) for file in manifests)
 
     def _check_run(self, there: Objects) -> None:
         """Raises Lost if the run was deleted in the store, or replaced there by another one.
@@ -356,7 +365,7 @@ class Mirror:
     def _push_checkpoint(self, path: Path, there: Objects) -> None:
         """Upload a checkpoint, its manifest last."""
         key = f"checkpoints/{path.name}"
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile to make room for newer ones
+        with contextlib.suppress(FileNotFoundError):  # deleted before its upload began
             mark = _mark(path / MANIFEST)
             manifest = (path / MANIFEST).read_bytes()
             names = _names_in(manifest)
@@ -368,25 +377,44 @@ class Mirror:
                     self._known[key] = [*mark, ""]
                     return
                 self._remove(f"{key}/{MANIFEST}", there)  # of another attempt at this step
-            for name in names:
-                self._store.put(f"{self._key}/{key}/{name}", path / name)
-                there[f"{key}/{name}"] = Stored((path / name).stat().st_size)
+            with self._pinned(path, names) as pinned:
+                for name in names:
+                    size = (pinned / name).stat().st_size
+                    self._store.put(f"{self._key}/{key}/{name}", pinned / name)
+                    there[f"{key}/{name}"] = Stored(size)
             self._still_ours()
             self._store.write(f"{self._key}/{key}/{MANIFEST}", manifest)
             there[f"{key}/{MANIFEST}"] = Stored(len(manifest))
             self._known[key] = [*mark, ""]
 
+    @contextlib.contextmanager
+    def _pinned(self, path: Path, names: Iterable[str]) -> Iterator[Path]:
+        """Keep a checkpoint's files for this block, though it may be deleted to make room for newer ones.
+
+        Where files cannot be linked, it is used as it is. Raises FileNotFoundError if it is already deleted.
+        """
+        pins = self._run.path / _PINS
+        shutil.rmtree(pins, ignore_errors=True)  # of an uploader that was killed
+        pins.mkdir()
+        try:
+            yield pins if _link(path, names, pins) else path
+        finally:
+            shutil.rmtree(pins, ignore_errors=True)
+
     def _remove_others(self, kept: set[str], there: Objects) -> None:
         """Delete from the store the checkpoints that no longer exist here.
 
         One newer than all here stays, unless it is void: it was lost here, and the next start fetches it.
+        All stay as long as the store has none of those that exist here.
         """
+        if kept.isdisjoint(self._checkpoints(there)):
+            return
         folders = {key.split("/")[1] for key in there if key.startswith("checkpoints/")}
         gone = {f for f in folders - kept if not (self._run.checkpoints / f / MANIFEST).exists()}
-        newest = max(_step_of(folder) for folder in kept)
-        if any(_step_of(folder) > newest for folder in gone):
+        newest = max(step_of(folder) for folder in kept)
+        if any(step_of(folder) > newest for folder in gone):
             stand = set(view.fold(self._run, self._run.record()).checkpoints)
-            gone = {f for f in gone if _step_of(f) < newest or _step_of(f) not in stand}
+            gone = {f for f in gone if step_of(f) < newest or step_of(f) not in stand}
         for folder in gone:
             self.remove_checkpoint(folder)
 
@@ -482,6 +510,19 @@ def refresh(runs: Path) -> None:
             Mirror(run, store, {}).fetch()  # notes that it was deleted
 
 
+def _link(folder: Path, names: Iterable[str], target: Path) -> bool:
+    """Link files into another folder; False if the file system has no links. Raises FileNotFoundError."""
+    try:
+        for name in names:
+            os.link(folder / name, target / name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        log.debug("%s is uploaded without links to its files: %s", folder, error)
+        return False
+    return True
+
+
 def _uid(record: bytes) -> str | None:
     """The unique id in a `run.json`; None if it has none or is damaged."""
     try:
@@ -490,7 +531,7 @@ def _uid(record: bytes) -> str | None:
         return None
 
 
-def _step_of(folder: str) -> int:
+def step_of(folder: str) -> int:
     """The step of a checkpoint; -1 for a folder of another kind."""
     step = folder.removeprefix("step-")
     return int(step) if step.isdecimal() else -1

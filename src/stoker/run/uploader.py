@@ -22,7 +22,7 @@ from typing import Protocol
 
 from stoker import storage
 from stoker.run import messages, mirror, view
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import MANIFEST, RunDirectory
 from stoker.run.mirror import Lost, Mirror
 
 log = logging.getLogger("stoker")
@@ -34,6 +34,8 @@ LONGEST_BACKOFF = 30.0  # seconds between tries while the store does not answer
 PATIENCE = 600.0  # seconds to keep trying such a store once the trainer has ended
 ONCE_PATIENCE = 10.0  # the same for `stoker sync`, where the user waits
 FINISH_PATIENCE = 30.0  # seconds that a run that has ended waits for such a store
+BEHIND = 3  # checkpoints that the store lacks ...
+BEHIND_FOR = 60.0  # ... and seconds since the first of them was made, after which it is said
 LAST_WORDS = 3.0  # seconds for the other ranks to notice that one was killed, and to log it
 
 
@@ -65,6 +67,9 @@ class Uploads:
         self._run, self._copy = run, copy
         self._process: subprocess.Popen[bytes] | None = None
         self._warned = False
+        self._lacking: dict[int, float] = {}
+        """Steps of the checkpoints that were made and that the store lacks, with the time they were seen."""
+        self._warned_behind = False
 
     def begin(self) -> None:
         """Start an uploader if none is running; called when there is something to upload."""
@@ -77,7 +82,9 @@ class Uploads:
             return
         if self._process is None or self._process.poll() is not None:
             self.begin()
-        error = state(self._run).error
+        said = state(self._run)
+        self._warn_if_behind(said)
+        error = said.error
         if error and not self._warned:
             log.warning(
                 "cannot upload to %s now (%s); training continues, checkpoints are kept in %s and uploaded "
@@ -86,6 +93,24 @@ class Uploads:
         elif self._warned and not error:
             log.info("uploads to %s work again", self._copy.where)
         self._warned = bool(error)
+
+    def _warn_if_behind(self, said: State) -> None:
+        """Say once that the store's newest checkpoint is several behind, as deleted ones count too."""
+        newest = -1 if said.checkpoint is None else said.checkpoint
+        made = {mirror.step_of(file.parent.name) for file in self._run.checkpoints.glob(f"*/{MANIFEST}")}
+        now = time.monotonic()
+        known = {**dict.fromkeys(made, now), **self._lacking}
+        self._lacking = {step: seen for step, seen in known.items() if step > newest}
+        since = min(self._lacking.values(), default=now)
+        if self._warned_behind or len(self._lacking) < BEHIND or now - since < BEHIND_FOR or said.error:
+            return
+        self._warned_behind = True
+        has = "no checkpoint yet" if newest < 0 else f"as its newest checkpoint that of step {newest}"
+        log.warning(
+            "%s has %s, and %d were made since: uploads are slower than checkpoints are made, so a machine "
+            "that is lost costs more; raise checkpoint_every", self._copy and self._copy.where, has,
+            len(self._lacking),
+        )  # fmt: skip
 
     def finish(self) -> None:
         """Wait until all is uploaded or the store fails for too long. Call after releasing the run's lock."""
