@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +34,9 @@ _TRIES = 4
 LONGEST_BACKOFF = 30.0  # seconds between tries while the store does not answer
 PATIENCE = 600.0  # seconds to keep trying such a store once the trainer has ended
 ONCE_PATIENCE = 10.0  # the same for `stoker sync`, where the user waits
-FINISH_PATIENCE = 30.0  # seconds that a run that has ended waits for such a store
+FINISH_PATIENCE = 600.0  # seconds that a run that has ended waits for such a store ...
+STOP_PATIENCE = 30.0  # ... and one that was told to stop
+SAY = 30.0  # seconds between messages while a command waits for an upload
 BEHIND = 3  # checkpoints that the store lacks ...
 BEHIND_FOR = 60.0  # ... and seconds since the first of them was made, after which it is said
 LAST_WORDS = 3.0  # seconds for the other ranks to notice that one was killed, and to log it
@@ -67,6 +70,8 @@ class Uploads:
         self._run, self._copy = run, copy
         self._process: subprocess.Popen[bytes] | None = None
         self._warned = False
+        self.whole = True
+        """After `finish`: whether the store has all of the run, if there is a store."""
         self._lacking: dict[int, float] = {}
         """Steps of the checkpoints that were made and that the store lacks, with the time they were seen."""
         self._warned_behind = False
@@ -112,17 +117,27 @@ class Uploads:
             len(self._lacking),
         )  # fmt: skip
 
-    def finish(self) -> None:
-        """Wait until all is uploaded or the store fails for too long. Call after releasing the run's lock."""
+    def finish(self, stopping: Callable[[], bool]) -> None:
+        """Wait until all is uploaded or the store fails for too long. Call after releasing the run's lock.
+
+        Args:
+            stopping: whether the process was told to stop, and so waits only for `STOP_PATIENCE`.
+        """
         if self._copy is None:
             return
         log.info("uploading the rest to %s", self._copy.where)
-        said = wait(self._run, FINISH_PATIENCE)
+        said = wait(self._run, lambda: STOP_PATIENCE if stopping() else FINISH_PATIENCE)
+        self.whole = not said.behind
         if said.behind:
-            log.warning(
-                "%s does not have all of this run (%s); the run is kept in %s, and its next start or "
-                "`stoker sync` uploads the rest", self._copy.where, said.error, self._run.path,
-            )  # fmt: skip
+            log.warning("%s", lacking(self._run, self._copy, said))
+
+
+def lacking(run: RunDirectory, copy: Mirror, said: State) -> str:
+    """What to say of a run that has ended and is not uploaded completely."""
+    return (
+        f"{copy.where} does not have all of this run ({said.error}); the run is kept in {run.path}, and its "
+        "next start or `stoker sync` uploads the rest"
+    )
 
 
 def spawn(run: RunDirectory, *, once: bool = False) -> subprocess.Popen[bytes]:
@@ -148,25 +163,34 @@ def working(run: RunDirectory) -> bool:
     return storage.is_locked(_turn(run))
 
 
-def wait(run: RunDirectory, patience: float) -> State:
+def wait(run: RunDirectory, patience: Callable[[], float]) -> State:
     """Wait until a run that is not being trained is uploaded completely; starts an uploader if needed.
 
     Args:
-        patience: seconds to wait for a store that does not answer.
+        patience: seconds to wait for a store that does not answer; asked again and again.
     """
-    begun = time.time()
+    begun = said_at = time.time()
     _wake(run).touch()  # an uploader that pauses after a failure tries again now
-    for _ in range(_TRIES):
-        while working(run):
-            said = state(run)
-            if said.error and said.at >= begun and time.time() - said.since > patience:
+    tries = 0
+    while True:
+        said = state(run)
+        if time.time() - said_at > SAY:
+            said_at = time.time()
+            log.info("still uploading%s", f": the store does not answer ({said.error})" if said.error else "")
+        tired = said.error and said.at >= begun and time.time() - max(said.since, begun) > patience()
+        if working(run):
+            if tired:
                 return said
             time.sleep(0.05)
+            continue
         said = state(run)
-        if said.at >= begun and (said.error or not said.behind):
+        over = tired or not said.since  # else the store does not answer, which may pass
+        if said.at >= begun and (not said.behind or (said.error and over)):
+            return said
+        tries += not said.error
+        if tries > _TRIES:
             return said
         spawn(run, once=True).wait()  # returns at once if another one has just started
-    return state(run)
 
 
 class Source(Protocol):
