@@ -226,6 +226,19 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
     assert _checkpoints(objects()) == kept
 
 
+def test_what_was_compared_once_is_not_downloaded_again_to_list_it(
+    stoker: Command, machine: Any, url: str, proxy: Proxy
+) -> None:
+    same = ("train", RECIPE, "steps=40", "checkpoint_every=20", "--name", "a", "--runs", url)
+    assert stoker(*same, env=machine("one")).code == 0
+    for _ in range(2):
+        assert stoker("runs", "list", "--runs", url, env=machine("two")).code == 0
+    proxy.log.clear()
+    assert stoker("runs", "list", "--runs", url, env=machine("two")).code == 0
+    read = [path for method, path in proxy.log if method == "GET" and "list-type" not in path]
+    assert not [path for path in read if "/journal/" in path or "/checkpoints/" in path or "run.json" in path]
+
+
 def test_a_machine_says_that_the_store_lacks_what_it_trained_and_another_one_did_not_continue(
     stoker: Command, machine: Any, url: str, bucket: Any, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ _PINS = "uploading"
 """A folder of a run: links to the files of the checkpoint that is being uploaded."""
 _ASIDE = ".set-aside"
 """In a runs folder: copies of runs that were deleted in the store, or replaced there by others."""
+_BEGINNING = 2**16  # bytes of a journal file, the first of which says which attempt it is of
 _HELD = ("attempt.lock", "store.lock", "store.wake")
 _LISTINGS = 5  # tries, if the run changes during a download
 _OWN = (  # folders that are not copied file by file
@@ -221,15 +222,29 @@ class Mirror:
         """
         known = stretches.known("journal", there)
         for file in self._run.journal.glob("attempt-*.jsonl"):
-            first = known.get(file.name, [])[:1]
-            content = b"".join(stretches.read(self._store, f"{self._key}/journal", file.name, first, 0))
-            with file.open("rb") as source:
-                same = bool(content) and content.startswith(source.read(len(content)))
-            if not same:
+            if not self._begins_same(file, known.get(file.name, [])[:1], there):
                 log.warning("%s was written here and is void: another machine resumed without it", file.name)
                 for derived in (*self._run.sinks.glob("*.json"), self._run.compacted):
                     derived.unlink(missing_ok=True)
                 file.replace(file.with_suffix(f".void-{uuid.uuid4().hex[:8]}"))
+        self._remember()
+
+    def _begins_same(self, file: Path, first: list[Stretch], there: Objects) -> bool:
+        """Whether a journal file here begins as the one in the store, where it may have grown since."""
+        if not first:
+            return False
+        key = f"journal/{file.name}"
+        stored = there[stretches.key("journal", file.name, 0)]
+        compared = [*_inode(file), stored.tag]
+        if stored.tag and self._known.get(key) == compared:
+            return True
+        begin = Stretch(0, min(first[0].end, _BEGINNING))
+        (content,) = stretches.read(self._store, f"{self._key}/journal", file.name, [begin], 0)
+        with file.open("rb") as source:
+            same = bool(content) and content.startswith(source.read(len(content)))
+        if same:
+            self._known[key] = compared
+        return same
 
     def _fetch_manifests(self, there: Objects) -> None:
         """Take over the checkpoints of the run after another machine resumed it.
@@ -244,14 +259,19 @@ class Mirror:
                 log.warning("%s was made here and is void: another machine resumed from before it", folder)
                 manifest.unlink()
         for folder in known:
-            local = self._run.checkpoints / folder / MANIFEST
+            key = f"checkpoints/{folder}/{MANIFEST}"
+            local = self._run.path / key
+            if local.is_file() and there[key].tag and self._known.get(key) == [*_mark(local), there[key].tag]:
+                continue
             try:
-                content = self._store.read(f"{self._key}/checkpoints/{folder}/{MANIFEST}")
+                content = self._store.read(f"{self._key}/{key}")
             except FileNotFoundError:  # the machine that trains the run has removed it since
                 continue
             if not local.is_file() or local.read_bytes() != content:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_atomically(local, content)
+            self._known[key] = [*_mark(local), there[key].tag]
+        self._remember()
 
     def taken_elsewhere(self) -> bool:
         """Whether another machine has trained the run since this one did, if it did. Raises Unreachable."""
@@ -548,6 +568,11 @@ def _is_copied(path: Path) -> bool:
 def _manifest_first(keys: Iterable[str]) -> list[str]:
     """The keys in deletion order: manifests and run.json first, so nothing half deleted seems complete."""
     return sorted(keys, key=lambda key: (not key.endswith(("run.json", MANIFEST)), key))
+
+
+def _inode(file: Path) -> list[int]:
+    """What a file keeps as it grows, and one that replaces it does not have."""
+    return [file.stat().st_ino]
 
 
 def _mark(file: Path) -> list[int]:

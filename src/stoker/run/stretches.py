@@ -61,10 +61,10 @@ def is_same(store: Store, folder: str, file: Path, stretches: Sequence[Stretch])
         return True
     last = next(stretch for stretch in stretches if stretch.begin < end <= stretch.end)
     begin = max(last.begin, end - _COMPARED)
-    key = _key(folder, file.name, last.begin)
     with file.open("rb") as source:
         source.seek(begin)
-        return source.read(end - begin) == store.read(key, begin - last.begin, end - last.begin)
+        content = source.read(end - begin)
+    return content == store.read(key(folder, file.name, last.begin), begin - last.begin, end - last.begin)
 
 
 def push(
@@ -94,12 +94,12 @@ def push(
         with file.open("rb") as source:
             source.seek(begin)
             content = source.read(last - begin)
-        store.write(f"{base}/{_key(folder, file.name, begin)}", content)
+        store.write(f"{base}/{key(folder, file.name, begin)}", content)
         stretches.append(Stretch(begin, last))
-        there[_key(folder, file.name, begin)] = Stored(len(content))
+        there[key(folder, file.name, begin)] = Stored(len(content))
         for old in joined[:-1]:  # its content is now in the merged stretch
-            store.remove(f"{base}/{_key(folder, file.name, old)}")
-            there.pop(_key(folder, file.name, old), None)
+            store.remove(f"{base}/{key(folder, file.name, old)}")
+            there.pop(key(folder, file.name, old), None)
 
 
 def _to_join(stretches: list[Stretch], begin: int, end: int) -> list[int]:
@@ -124,9 +124,10 @@ def read(store: Store, folder: str, name: str, stretches: Sequence[Stretch], fir
     for stretch in stretches:
         if stretch.end > first:
             at = max(0, first - stretch.begin)
-            yield store.read(_key(folder, name, stretch.begin), at, stretch.end - stretch.begin)
+            yield store.read(key(folder, name, stretch.begin), at, stretch.end - stretch.begin)
             first = stretch.end
 
 
-def _key(folder: str, name: str, begin: int) -> str:
+def key(folder: str, name: str, begin: int) -> str:
+    """The key of the stretch of a file that begins at a byte."""
     return f"{folder}/{name}/{begin:015d}"
