@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Protocol
 
 import orjson
-from stoker import object_store, storage
-from stoker.errors import BadInput, StokerError
+from stoker import object_store, storage, world
+from stoker.errors import EXIT_PREEMPTED, BadInput, StokerError
 from stoker.object_store import Store, Unreachable
 
 log = logging.getLogger("stoker")
@@ -37,6 +37,16 @@ PATIENCE = 10.0  # seconds to keep trying a store
 _LOOK = 0.5
 _UNKNOWN = ""
 _NOBODY = "nobody"  # the trainer, as far as a process knows that found no lease
+
+
+class Busy(BadInput):
+    """Another process trains the run. Where a scheduler may try again, the exit code asks it to."""
+
+    def __init__(self, said: str) -> None:
+        if world.is_unattended():
+            said = f"{said}; exit code {EXIT_PREEMPTED} asks for another try later"
+            self.exit_code, self.again = EXIT_PREEMPTED, True
+        super().__init__(said)
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,7 @@ class Lease:
         Returns whether this machine was the last to train the run: then no other one has anything newer of
         it. If not, what is newer must be fetched before `note_here`.
 
-        Raises BadInput if another process trains the run; Unreachable if a store does not answer and, as far
+        Raises Busy if another process trains the run; Unreachable if a store does not answer and, as far
         as known, this machine was not the last to train the run.
         """
         was_here = bool(self._noted)
@@ -271,9 +281,9 @@ class Lease:
         except FileNotFoundError as error:
             if number == 0:
                 raise BadInput(f"{self._place.where} cannot be written to: it does not exist") from error
-            raise BadInput(f"another process has begun to train {self._run} just now") from error
+            raise Busy(f"another process has begun to train {self._run} just now") from error
         except FileExistsError as error:
-            raise BadInput(f"another process has begun to train {self._run} just now") from error
+            raise Busy(f"another process has begun to train {self._run} just now") from error
         self._number = number + 1
         for old in self._place.numbers():
             if old < self._number:
@@ -289,7 +299,7 @@ class Lease:
             # it is ours: it was written, but the answer of the store was lost
 
     def _await_end_of(self, number: int) -> None:
-        """Wait until the holder of a lease is known to have ended. Raises BadInput if it is alive."""
+        """Wait until the holder of a lease is known to have ended. Raises Busy if it is alive."""
         first = self._place.read(number)
         holder = Holder.of(first)
         if holder.released or holder.locks == self._locks:
@@ -304,7 +314,7 @@ class Lease:
             if now.released:
                 return
             if now.beat != holder.beat:
-                raise BadInput(f"process {holder.pid} on {holder.host} is training {self._run} now")
+                raise Busy(f"process {holder.pid} on {holder.host} is training {self._run} now")
 
     def _keep(self, lost: Callable[[str], None]) -> None:
         while not self._ended.wait(BEAT):

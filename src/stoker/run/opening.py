@@ -116,7 +116,7 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
             "runs using `with stoker.Run(...) as run:`, which closes them"
         )
     if lock is None:
-        raise BadInput(
+        raise lease.Busy(
             f"another process is training {run.path} now: wait for it, stop it, or choose another name"
         )
     try:
