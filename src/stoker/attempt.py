@@ -572,10 +572,15 @@ class Attempt:
             os.close(self._descriptor)
             self._descriptor = -1
             if (self.recorder.used or self.continued) and not self.stop.at_once:
-                self._uploads.finish()
+                self._uploads.finish(lambda: self.stop.requested is not None)
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+
+    @property
+    def uploaded(self) -> bool:
+        """After `close`: whether the object store of the run, if it has one, has all of it."""
+        return self._uploads.whole
 
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt created and in which there is nothing to keep."""

@@ -42,6 +42,10 @@ _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")
 _NEEDED = "provide credentials that allow listing, reading, writing and deleting in this folder"
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
+_REFUSALS = (
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "TokenRefreshRequired",
+    "InvalidToken", "RequestExpired", "token has expired", "token is expired", "Unauthorized",
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -129,6 +133,7 @@ class Store:
 
     A request that fails is retried with growing pauses for `patience` seconds; then it raises Unreachable,
     and for a minute, further requests are tried only once. Errors that a retry cannot fix are raised at once.
+    One that is refused is tried once more, with credentials that are read anew.
     """
 
     url: str
@@ -205,7 +210,7 @@ class Store:
         return f"{urlsplit(self.url).netloc}{urlsplit(self.url).path.rstrip('/')}/{key}"
 
     def _try(self, request: Callable[[Any], T], key: str) -> T:
-        begun, tries = time.monotonic(), 0
+        begun, tries, renewed = time.monotonic(), 0, False
         patience = self.patience if begun > _away_until.get(self.url, 0.0) else 0.0
         while True:
             try:
@@ -218,6 +223,10 @@ class Store:
                 said = f"{self.url}/{key}: {type(error).__name__}: {error}"
                 if _is_taken(error):
                     raise FileExistsError(said) from error
+                if _is_refused(error) and not renewed:
+                    renewed = True
+                    _file_system.cache_clear()  # its credentials may have been replaced since it read them
+                    continue
                 if _is_refused(error):
                     raise Unreachable(f"{said}; {_NEEDED}") from error
                 if time.monotonic() - begun >= patience:
@@ -234,7 +243,7 @@ _away_until: dict[str, float] = {}
 
 @functools.cache
 def _file_system(scheme: str) -> Any:
-    """fsspec's file system for a scheme, one per process; for S3 with timeouts and retries.
+    """fsspec's file system for a scheme, one per process and its credentials; for S3 with timeouts.
 
     The user's own fsspec settings (FSSPEC_S3_..., its configuration files) take precedence.
     """
@@ -246,7 +255,7 @@ def _file_system(scheme: str) -> Any:
         options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
     if scheme in ("file", "local"):
         options["auto_mkdir"] = True
-    return fsspec.filesystem(scheme, use_listings_cache=False, **options)
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
 
 
 class _Parts:
@@ -304,7 +313,7 @@ def _is_taken(error: Exception) -> bool:
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether credentials are missing or insufficient, so that a retry is useless."""
+    """Whether credentials are missing, insufficient or expired: a retry with the same ones is useless."""
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return True
-    return any(word in str(error) for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"))
+    return any(word in f"{error}{error.__cause__}" for word in _REFUSALS)

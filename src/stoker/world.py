@@ -15,6 +15,10 @@ _OF_A_LAUNCH = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
     "TORCHELASTIC_",
 )  # fmt: skip
+_OF_A_SCHEDULER = (
+    "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "TORCHELASTIC_RUN_ID", "PBS_JOBID", "LSB_JOBID",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class World:
 def environment_of_no_rank() -> dict[str, str]:
     """This process's environment without the variables that describe its rank and launch."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCH)}
+
+
+def is_unattended() -> bool:
+    """Whether a launcher or scheduler started this process, and may start it again."""
+    return any(name in os.environ for name in _OF_A_SCHEDULER) or World.current().size > 1
 
 
 def slurm_job() -> str:

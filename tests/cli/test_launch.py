@@ -245,3 +245,15 @@ def test_what_cannot_work_is_refused_before_anything_is_started(
     assert (done.code, said in done.err) == (2, True), done.err
     assert not (tmp_path / "runs").exists(), "nothing was started"
     assert time.monotonic() - begun < 60
+
+
+def test_what_a_launcher_starts_while_another_process_trains_the_run_asks_for_another_try(
+    start: Start, stoker: Command, tmp_path: Path
+) -> None:
+    same = ("train", RECIPE, *SLOW, "steps=3000", "--runs", str(tmp_path / "runs"), "--name", "a")
+    process = start(*same)
+    wait_for_points(process, tmp_path / "runs" / "ranked" / "a", 5)
+    by_hand, launched = stoker(*same), stoker(*same, "--nproc", "2")
+    process.kill()
+    assert (by_hand.code, launched.code) == (2, 75), launched.err
+    assert "another process is training" in launched.err

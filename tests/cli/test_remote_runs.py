@@ -204,9 +204,11 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
     run = _copy(tmp_path, "one", url)
     wait_for_points(process, run, 50)
     proxy._only, proxy.mode = lambda method, path: True, "503"
-    _, said = process.communicate(timeout=LONG)
+    out, said = process.communicate(timeout=LONG)
     err = said.decode()
-    assert process.returncode == 0, err
+    assert process.returncode == 75, err
+    assert f"next: stoker sync a --runs {url}" in out.decode()
+    assert "  in the store" not in out.decode()
     assert "cannot upload to" in err
     assert f"checkpoints are kept in {run / 'checkpoints'}" in err
     assert "`stoker sync` uploads the rest" in err
@@ -215,10 +217,44 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
     assert kept[-1] == "step-00000200"
     assert kept[-1] not in _checkpoints(objects())
     assert stoker("sync", "a", "--runs", url, env={**env, "STOKER_SINKS": "none"}).code == 1
+    done = stoker(*same, env=env)
+    assert done.code == 75, done.err
     proxy.mode = "ok"
+    done = stoker(*same, env=env)
+    assert done.code == 0, done.err
+    assert "was already finished" in done.out
+    assert _checkpoints(objects()) == kept
+
+
+def test_what_was_compared_once_is_not_downloaded_again_to_list_it(
+    stoker: Command, machine: Any, url: str, proxy: Proxy
+) -> None:
+    same = ("train", RECIPE, "steps=40", "checkpoint_every=20", "--name", "a", "--runs", url)
+    assert stoker(*same, env=machine("one")).code == 0
+    for _ in range(2):
+        assert stoker("runs", "list", "--runs", url, env=machine("two")).code == 0
+    proxy.log.clear()
+    assert stoker("runs", "list", "--runs", url, env=machine("two")).code == 0
+    read = [path for method, path in proxy.log if method == "GET" and "list-type" not in path]
+    assert not [path for path in read if "/journal/" in path or "/checkpoints/" in path or "run.json" in path]
+
+
+def test_a_machine_says_that_the_store_lacks_what_it_trained_and_another_one_did_not_continue(
+    stoker: Command, machine: Any, url: str, bucket: Any, tmp_path: Path
+) -> None:
+    env = {**machine("one"), "STOKER_SINKS": "none"}
+    same = ("train", RECIPE, "precision=fp32", "steps=20", "--name", "a", "--runs", url)
+    assert stoker(*same, env=env).code == 0
+    before = f"{url.removeprefix('s3://bucket/')}/ranked/a"
+    assert stoker("checkpoints", "rm", "a", "20", "--runs", url, env=machine("two")).code == 0
     done = stoker("sync", "a", "--runs", url, env=env)
     assert done.code == 0, done.err
-    assert _checkpoints(objects()) == kept
+    assert f"all of it is in {url}" in done.out
+    bucket.objects.filter(Prefix=f"{before}/journal/").delete()
+    assert stoker("resume", "a", "steps=30", "--runs", url, env=machine("two")).code == 0
+    done = stoker("sync", "a", "--runs", url, env=env)
+    assert done.code == 1
+    assert "lacks what this machine trained" in done.err
 
 
 def test_a_damaged_checkpoint_is_mended_from_the_store(

@@ -75,6 +75,22 @@ def test_a_job_of_two_nodes_is_two_pods_that_meet_at_the_first(stoker: Command) 
     assert not {"--on", "--gpus", "--option", "--dry-run", "--time", "--retries"} & {*words}
 
 
+def test_pods_go_where_nodes_with_gpus_are_tainted_and_fit_into_a_quota(stoker: Command) -> None:
+    given = ("--option", "toleration=pool=training,spot")
+    pod = _rendered(stoker, *TWO, *given)["Job"]["spec"]["template"]["spec"]
+    assert pod["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "pool", "operator": "Equal", "value": "training"},
+        {"key": "spot", "operator": "Exists"},
+    ]
+    (waiting,) = pod["initContainers"]
+    for amount in ("requests", "limits"):
+        assert waiting["resources"][amount].keys() == {"cpu", "memory"}
+    done = stoker(*TWO, "--option", "toleration=,", "--dry-run")
+    assert done.code == 2
+    assert "give KEY or KEY=VALUE of a taint" in done.err
+
+
 def test_a_pod_that_was_told_to_stop_is_no_failure_and_bad_input_is_final(stoker: Command) -> None:
     rules = _rendered(stoker, *TWO)["Job"]["spec"]["podFailurePolicy"]["rules"]
     codes = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule}

@@ -42,6 +42,22 @@ def test_a_living_holder_is_not_robbed(tmp_path: Path) -> None:
     _lease(tmp_path, "two").take()
 
 
+def test_a_scheduler_is_asked_to_try_again_what_another_process_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _lease(tmp_path, "one")
+    first.take()
+    first.keep(pytest.fail)
+    with pytest.raises(lease.Busy) as by_hand:
+        _lease(tmp_path, "two").take()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(lease.Busy, match="asks for another try") as in_job:
+        _lease(tmp_path, "two").take()
+    first.release()
+    assert (by_hand.value.exit_code, by_hand.value.again) == (2, False)
+    assert (in_job.value.exit_code, in_job.value.again) == (75, True)
+
+
 def test_one_that_stands_unchanged_is_taken_whatever_its_clock_says(tmp_path: Path) -> None:
     _lease(tmp_path, "one").take()
     file = tmp_path / lease.FOLDER / "00000001"

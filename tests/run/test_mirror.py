@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from stoker import object_store, storage
 from stoker.checkpoint import manifest
-from stoker.run import artifacts, journal, lease, mirror, stretches, uploader
+from stoker.errors import BadInput
+from stoker.run import artifacts, finding, journal, lease, mirror, opening, stretches, uploader
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
 from stoker.tracking import ledger
@@ -42,6 +43,7 @@ def _begun(machine: Machine) -> tuple[RunDirectory, lease.Lease]:
     """A run that machine one trains."""
     run, held = machine("one")
     held.take()
+    held.note_here()
     run.create({})
     return run, held
 
@@ -114,6 +116,7 @@ def test_an_old_artifact_does_not_replace_what_another_machine_made(machine: Mac
     second, other = machine("two")
     assert not other.take()
     _mirror(second).fetch(newer_there=True, artifacts=True)
+    other.note_here()
     assert (second.artifacts / "model").read_bytes() == b"first"
     (second.artifacts / "model").write_bytes(b"other")
     _mirror(second).push()
@@ -122,6 +125,7 @@ def test_an_old_artifact_does_not_replace_what_another_machine_made(machine: Mac
     _, again = machine("one")
     assert not again.take()
     _mirror(first).fetch(newer_there=True)
+    again.note_here()
     assert (first.artifacts / "model").read_bytes() == b"other"
     _mirror(first).push()
     assert (tmp_path / "store/experiment/a/artifacts/model").read_bytes() == b"other"
@@ -227,6 +231,7 @@ def test_what_was_written_here_alone_is_void_where_another_machine_went_on(machi
     second, other = machine("two")
     assert not other.take()
     _mirror(second).fetch(newer_there=True)
+    other.note_here()
     (second.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "two"}\n')
     _mirror(second).push()
     other.release()
@@ -253,6 +258,7 @@ def test_a_sink_reads_anew_what_another_machine_wrote_under_a_name_that_it_has_r
     second, other = machine("two")
     other.take()
     _mirror(second).fetch(newer_there=True)
+    other.note_here()
     (second.journal / "attempt-0002.rank-0.jsonl").write_bytes(
         b'{"type": "note", "time": 1, "text": "two"}\n'
     )
@@ -263,6 +269,187 @@ def test_a_sink_reads_anew_what_another_machine_wrote_under_a_name_that_it_has_r
     _mirror(first).fetch()
     batch = Feed(first.journal, ledger.load(of_sink).cursor).take()
     assert batch.notes == ["two"]
+
+
+def test_a_fetch_that_failed_is_made_up_for_at_the_next_start(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, held = _begun(machine)
+    (first.journal / "attempt-0001.rank-0.jsonl").write_bytes(b'{"of": 1}\n')
+    _mirror(first).push()
+    held.release()
+    second, _ = machine("two")
+    other = opening.lease_of(second)
+    assert other is not None
+    (second.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "two"}\n')
+    _mirror(second).push()
+    other.release()
+
+    machine("one")
+    (first.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "one, which no store had"}\n')
+    with monkeypatch.context() as failing:
+        failing.setattr(stretches, "read", _unanswered)
+        with pytest.raises(object_store.Unreachable):
+            opening.lease_of(first)
+    (first.journal / "attempt-0003.rank-0.jsonl").write_bytes(b'{"of": "one"}\n')
+    with pytest.raises(mirror.Lost):
+        _mirror(first).push()
+    again = opening.lease_of(first)
+    assert again is not None
+    assert (first.journal / "attempt-0002.rank-0.jsonl").read_bytes() == b'{"of": "two"}\n'
+    assert not (first.journal / "attempt-0003.rank-0.jsonl").exists()
+
+
+def _unanswered(*args: object) -> bytes:
+    raise object_store.Unreachable("it does not answer")
+
+
+def test_a_journal_that_differs_from_the_one_in_the_store_is_not_appended_to_it(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run, _ = _begun(machine)
+    file = run.journal / "attempt-0001.rank-0.jsonl"
+    file.write_bytes(b'{"of": "one"}\n')
+    _mirror(run).push()
+    for stale in (b'{"of": "two"}\n{"more": 1}\n', b'{"of'):  # longer and shorter than what is there
+        file.write_bytes(stale.replace(b"of", b"by"))
+        with pytest.raises(mirror.Lost, match="another machine trained this run"):
+            _mirror(run).push()
+    assert _read(tmp_path / f"store/experiment/a/journal/{file.name}") == '{"of": "one"}\n'
+
+
+def test_who_only_removes_something_of_a_run_is_not_the_last_to_have_trained_it(machine: Machine) -> None:
+    first, held = _begun(machine)
+    _mirror(first).push()
+    held.release()
+    second, _ = machine("two")
+    with opening.kept_from_training(second):
+        pass
+    assert _mirror(second).taken_elsewhere()
+
+    _, again = machine("one")
+    (first.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "one"}\n')
+    _mirror(first).push()
+    assert again.take()
+
+
+def _replaced(machine: Machine) -> RunDirectory:
+    """A run that machine one trained, and machine two deleted and began anew under the same name."""
+    first, held = _trained(machine, "one")
+    held.release()
+    second, _ = machine("two")
+    _mirror(second).fetch()
+    mirror.remove(second)
+    _, other = _trained(machine, "two")
+    other.release()
+    machine("one")
+    return first
+
+
+def _trained(machine: Machine, name: str) -> tuple[RunDirectory, lease.Lease]:
+    run, _ = machine(name)
+    held = opening.lease_of(run)
+    assert held is not None
+    run.create({"uid": f"of-{name}"})
+    (run.journal / "attempt-0001.rank-0.jsonl").write_text(json.dumps({"of": name}) + "\n")
+    _save(run, name.encode())
+    _mirror(run).push()
+    return run, held
+
+
+def test_a_new_run_of_the_same_name_is_not_mixed_with_what_is_here_of_the_old_one(machine: Machine) -> None:
+    run = _replaced(machine)
+    with pytest.raises(mirror.Lost):
+        _mirror(run).push()
+    assert opening.lease_of(run) is not None
+    assert run.record()["uid"] == "of-two"
+    assert (run.journal / "attempt-0001.rank-0.jsonl").read_text() == '{"of": "two"}\n'
+    assert not (run.checkpoints / "step-00000001" / "shard").exists()
+    aside = run.path.parent.parent / ".set-aside/experiment/a-of-one"
+    assert (aside / "journal/attempt-0001.rank-0.jsonl").read_text() == '{"of": "one"}\n'
+    assert (aside / "checkpoints/step-00000001/shard").read_bytes() == b"one"
+
+
+def test_who_only_looks_sees_the_new_run_too(machine: Machine) -> None:
+    run = _replaced(machine)
+    assert [found.record()["uid"] for found in finding.every(run.path.parent.parent)] == ["of-two"]
+
+
+def test_a_run_that_another_machine_deleted_is_listed_no_longer_and_comes_back_only_if_asked(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run, held = _trained(machine, "one")
+    held.release()
+    second, _ = machine("two")
+    _mirror(second).fetch()
+    mirror.remove(second)
+    machine("one")
+    runs = run.path.parent.parent
+    assert finding.every(runs) == []
+    with pytest.raises(BadInput, match="no run 'experiment/a'"):
+        finding.find(runs, "experiment/a")
+    with pytest.raises(mirror.Lost, match="deleted by another machine"):
+        _mirror(run).push()
+    assert finding.find(runs, "a", deleted=True).path == run.path
+    mirror.restore(run)
+    _mirror(run).push()
+    assert finding.find(runs, "experiment/a").path == run.path
+    assert (tmp_path / "store/experiment/a/checkpoints/step-00000001/manifest.json").exists()
+
+
+def test_a_run_is_found_by_its_experiment_and_id_where_there_is_no_copy_of_it(machine: Machine) -> None:
+    _trained(machine, "one")
+    other, _ = machine("three")
+    shutil.rmtree(other.path)
+    runs = other.path.parent.parent
+    assert finding.find(runs, "experiment/a").path == other.path
+    shutil.rmtree(other.path)
+    (found,) = finding.meant(runs, "experiment/a", lambda: finding.every(runs))
+    assert found.path == other.path
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_uploaded_gets_there(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each upload takes longer than the checkpoint is kept."""
+    run, _ = _begun(machine)
+    there = tmp_path / "store/experiment/a/checkpoints"
+    _save(run, b"weights", 1)
+    put, step = object_store.Store.put, 1
+
+    def slow(store: object_store.Store, key: str, file: Path) -> None:
+        nonlocal step
+        if key.endswith("shard"):
+            shutil.rmtree(manifest.folder(run.checkpoints, step))
+            step += 1
+            _save(run, b"weights", step)
+        put(store, key, file)
+
+    monkeypatch.setattr(object_store.Store, "put", slow)
+    for newest in (1, 2, 3):
+        copy = _mirror(run)
+        copy.push()
+        assert copy.newest == newest
+    folders = {path.name: sorted(file.name for file in path.iterdir()) for path in there.iterdir()}
+    assert {name: files for name, files in folders.items() if files} == {
+        "step-00000003": ["manifest.json", "shard"]
+    }
+    assert not (run.path / "uploading").exists()
+
+
+def test_it_is_said_once_that_the_store_falls_behind(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(uploader, "BEHIND_FOR", 0.0)
+    monkeypatch.setattr(uploader, "spawn", lambda run: None)
+    run, _ = _begun(machine)
+    uploads = uploader.Uploads(run, _mirror(run))
+    for step in range(1, 9):
+        path = _save(run, b"weights", step)
+        uploads.look_after()
+        assert ("no checkpoint yet, and 3 were made since" in caplog.text) == (step >= 3)
+        shutil.rmtree(path)
+    assert caplog.text.count("slower than checkpoints are made") == 1
 
 
 def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> None:

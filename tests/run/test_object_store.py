@@ -6,6 +6,7 @@ import dataclasses
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import fsspec.config
@@ -162,6 +163,52 @@ def test_without_credentials_nothing_is_tried_twice(store: Store, monkeypatch: p
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(Unreachable, match="credentials"):
         store.write("a", b"")
+
+
+def test_credentials_that_were_replaced_on_disk_are_read_anew(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    credentials = tmp_path / "credentials"
+    credentials.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = x\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    object_store._file_system.cache_clear()
+    store.write("a", b"one")
+    _expire(proxy, "old")
+    with pytest.raises(Unreachable, match="token has expired"):
+        store.write("a", b"two")
+    credentials.write_text(credentials.read_text().replace("old", "new"))
+    store.write("a", b"two")
+    assert store.read("a") == b"two"
+    (tmp_path / "file").write_bytes(b"x" * 20_000_000)
+    credentials.write_text(credentials.read_text().replace("new", "newer"))
+    _expire(proxy, "new/")
+    store.put("file", tmp_path / "file")
+    assert sizes(store) == {"a": 3, "file": 20_000_000}
+    object_store._file_system.cache_clear()
+
+
+def _expire(proxy: Proxy, key: str) -> None:
+    """Have a server refuse a key, as S3 does once a session has expired."""
+    handler = proxy._server.RequestHandlerClass
+    answered = handler.do_PUT  # type: ignore[attr-defined]
+    said = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+
+    def answer(request: Any) -> None:
+        if f"Credential={key}" not in (request.headers.get("Authorization") or ""):
+            answered(request)
+            return
+        request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        request.send_response(400)
+        request.send_header("Content-Type", "application/xml")
+        request.send_header("Content-Length", str(len(said)))
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(said)
+
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+        setattr(handler, f"do_{method}", answer)
 
 
 def test_two_servers_have_working_copies_of_their_own(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

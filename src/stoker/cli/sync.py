@@ -26,6 +26,10 @@ def sync(
             "--rebuild", help="Create the run anew in every tracker, and mark the old one as replaced."
         ),
     ] = False,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Upload a run anew that another machine deleted in the object store."),
+    ] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -36,7 +40,9 @@ def sync(
     With --rebuild, the run is created anew in every tracker, without the points that a resumed attempt
     replaced, even if it or its experiment was deleted in MLflow. The old one is marked as replaced.
     """
-    found = finding.find(runs, run)
+    found = finding.find(runs, run, deleted=True)
+    if mirror.is_deleted(found):
+        _restore(found, again)
     copied = _upload(found)
     if not follower.enabled() and (rebuild or not copied):
         raise BadInput("STOKER_SINKS=none turns off every sink: unset it to ship this run")
@@ -46,6 +52,7 @@ def sync(
     sinks = follower.state(found)
     if code != 0:
         raise StokerError(_explain(found, sinks))
+    _refuse_void(found)
     if json:
         print_json({"run": str(found.path), "sinks": [_answer(sink, before, replaced) for sink in sinks]})
     else:
@@ -55,6 +62,17 @@ def sync(
                 f"{sink.name}: {_anew(sink.name, replaced)}{shipped} events shipped to {sink.where}",
                 markup=False,
             )
+        if copied and not found.trained_here:
+            console().print(f"{found.id}: all of it is in {finding.shown(runs)}", markup=False)
+
+
+def _restore(found: RunDirectory, again: bool) -> None:
+    if not again:
+        raise BadInput(
+            f"run {found.id!r} was deleted in {finding.shown(found.path.parent.parent)}: to upload it again "
+            f"from {found.path}, add --again; otherwise delete that folder"
+        )
+    mirror.restore(found)
 
 
 def _upload(found: RunDirectory) -> bool:
@@ -73,10 +91,21 @@ def _upload(found: RunDirectory) -> bool:
     if host:
         raise StokerError(f"{host} is training {copy.where} now, and ships it to its trackers itself")
     if not copy.taken_elsewhere():
-        said = uploader.wait(found, uploader.ONCE_PATIENCE)
+        said = uploader.wait(found, lambda: uploader.ONCE_PATIENCE)
         if said.behind:
             raise StokerError(f"{copy.where} does not have all of this run yet: {said.error}")
     return True
+
+
+def _refuse_void(found: RunDirectory) -> None:
+    """Raise StokerError if another machine continued the run without something that was trained here."""
+    copy = mirror.of(found)
+    void = sorted(found.journal.glob("*.void-*"))
+    if copy is not None and void and copy.taken_elsewhere():
+        raise StokerError(
+            f"{copy.where} lacks what this machine trained before another one continued the run without it; "
+            f"it is void, and kept in {', '.join(map(str, void))}: delete that if it is not needed"
+        )
 
 
 def _ship(found: RunDirectory) -> int:

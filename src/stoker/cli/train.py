@@ -22,12 +22,13 @@ from stoker.config import Resolved
 from stoker.duration import clock
 from stoker.engine import options, random_state
 from stoker.engine.options import Training
-from stoker.errors import EXIT_FAILED, BadInput, BadWorldSize, Stopped, stops_as_raised
+from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, BadWorldSize, Stopped, stops_as_raised
 from stoker.launch import alone, jobspec, local, ranks, targets
 from stoker.launch.nodes import ONE, Machines
+from stoker.object_store import Unreachable
 from stoker.recipes import Recipe
 from stoker.report import html
-from stoker.run import directory, finding, mirror, view
+from stoker.run import directory, finding, mirror, uploader, view
 from stoker.run.view import RunView
 from stoker.user_run import Run
 from stoker.words import counted
@@ -216,7 +217,9 @@ def start(
     if name is not None:
         finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
-            return _answer(finished, json, "was already finished")
+            uploaded = _upload_rest(finished.directory)
+            _answer(finished, json, "was already finished", uploaded=uploaded)
+            return 0 if uploaded else EXIT_PREEMPTED
     where, launch = launch.where, _with_limits(launch)
     sizes = _sizes(recipe, resolved.config, launch)
     machines = max(sizes)
@@ -316,8 +319,9 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
         return code
     if code == 0:  # a run that was told to stop must exit quickly; the follower continues by itself
         _wait_for_sinks(run)
+        code = 0 if run.attempt.uploaded else EXIT_PREEMPTED
     if code == 0 or not job.elastic:
-        _answer(view.load(run.directory), job.json, status)
+        _answer(view.load(run.directory), job.json, status, uploaded=run.attempt.uploaded)
     return code
 
 
@@ -481,7 +485,7 @@ def _write_report(run: Run) -> None:
 
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
     """The finished run with this name and config, with its report; None if there is none."""
-    seen = view.load(found) if found.exists() else None
+    seen = view.load(found) if found.exists() and not mirror.is_deleted(found) else None
     if seen is None or seen.status != view.FINISHED:
         return None
     if configs.drift(seen.config, redaction.tree(resolved.values)):
@@ -489,6 +493,22 @@ def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView
     if not (found.artifacts / "report.html").exists():  # the run was killed before it wrote its report
         html.write([seen], found.artifacts / "report.html")
     return seen
+
+
+def _upload_rest(run: directory.RunDirectory) -> bool:
+    """Upload what the store lacks of a run that was finished here; returns whether it has all of it."""
+    copy = mirror.of(run)
+    if copy is None or run.trained_here or not uploader.state(run).behind:
+        return True
+    try:
+        if copy.taken_elsewhere():
+            return True
+        said = uploader.wait(run, lambda: uploader.ONCE_PATIENCE)
+    except Unreachable as error:
+        said = uploader.State(error=str(error))
+    if said.behind:
+        log.warning("%s", uploader.lacking(run, copy, said))
+    return not said.behind
 
 
 def _wait_for_sinks(run: Run) -> None:
@@ -504,36 +524,50 @@ def _wait_for_sinks(run: Run) -> None:
             )
 
 
-def _answer(seen: RunView, json: bool, status: str) -> int:
-    """Print how the run ended, where it is, and what to do next."""
+def _answer(seen: RunView, json: bool, status: str, *, uploaded: bool = True) -> None:
+    """Print how the run ended, where it is, and what to do next.
+
+    Args:
+        uploaded: whether its object store, if it has one, has all of it.
+    """
     directory_ = seen.directory
     report = directory_.artifacts / "report.html"
     copy = mirror.of(directory_)
     if json:
         print_json({
             "id": directory_.id, "experiment": directory_.experiment, "run": str(directory_.path),
-            "store": copy.where if copy is not None else None,
+            "store": copy.where if copy is not None else None, "uploaded": uploaded,
             "status": seen.status, "step": seen.step, "metrics": seen.newest(),
             "artifacts": {n: str(directory_.artifacts / n) for n in seen.artifacts},
             "report": str(report) if report.is_file() else None,
         })  # fmt: skip
-        return 0
+        return
     out = console()
     out.print(f"\n{directory_.experiment}/{directory_.id} {status} at step {seen.step}")
     said = {metric: f"{value:.6g}" for metric, value in seen.newest().items()}
     said["run"] = _shortest(directory_.path)
     if copy is not None:
-        said["in the store"] = copy.where
+        said["in the store" if uploaded else "partly in the store"] = copy.where
     if report.is_file():
         said["report"] = _shortest(report)
     wide = min(48, max(24, *map(len, said)))
     for name, value in said.items():
         out.print(f"  {name:{wide}} {value}")
-    if seen.status == view.FINISHED:
-        out.print(f"next: stoker runs show {directory_.id}   stoker runs export {directory_.id}   stoker ui")
+    at = _option_for(seen.directory)
+    if not uploaded:
+        out.print(f"next: stoker sync {directory_.id}{at}")
+    elif seen.status == view.FINISHED:
+        export = f"stoker runs export {directory_.id}{at}"
+        out.print(f"next: stoker runs show {directory_.id}{at}   {export}   stoker ui{at}")
     else:
-        out.print(f"next: stoker resume {directory_.id}   stoker runs show {directory_.id}")
-    return 0
+        out.print(f"next: stoker resume {directory_.id}{at}   stoker runs show {directory_.id}{at}")
+
+
+def _option_for(run: directory.RunDirectory) -> str:
+    """The option with which a command finds a run in an object store, unless it looks there by itself."""
+    runs = run.path.parent.parent
+    url = finding.shown(runs)
+    return "" if url == str(runs) or finding.asked_for(None).rstrip("/") == url else f" --runs {url}"
 
 
 def _shortest(path: Path) -> str:

@@ -49,10 +49,12 @@ _OPTIONS = {
     "pull-secret": "the Secret for pulling the image",
     "queue": "Kueue's queue",
     "gpu-resource": "nvidia.com/gpu by default",
+    "toleration": "taints that the pods tolerate, as KEY or KEY=VALUE, separated by commas",
     "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
 }
 _NAMES = ("claim", "namespace", "secret", "service-account", "pull-secret", "queue", "runtime")
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
+_TAINT = re.compile(r"[A-Za-z0-9][\w./-]*(?:=[\w.-]*)?")
 _IMAGE = re.compile(r"[\w./:@+-]*")
 _NEEDS = "it must be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
 _SELECTOR = "node."
@@ -377,6 +379,9 @@ def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> di
     selected = {key.removeprefix(_SELECTOR): v for key, v in options.items() if key.startswith(_SELECTOR)}
     if selected:
         made["nodeSelector"] = selected
+    tolerations = _tolerations(spec)
+    if tolerations:
+        made["tolerations"] = tolerations
     # Loader workers pass batches through shared memory, of which a container has 64 MiB by default.
     volumes = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
@@ -397,12 +402,29 @@ def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> di
     return made
 
 
+def _tolerations(spec: JobSpec) -> list[dict[str, Any]]:
+    """The taints of nodes that pods accept: the usual one of GPUs, and those given. Raises BadInput."""
+    found: list[dict[str, Any]] = []
+    if spec.gpus:
+        gpu = spec.options.get("gpu-resource", "nvidia.com/gpu")
+        found.append({"key": gpu, "operator": "Exists", "effect": "NoSchedule"})
+    asked = spec.options.get("toleration")
+    for given in asked.split(",") if asked is not None else ():
+        if not _TAINT.fullmatch(given):
+            raise BadInput(f"--option toleration={asked}: give KEY or KEY=VALUE of a taint, as in pool=a")
+        key, equals, value = given.partition("=")
+        match = {"operator": "Equal", "value": value} if equals else {"operator": "Exists"}
+        found.append({"key": key, **match})
+    return found
+
+
 def _wait_for_first(spec: JobSpec, host: str) -> dict[str, Any]:
     """Pods start in any order, and a name resolves once its pod has an address."""
     return {
         "name": "wait-for-first",
         "image": spec.options["image"],
         "command": ["sh", "-c", f"until getent hosts {host}; do sleep 1; done"],
+        "resources": {amount: {"cpu": "100m", "memory": "64Mi"} for amount in ("requests", "limits")},
     }
 
 

@@ -261,6 +261,7 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
         told = f"rank {first.rank} failed:\n{first.trace.rstrip()}"
         failure = RankFailed(told if first.trace else first.error)
         failure.brief = f"rank {first.rank}: {first.error}"
+        failure.exit_code = first.code or failure.exit_code
         failure.raised, failure.at, failure.changed = bool(first.trace), first.at, first.changed
         raise failure
     if failed or not ends:

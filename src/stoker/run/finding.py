@@ -77,18 +77,29 @@ def named(runs: Path, experiment: str, run_id: str) -> RunDirectory:
     return _up_to_date(locate(runs, experiment, run_id))
 
 
-def every(runs: Path) -> list[RunDirectory]:
-    """All runs under a runs folder, oldest first."""
+def every(runs: Path, *, deleted: bool = False) -> list[RunDirectory]:
+    """All runs under a runs folder, oldest first.
+
+    Args:
+        deleted: include copies of runs that another machine deleted in the object store.
+    """
     _tolerantly(lambda: mirror.refresh(runs), runs)
     found = (RunDirectory(file.parent) for file in runs.glob("*/*/run.json"))
-    return sorted(
-        (run for run in found if run.exists()), key=lambda run: (run.record_file.stat().st_mtime_ns, run.id)
-    )
+    known = [run for run in found if run.exists() and (deleted or not mirror.is_deleted(run))]
+    return sorted(known, key=lambda run: (run.record_file.stat().st_mtime_ns, run.id))
 
 
-def find(runs: Path, reference: str) -> RunDirectory:
-    """The run that a path, `experiment/id`, an id, or the start of an id refers to. Raises BadInput."""
-    return _at_path(runs, reference) or _by_id(runs, reference, every(runs))
+def find(runs: Path, reference: str, *, deleted: bool = False) -> RunDirectory:
+    """The run that a path, `experiment/id`, an id, or the start of an id refers to. Raises BadInput.
+
+    Args:
+        deleted: also a run that another machine deleted in the object store, and of which a copy is here.
+    """
+    run = _at_path(runs, reference)
+    if run is not None and (deleted or not mirror.is_deleted(run)):
+        return run
+    known = every(runs, deleted=deleted)
+    return _named_in(known, reference) or _by_id(runs, reference, known)
 
 
 def meant(runs: Path, reference: str, known: Callable[[], Sequence[RunDirectory]]) -> list[RunDirectory]:
@@ -101,10 +112,13 @@ def meant(runs: Path, reference: str, known: Callable[[], Sequence[RunDirectory]
         BadInput: the reference matches nothing, or several runs that are not an experiment.
     """
     run = _at_path(runs, reference)
-    if run is not None:
+    if run is not None and not mirror.is_deleted(run):
         return [run]
     found = members(runs, reference, known())
     if not found:
+        named_so = _named_in(known(), reference)
+        if named_so is not None:
+            return [named_so]
         return [_by_id(runs, reference, known(), or_experiment=True)]
     others = [run for run in known() if run.id == reference]
     if others and found != others:
@@ -127,6 +141,13 @@ def _at_path(runs: Path, reference: str) -> RunDirectory | None:
         if (path / "run.json").is_file():
             return _up_to_date(RunDirectory(path.absolute()))
     return None
+
+
+def _named_in(known: Sequence[RunDirectory], reference: str) -> RunDirectory | None:
+    """The known run that `experiment/id` names: one in an object store may have had no copy here before."""
+    found = (run for run in known if f"{run.experiment}/{run.id}" == reference.rstrip("/"))
+    run = next(found, None)
+    return _up_to_date(RunDirectory(run.path.absolute())) if run is not None else None
 
 
 def _by_id(

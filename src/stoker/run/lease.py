@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Protocol
 
 import orjson
-from stoker import object_store, storage
-from stoker.errors import BadInput, StokerError
+from stoker import object_store, storage, world
+from stoker.errors import EXIT_PREEMPTED, BadInput, StokerError
 from stoker.object_store import Store, Unreachable
 
 log = logging.getLogger("stoker")
@@ -36,6 +36,17 @@ EXPIRES = 60.0  # seconds without a renewal after which a lease may be taken ove
 PATIENCE = 10.0  # seconds to keep trying a store
 _LOOK = 0.5
 _UNKNOWN = ""
+_NOBODY = "nobody"  # the trainer, as far as a process knows that found no lease
+
+
+class Busy(BadInput):
+    """Another process trains the run. Where a scheduler may try again, the exit code asks it to."""
+
+    def __init__(self, said: str) -> None:
+        if world.is_unattended():
+            said = f"{said}; exit code {EXIT_PREEMPTED} asks for another try later"
+            self.exit_code, self.again = EXIT_PREEMPTED, True
+        super().__init__(said)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,13 @@ class Holder:
     at: float = 0.0
     """When it was written, in seconds since 1970; for display only."""
     released: bool = False
+    trained: str = ""
+    """The id of the newest lease under which the run was trained; empty if it is this one."""
+
+    @property
+    def trainer(self) -> str:
+        """The id of the lease of the process that was the last to train the run."""
+        return self.trained or self.id
 
     @classmethod
     def of(cls, content: bytes) -> Holder:
@@ -130,21 +148,22 @@ class InStore:
         return f"{self.run}/{FOLDER}/{number:08d}"
 
 
-def of(run: Path, patience: float = PATIENCE) -> Lease | None:
+def of(run: Path, patience: float = PATIENCE, *, trains: bool = True) -> Lease | None:
     """The lease of a run's directory; None if its lock is enough, on a local disk.
 
     Args:
         patience: seconds to keep trying an object store that does not answer.
+        trains: whether to train under it; see `Lease`.
     """
     store = object_store.of(run.parent.parent)
     if store is not None:
         store = dataclasses.replace(store, patience=patience)
         place = InStore(store, f"{run.parent.name}/{run.name}")
         here = f"{store.copy} {storage.reach_of_locks(run)}"  # several machines may share a home directory
-        return Lease(place, here, run, run / FOLDER / "here")
+        return Lease(place, here, run, run / FOLDER / "here", trains=trains)
     if not storage.is_shared(run):
         return None
-    return Lease(InFolder(run / FOLDER), storage.reach_of_locks(run), run, None)
+    return Lease(InFolder(run / FOLDER), storage.reach_of_locks(run), run, None, trains=trains)
 
 
 class Lease:
@@ -153,12 +172,16 @@ class Lease:
     Args:
         locks: where that lock is visible, see `Holder.locks`.
         run: the run's directory, for messages.
-        note: a local file that records the newest lease taken on this machine, so that the run can continue
-            here while the store cannot be reached.
+        note: a local file that records the newest lease under which this machine trained the run, written
+            once it has all of the run. So the run can continue here while the store cannot be reached.
+        trains: whether the run is trained under this lease, and not only kept from being trained.
     """
 
-    def __init__(self, place: Place, locks: str, run: Path, note: Path | None) -> None:
+    def __init__(
+        self, place: Place, locks: str, run: Path, note: Path | None, *, trains: bool = True
+    ) -> None:
         self._place, self._locks, self._run, self._note = place, locks, run, note
+        self._trains, self._trained = trains, ""
         self._number = 0
         self._id = uuid.uuid4().hex
         self._beat = 0
@@ -168,19 +191,27 @@ class Lease:
     def take(self) -> bool:
         """Take a free lease, or one whose holder is gone.
 
-        Returns whether this machine had it before: then no other machine has anything newer of the run.
+        Returns whether this machine was the last to train the run: then no other one has anything newer of
+        it. If not, what is newer must be fetched before `note_here`.
 
-        Raises BadInput if another process trains the run; Unreachable if a store does not answer and this
-        machine was not the last to train the run.
+        Raises Busy if another process trains the run; Unreachable if a store does not answer and, as far
+        as known, this machine was not the last to train the run.
         """
+        was_here = bool(self._noted)
         try:
-            return self._take()
+            was_here = self.standing_here()
+            self._take(was_here)
         except Unreachable as error:
-            self._number, self._id = self.taken_here
-            if self._number == 0:
+            if not was_here:
                 raise
+            self._number, self._id = self._noted[0]
             log.warning("%s; continuing with the local copy", error)
-            return True
+        return was_here
+
+    def note_here(self) -> None:
+        """Record that this machine has all of the run and trains it under this lease."""
+        if self._trains and (self._number, self._id) not in self._noted[:1]:
+            self._write_note((self._number, self._id))
 
     def keep(self, lost: Callable[[str], None]) -> None:
         """Renew the lease in a thread until `release`; calls `lost` if another process has taken it."""
@@ -213,40 +244,50 @@ class Lease:
         return self._is_newest(self._number, self._id)
 
     def standing_here(self) -> bool:
-        """Whether the newest lease was taken on this machine, by any process. Raises Unreachable."""
-        number, of = self.taken_here
-        return number > 0 and self._is_newest(number, of)
+        """Whether this machine was the last to train the run, in any process. Raises Unreachable."""
+        noted = self._noted
+        if not noted:
+            return False
+        newest = max(self._place.numbers(), default=0)
+        if newest == 0:  # somebody deleted it
+            return True
+        try:
+            trainer = Holder.of(self._place.read(newest)).trainer
+        except FileNotFoundError:
+            return False
+        if trainer == _UNKNOWN:
+            return newest == noted[0][0]
+        return trainer == _NOBODY or trainer in {of for _, of in noted}
 
     def _is_newest(self, number: int, of: str) -> bool:
         newest = max(self._place.numbers(), default=0)
         if newest != number:
-            return newest < number
+            return newest == 0  # somebody deleted it
         try:
             return number == 0 or Holder.of(self._place.read(number)).id in (of, _UNKNOWN)
         except FileNotFoundError:
             return True
 
-    def _take(self) -> bool:
+    def _take(self, was_here: bool) -> None:
         number = max(self._place.numbers(), default=0)
-        was_here = self.standing_here()
         try:
             if number:
                 self._await_end_of(number)
+            if not self._trains:
+                self._trained = Holder.of(self._place.read(number)).trainer if number else _NOBODY
+            elif was_here:  # also if this process is killed before it knows that it has the lease
+                self._write_note(*self._noted, (number + 1, self._id))
             self._make(number + 1)
         except FileNotFoundError as error:
             if number == 0:
                 raise BadInput(f"{self._place.where} cannot be written to: it does not exist") from error
-            raise BadInput(f"another process has begun to train {self._run} just now") from error
+            raise Busy(f"another process has begun to train {self._run} just now") from error
         except FileExistsError as error:
-            raise BadInput(f"another process has begun to train {self._run} just now") from error
+            raise Busy(f"another process has begun to train {self._run} just now") from error
         self._number = number + 1
-        if self._note is not None:
-            self._note.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_atomically(self._note, f"{self._number} {self._id}".encode())
         for old in self._place.numbers():
             if old < self._number:
                 self._place.remove(old)
-        return was_here
 
     def _make(self, number: int) -> None:
         """Create a lease. Raises FileExistsError if another process has created it."""
@@ -258,7 +299,7 @@ class Lease:
             # it is ours: it was written, but the answer of the store was lost
 
     def _await_end_of(self, number: int) -> None:
-        """Wait until the holder of a lease is known to have ended. Raises BadInput if it is alive."""
+        """Wait until the holder of a lease is known to have ended. Raises Busy if it is alive."""
         first = self._place.read(number)
         holder = Holder.of(first)
         if holder.released or holder.locks == self._locks:
@@ -273,7 +314,7 @@ class Lease:
             if now.released:
                 return
             if now.beat != holder.beat:
-                raise BadInput(f"process {holder.pid} on {holder.host} is training {self._run} now")
+                raise Busy(f"process {holder.pid} on {holder.host} is training {self._run} now")
 
     def _keep(self, lost: Callable[[str], None]) -> None:
         while not self._ended.wait(BEAT):
@@ -292,19 +333,28 @@ class Lease:
 
     def _content(self, released: bool = False) -> bytes:
         holder = Holder(
-            self._id, platform.node(), os.getpid(), self._locks, self._beat, time.time(), released
-        )
+            self._id, platform.node(), os.getpid(), self._locks, self._beat, time.time(), released,
+            self._trained,
+        )  # fmt: skip
         return orjson.dumps(dataclasses.asdict(holder))
 
     @property
-    def taken_here(self) -> tuple[int, str]:
-        """The number and id of the newest lease taken on this machine; 0 if there is no record of one."""
+    def _noted(self) -> list[tuple[int, str]]:
+        """Number and id of the newest lease under which this machine trained the run, if it did.
+
+        After it come those that it was about to take, if it does not know whether it got them.
+        """
         try:
-            said = self._note.read_text(encoding="ascii") if self._note is not None else "0"
-            number, _, of = said.partition(" ")
-            return int(number), of
+            words = self._note.read_text(encoding="ascii").split() if self._note is not None else []
+            return [(int(number), of) for number, of in zip(words[::2], words[1::2], strict=True)]
         except (OSError, ValueError):
-            return 0, ""
+            return []
+
+    def _write_note(self, *leases: tuple[int, str]) -> None:
+        if self._note is not None:
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            said = " ".join(f"{number} {of}" for number, of in leases)
+            storage.write_atomically(self._note, said.encode())
 
 
 def held_elsewhere(run: Path) -> str:

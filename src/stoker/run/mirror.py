@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,12 +31,19 @@ log = logging.getLogger("stoker")
 Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
+_DELETED = "store.deleted"
+_PINS = "uploading"
+"""A folder of a run: links to the files of the checkpoint that is being uploaded."""
+_ASIDE = ".set-aside"
+"""In a runs folder: copies of runs that were deleted in the store, or replaced there by others."""
+_BEGINNING = 2**16  # bytes of a journal file, the first of which says which attempt it is of
+_HELD = ("attempt.lock", "store.lock", "store.wake")
 _LISTINGS = 5  # tries, if the run changes during a download
 _OWN = (  # folders that are not copied file by file
-    "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again"
+    "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again", _PINS
 )  # fmt: skip
 _DERIVED = (  # files next to run.json that belong to this machine
-    "attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN
+    "attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN, _DELETED
 )  # fmt: skip
 
 
@@ -63,6 +72,8 @@ class Mirror:
         """Files that are the same here and in the store, by key: local size and time, tag in the store."""
         self._there = there
         """The objects of the run in the store, by relative key; None before they are listed."""
+        self._same: set[str] = set()
+        """The journal files here that were compared with their part in the store."""
 
     @property
     def where(self) -> str:
@@ -79,7 +90,8 @@ class Mirror:
         """
         for left in reversed(range(_LISTINGS)):
             there = self._objects()
-            if "run.json" not in there:
+            self._note_deletion(there)
+            if "run.json" not in there or (self._is_another(there) and not self._set_aside()):
                 return
             self._run.make_folders()
             if newer_there is None:
@@ -92,6 +104,65 @@ class Mirror:
                 self.forget()
             else:
                 return
+
+    def make_room(self) -> bool:
+        """Set the copy here aside if the run was deleted in the store since, or replaced by another one.
+
+        The lock of the run must be held. Returns whether it was set aside. Raises Unreachable.
+        """
+        there = self._objects()
+        self._note_deletion(there)
+        if not (is_deleted(self._run) or self._is_another(there)):
+            return False
+        self._move_aside()
+        return True
+
+    def _is_another(self, there: Objects) -> bool:
+        """Whether the store has another run than this machine under the same name. Raises Unreachable."""
+        if "run.json" not in there or not self._run.exists():
+            return False
+        compared = [*_mark(self._run.record_file), there["run.json"].tag]
+        if there["run.json"].tag and self._known.get("run.json") == compared:
+            return False
+        uids = [_uid(self._store.read(f"{self._key}/run.json")), _uid(self._run.record_file.read_bytes())]
+        if None not in uids and uids[0] != uids[1]:
+            return True
+        self._known["run.json"] = compared
+        self._remember()
+        return False
+
+    def _note_deletion(self, there: Objects) -> None:
+        """Note here whether the run, which was in the store once, was deleted there by another machine."""
+        note = self._run.path / _DELETED
+        if "run.json" in there:
+            note.unlink(missing_ok=True)
+        elif "run.json" in self._known and self._run.exists():
+            note.touch()
+
+    def _set_aside(self) -> bool:
+        """Set the copy here aside, unless it is being trained; returns whether it was."""
+        lock = storage.try_lock(self._run.lock_file)
+        if lock is None:
+            return False
+        try:
+            self._move_aside()
+        finally:
+            os.close(lock)
+        return True
+
+    def _move_aside(self) -> None:
+        name = f"{self._run.id}-{(_uid(self._run.record_file.read_bytes()) or 'unknown')[:8]}"
+        aside = self._run.path.parent.parent / _ASIDE / self._run.experiment / name
+        aside.mkdir(parents=True, exist_ok=True)
+        files = [file for file in self._run.path.iterdir() if file.name not in _HELD]
+        for file in sorted(files, key=lambda file: file.name == "run.json"):  # last, so none is left over
+            target = aside / file.name
+            file.replace(target if not target.exists() else aside / f"{file.name}-{uuid.uuid4().hex[:8]}")
+        self._known, self._same = {}, set()
+        log.warning(
+            "%s was deleted or replaced by another run since it was trained here; what this machine had of "
+            "it is now in %s, which may be deleted", self.where, aside,
+        )  # fmt: skip
 
     def _fetch(self, there: Objects, *, artifacts: bool, newer_there: bool) -> None:
         self._fetch_files(there, artifacts=artifacts, newer_there=newer_there)
@@ -151,15 +222,29 @@ class Mirror:
         """
         known = stretches.known("journal", there)
         for file in self._run.journal.glob("attempt-*.jsonl"):
-            first = known.get(file.name, [])[:1]
-            content = b"".join(stretches.read(self._store, f"{self._key}/journal", file.name, first, 0))
-            with file.open("rb") as source:
-                same = bool(content) and content.startswith(source.read(len(content)))
-            if not same:
+            if not self._begins_same(file, known.get(file.name, [])[:1], there):
                 log.warning("%s was written here and is void: another machine resumed without it", file.name)
                 for derived in (*self._run.sinks.glob("*.json"), self._run.compacted):
                     derived.unlink(missing_ok=True)
                 file.replace(file.with_suffix(f".void-{uuid.uuid4().hex[:8]}"))
+        self._remember()
+
+    def _begins_same(self, file: Path, first: list[Stretch], there: Objects) -> bool:
+        """Whether a journal file here begins as the one in the store, where it may have grown since."""
+        if not first:
+            return False
+        key = f"journal/{file.name}"
+        stored = there[stretches.key("journal", file.name, 0)]
+        compared = [*_inode(file), stored.tag]
+        if stored.tag and self._known.get(key) == compared:
+            return True
+        begin = Stretch(0, min(first[0].end, _BEGINNING))
+        (content,) = stretches.read(self._store, f"{self._key}/journal", file.name, [begin], 0)
+        with file.open("rb") as source:
+            same = bool(content) and content.startswith(source.read(len(content)))
+        if same:
+            self._known[key] = compared
+        return same
 
     def _fetch_manifests(self, there: Objects) -> None:
         """Take over the checkpoints of the run after another machine resumed it.
@@ -174,14 +259,19 @@ class Mirror:
                 log.warning("%s was made here and is void: another machine resumed from before it", folder)
                 manifest.unlink()
         for folder in known:
-            local = self._run.checkpoints / folder / MANIFEST
+            key = f"checkpoints/{folder}/{MANIFEST}"
+            local = self._run.path / key
+            if local.is_file() and there[key].tag and self._known.get(key) == [*_mark(local), there[key].tag]:
+                continue
             try:
-                content = self._store.read(f"{self._key}/checkpoints/{folder}/{MANIFEST}")
+                content = self._store.read(f"{self._key}/{key}")
             except FileNotFoundError:  # the machine that trains the run has removed it since
                 continue
             if not local.is_file() or local.read_bytes() != content:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_atomically(local, content)
+            self._known[key] = [*_mark(local), there[key].tag]
+        self._remember()
 
     def taken_elsewhere(self) -> bool:
         """Whether another machine has trained the run since this one did, if it did. Raises Unreachable."""
@@ -216,17 +306,49 @@ class Mirror:
         committed = sorted((file.parent for file in manifests), reverse=True)
         self._still_ours()
         there = self._objects()
+        self._check_run(there)
         for file in self._files():
             self._push_file(file, there)
         self._remember()
         known = stretches.known("journal", there)
         for file in sorted(self._run.journal.glob("*.jsonl")):
-            stretches.push(self._store, self._key, "journal", file, known.get(file.name, []), there)
-        for path in committed:
+            of_file = known.get(file.name, [])
+            self._check_same(file, of_file)
+            stretches.push(self._store, self._key, "journal", file, of_file, there)
+        for path in committed:  # the newest first
             self._push_checkpoint(path, there)
+            if self._has_newer(committed[0]):  # than all of these: it comes next, and older ones later
+                break
         if committed:
             self._still_ours()
             self._remove_others({path.name for path in committed}, there)
+
+    def _has_newer(self, path: Path) -> bool:
+        manifests = self._run.checkpoints.glob(f"*/{MANIFEST}")
+        return any(step_of(file.parent.name) > step_of(path.name) for file in manifests)
+
+    def _check_run(self, there: Objects) -> None:
+        """Raises Lost if the run was deleted in the store, or replaced there by another one.
+
+        A run that is being trained is uploaded anew if somebody deleted it.
+        """
+        if not self._run.trained_here:
+            self._note_deletion(there)
+            if is_deleted(self._run):
+                raise Lost(f"{self.where} was deleted by another machine")
+        if self._is_another(there):
+            raise Lost(f"{self.where} is another run, which another machine began since under this name")
+
+    def _check_same(self, file: Path, there: list[Stretch]) -> None:
+        """Raises Lost if a journal file is not the one that the store has a part of."""
+        if file.name in self._same:
+            return
+        if not stretches.is_same(self._store, f"{self._key}/journal", file, there):
+            raise Lost(
+                f"{self.where} has another {file.name} than {self._run.journal}: another machine trained "
+                "this run, and nothing is uploaded from here; the next start here continues what is there"
+            )
+        self._same.add(file.name)
 
     def push_addition(self, file: Path) -> None:
         """Upload a journal file of a command that adds to a run, whichever machine trains it.
@@ -263,7 +385,7 @@ class Mirror:
     def _push_checkpoint(self, path: Path, there: Objects) -> None:
         """Upload a checkpoint, its manifest last."""
         key = f"checkpoints/{path.name}"
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile to make room for newer ones
+        with contextlib.suppress(FileNotFoundError):  # deleted before its upload began
             mark = _mark(path / MANIFEST)
             manifest = (path / MANIFEST).read_bytes()
             names = _names_in(manifest)
@@ -275,25 +397,44 @@ class Mirror:
                     self._known[key] = [*mark, ""]
                     return
                 self._remove(f"{key}/{MANIFEST}", there)  # of another attempt at this step
-            for name in names:
-                self._store.put(f"{self._key}/{key}/{name}", path / name)
-                there[f"{key}/{name}"] = Stored((path / name).stat().st_size)
+            with self._pinned(path, names) as pinned:
+                for name in names:
+                    size = (pinned / name).stat().st_size
+                    self._store.put(f"{self._key}/{key}/{name}", pinned / name)
+                    there[f"{key}/{name}"] = Stored(size)
             self._still_ours()
             self._store.write(f"{self._key}/{key}/{MANIFEST}", manifest)
             there[f"{key}/{MANIFEST}"] = Stored(len(manifest))
             self._known[key] = [*mark, ""]
 
+    @contextlib.contextmanager
+    def _pinned(self, path: Path, names: Iterable[str]) -> Iterator[Path]:
+        """Keep a checkpoint's files for this block, though it may be deleted to make room for newer ones.
+
+        Where files cannot be linked, it is used as it is. Raises FileNotFoundError if it is already deleted.
+        """
+        pins = self._run.path / _PINS
+        shutil.rmtree(pins, ignore_errors=True)  # of an uploader that was killed
+        pins.mkdir()
+        try:
+            yield pins if _link(path, names, pins) else path
+        finally:
+            shutil.rmtree(pins, ignore_errors=True)
+
     def _remove_others(self, kept: set[str], there: Objects) -> None:
         """Delete from the store the checkpoints that no longer exist here.
 
         One newer than all here stays, unless it is void: it was lost here, and the next start fetches it.
+        All stay as long as the store has none of those that exist here.
         """
+        if kept.isdisjoint(self._checkpoints(there)):
+            return
         folders = {key.split("/")[1] for key in there if key.startswith("checkpoints/")}
         gone = {f for f in folders - kept if not (self._run.checkpoints / f / MANIFEST).exists()}
-        newest = max(_step_of(folder) for folder in kept)
-        if any(_step_of(folder) > newest for folder in gone):
+        newest = max(step_of(folder) for folder in kept)
+        if any(step_of(folder) > newest for folder in gone):
             stand = set(view.fold(self._run, self._run.record()).checkpoints)
-            gone = {f for f in gone if _step_of(f) < newest or _step_of(f) not in stand}
+            gone = {f for f in gone if step_of(f) < newest or step_of(f) not in stand}
         for folder in gone:
             self.remove_checkpoint(folder)
 
@@ -347,6 +488,17 @@ def of(run: RunDirectory, patience: float | None = None) -> Mirror | None:
     return Mirror(run, store) if store is not None else None
 
 
+def is_deleted(run: RunDirectory) -> bool:
+    """Whether, as of the last look, a run of which there is a copy here was deleted in its store."""
+    return (run.path / _DELETED).exists()
+
+
+def restore(run: RunDirectory) -> None:
+    """Have a run that `is_deleted` uploaded again as a whole."""
+    (run.path / _KNOWN).unlink(missing_ok=True)
+    (run.path / _DELETED).unlink(missing_ok=True)
+
+
 def remove(run: RunDirectory) -> None:
     """Delete a run, here and in its object store. Raises Unreachable."""
     copy = of(run)
@@ -372,9 +524,34 @@ def refresh(runs: Path) -> None:
         run = RunDirectory(runs / place)
         if "run.json" in there and not run.trained_here:
             Mirror(run, store, there).fetch()
+    for file in runs.glob("*/*/run.json"):
+        run = RunDirectory(file.parent)
+        if "run.json" not in objects.get(f"{run.experiment}/{run.id}", {}) and not run.trained_here:
+            Mirror(run, store, {}).fetch()  # notes that it was deleted
 
 
-def _step_of(folder: str) -> int:
+def _link(folder: Path, names: Iterable[str], target: Path) -> bool:
+    """Link files into another folder; False if the file system has no links. Raises FileNotFoundError."""
+    try:
+        for name in names:
+            os.link(folder / name, target / name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        log.debug("%s is uploaded without links to its files: %s", folder, error)
+        return False
+    return True
+
+
+def _uid(record: bytes) -> str | None:
+    """The unique id in a `run.json`; None if it has none or is damaged."""
+    try:
+        return orjson.loads(record).get("uid")  # type: ignore[no-any-return]
+    except (orjson.JSONDecodeError, AttributeError):
+        return None
+
+
+def step_of(folder: str) -> int:
     """The step of a checkpoint; -1 for a folder of another kind."""
     step = folder.removeprefix("step-")
     return int(step) if step.isdecimal() else -1
@@ -391,6 +568,11 @@ def _is_copied(path: Path) -> bool:
 def _manifest_first(keys: Iterable[str]) -> list[str]:
     """The keys in deletion order: manifests and run.json first, so nothing half deleted seems complete."""
     return sorted(keys, key=lambda key: (not key.endswith(("run.json", MANIFEST)), key))
+
+
+def _inode(file: Path) -> list[int]:
+    """What a file keeps as it grows, and one that replaces it does not have."""
+    return [file.stat().st_ino]
 
 
 def _mark(file: Path) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 from stoker import config as configs
-from stoker import redaction, storage
+from stoker import object_store, redaction, storage
 from stoker.errors import BadInput
 from stoker.run import directory, lease, mirror, rendezvous
 from stoker.run.directory import RunDirectory
@@ -116,7 +116,7 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
             "runs using `with stoker.Run(...) as run:`, which closes them"
         )
     if lock is None:
-        raise BadInput(
+        raise lease.Busy(
             f"another process is training {run.path} now: wait for it, stop it, or choose another name"
         )
     try:
@@ -129,24 +129,38 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
     return lock
 
 
-def lease_of(run: RunDirectory) -> lease.Lease | None:
+def lease_of(run: RunDirectory, *, trains: bool = True) -> lease.Lease | None:
     """Take the lease of a run that other machines can reach, and fetch what they added to it.
 
     Returns None if the run has no lease. Raises BadInput if another machine is training the run, Unreachable
     if its object store does not answer.
+
+    Args:
+        trains: whether to train under it; see `lease.Lease`.
     """
-    held = lease.of(run.path)
+    held = lease.of(run.path, trains=trains)
     if held is None:
         return None
     was_here = held.take()
     try:
         copy = mirror.of(run)
-        if copy is not None and not was_here:
+        if copy is not None and not (was_here and _is_unchanged(copy)):
+            if not was_here:
+                copy.make_room()
             copy.fetch(newer_there=True)
+        held.note_here()  # only now: whoever fails or is killed before has not all of it
     except BaseException:
         held.release()
         raise
     return held
+
+
+def _is_unchanged(copy: mirror.Mirror) -> bool:
+    """Whether the store has the same run still, as far as it answers; otherwise the copy is set aside."""
+    try:
+        return not copy.make_room()
+    except object_store.Unreachable:
+        return True
 
 
 @contextlib.contextmanager
@@ -159,7 +173,7 @@ def kept_from_training(run: RunDirectory) -> Iterator[None]:
     if lock is None:
         raise BadInput(f"run {run.id!r} is being trained now: stop it first")
     try:
-        held = lease_of(run)
+        held = lease_of(run, trains=False)
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from stoker import storage
 from stoker.object_store import Store, Stored
 
 _LONGEST = 2**26  # bytes
+_COMPARED = 2**12  # bytes: whole lines with their times
 
 
 class Stretch(NamedTuple):
@@ -40,6 +41,30 @@ def known(folder: str, there: Mapping[str, Stored]) -> dict[str, list[Stretch]]:
         if int(begin) <= reached < int(begin) + there[key].size:  # a merged one may not be deleted yet
             of_file.append(Stretch(int(begin), int(begin) + there[key].size))
     return found
+
+
+def is_same(store: Store, folder: str, file: Path, stretches: Sequence[Stretch]) -> bool:
+    """Whether a file agrees with its stretches in the store, in the last bytes that both have.
+
+    If both have the same size, nothing is read.
+
+    Args:
+        folder: the folder's full key.
+
+    Raises:
+        Unreachable: the store does not answer.
+        FileNotFoundError: a stretch is no longer there.
+    """
+    size, there = file.stat().st_size, stretches[-1].end if stretches else 0
+    end = min(size, there)
+    if size == there or end == 0:
+        return True
+    last = next(stretch for stretch in stretches if stretch.begin < end <= stretch.end)
+    begin = max(last.begin, end - _COMPARED)
+    with file.open("rb") as source:
+        source.seek(begin)
+        content = source.read(end - begin)
+    return content == store.read(key(folder, file.name, last.begin), begin - last.begin, end - last.begin)
 
 
 def push(
@@ -69,12 +94,12 @@ def push(
         with file.open("rb") as source:
             source.seek(begin)
             content = source.read(last - begin)
-        store.write(f"{base}/{_key(folder, file.name, begin)}", content)
+        store.write(f"{base}/{key(folder, file.name, begin)}", content)
         stretches.append(Stretch(begin, last))
-        there[_key(folder, file.name, begin)] = Stored(len(content))
+        there[key(folder, file.name, begin)] = Stored(len(content))
         for old in joined[:-1]:  # its content is now in the merged stretch
-            store.remove(f"{base}/{_key(folder, file.name, old)}")
-            there.pop(_key(folder, file.name, old), None)
+            store.remove(f"{base}/{key(folder, file.name, old)}")
+            there.pop(key(folder, file.name, old), None)
 
 
 def _to_join(stretches: list[Stretch], begin: int, end: int) -> list[int]:
@@ -99,9 +124,10 @@ def read(store: Store, folder: str, name: str, stretches: Sequence[Stretch], fir
     for stretch in stretches:
         if stretch.end > first:
             at = max(0, first - stretch.begin)
-            yield store.read(_key(folder, name, stretch.begin), at, stretch.end - stretch.begin)
+            yield store.read(key(folder, name, stretch.begin), at, stretch.end - stretch.begin)
             first = stretch.end
 
 
-def _key(folder: str, name: str, begin: int) -> str:
+def key(folder: str, name: str, begin: int) -> str:
+    """The key of the stretch of a file that begins at a byte."""
     return f"{folder}/{name}/{begin:015d}"

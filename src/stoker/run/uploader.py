@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from stoker import storage
 from stoker.run import messages, mirror, view
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import MANIFEST, RunDirectory
 from stoker.run.mirror import Lost, Mirror
 
 log = logging.getLogger("stoker")
@@ -33,7 +34,11 @@ _TRIES = 4
 LONGEST_BACKOFF = 30.0  # seconds between tries while the store does not answer
 PATIENCE = 600.0  # seconds to keep trying such a store once the trainer has ended
 ONCE_PATIENCE = 10.0  # the same for `stoker sync`, where the user waits
-FINISH_PATIENCE = 30.0  # seconds that a run that has ended waits for such a store
+FINISH_PATIENCE = 600.0  # seconds that a run that has ended waits for such a store ...
+STOP_PATIENCE = 30.0  # ... and one that was told to stop
+SAY = 30.0  # seconds between messages while a command waits for an upload
+BEHIND = 3  # checkpoints that the store lacks ...
+BEHIND_FOR = 60.0  # ... and seconds since the first of them was made, after which it is said
 LAST_WORDS = 3.0  # seconds for the other ranks to notice that one was killed, and to log it
 
 
@@ -65,6 +70,11 @@ class Uploads:
         self._run, self._copy = run, copy
         self._process: subprocess.Popen[bytes] | None = None
         self._warned = False
+        self.whole = True
+        """After `finish`: whether the store has all of the run, if there is a store."""
+        self._lacking: dict[int, float] = {}
+        """Steps of the checkpoints that were made and that the store lacks, with the time they were seen."""
+        self._warned_behind = False
 
     def begin(self) -> None:
         """Start an uploader if none is running; called when there is something to upload."""
@@ -77,7 +87,9 @@ class Uploads:
             return
         if self._process is None or self._process.poll() is not None:
             self.begin()
-        error = state(self._run).error
+        said = state(self._run)
+        self._warn_if_behind(said)
+        error = said.error
         if error and not self._warned:
             log.warning(
                 "cannot upload to %s now (%s); training continues, checkpoints are kept in %s and uploaded "
@@ -87,17 +99,45 @@ class Uploads:
             log.info("uploads to %s work again", self._copy.where)
         self._warned = bool(error)
 
-    def finish(self) -> None:
-        """Wait until all is uploaded or the store fails for too long. Call after releasing the run's lock."""
+    def _warn_if_behind(self, said: State) -> None:
+        """Say once that the store's newest checkpoint is several behind, as deleted ones count too."""
+        newest = -1 if said.checkpoint is None else said.checkpoint
+        made = {mirror.step_of(file.parent.name) for file in self._run.checkpoints.glob(f"*/{MANIFEST}")}
+        now = time.monotonic()
+        known = {**dict.fromkeys(made, now), **self._lacking}
+        self._lacking = {step: seen for step, seen in known.items() if step > newest}
+        since = min(self._lacking.values(), default=now)
+        if self._warned_behind or len(self._lacking) < BEHIND or now - since < BEHIND_FOR or said.error:
+            return
+        self._warned_behind = True
+        has = "no checkpoint yet" if newest < 0 else f"as its newest checkpoint that of step {newest}"
+        log.warning(
+            "%s has %s, and %d were made since: uploads are slower than checkpoints are made, so a machine "
+            "that is lost costs more; raise checkpoint_every", self._copy and self._copy.where, has,
+            len(self._lacking),
+        )  # fmt: skip
+
+    def finish(self, stopping: Callable[[], bool]) -> None:
+        """Wait until all is uploaded or the store fails for too long. Call after releasing the run's lock.
+
+        Args:
+            stopping: whether the process was told to stop, and so waits only for `STOP_PATIENCE`.
+        """
         if self._copy is None:
             return
         log.info("uploading the rest to %s", self._copy.where)
-        said = wait(self._run, FINISH_PATIENCE)
+        said = wait(self._run, lambda: STOP_PATIENCE if stopping() else FINISH_PATIENCE)
+        self.whole = not said.behind
         if said.behind:
-            log.warning(
-                "%s does not have all of this run (%s); the run is kept in %s, and its next start or "
-                "`stoker sync` uploads the rest", self._copy.where, said.error, self._run.path,
-            )  # fmt: skip
+            log.warning("%s", lacking(self._run, self._copy, said))
+
+
+def lacking(run: RunDirectory, copy: Mirror, said: State) -> str:
+    """What to say of a run that has ended and is not uploaded completely."""
+    return (
+        f"{copy.where} does not have all of this run ({said.error}); the run is kept in {run.path}, and its "
+        "next start or `stoker sync` uploads the rest"
+    )
 
 
 def spawn(run: RunDirectory, *, once: bool = False) -> subprocess.Popen[bytes]:
@@ -123,25 +163,34 @@ def working(run: RunDirectory) -> bool:
     return storage.is_locked(_turn(run))
 
 
-def wait(run: RunDirectory, patience: float) -> State:
+def wait(run: RunDirectory, patience: Callable[[], float]) -> State:
     """Wait until a run that is not being trained is uploaded completely; starts an uploader if needed.
 
     Args:
-        patience: seconds to wait for a store that does not answer.
+        patience: seconds to wait for a store that does not answer; asked again and again.
     """
-    begun = time.time()
+    begun = said_at = time.time()
     _wake(run).touch()  # an uploader that pauses after a failure tries again now
-    for _ in range(_TRIES):
-        while working(run):
-            said = state(run)
-            if said.error and said.at >= begun and time.time() - said.since > patience:
+    tries = 0
+    while True:
+        said = state(run)
+        if time.time() - said_at > SAY:
+            said_at = time.time()
+            log.info("still uploading%s", f": the store does not answer ({said.error})" if said.error else "")
+        tired = said.error and said.at >= begun and time.time() - max(said.since, begun) > patience()
+        if working(run):
+            if tired:
                 return said
             time.sleep(0.05)
+            continue
         said = state(run)
-        if said.at >= begun and (said.error or not said.behind):
+        over = tired or not said.since  # else the store does not answer, which may pass
+        if said.at >= begun and (not said.behind or (said.error and over)):
+            return said
+        tries += not said.error
+        if tries > _TRIES:
             return said
         spawn(run, once=True).wait()  # returns at once if another one has just started
-    return state(run)
 
 
 class Source(Protocol):
