@@ -271,6 +271,19 @@ def test_a_loop_over_other_data_counts_from_where_it_begins_if_it_is_told_so(tmp
     _assert_goes_on(tmp_path / "more", _with_other_data, (3, 4, 5, 8, 12, 14))
 
 
+def test_each_loop_that_counts_from_where_it_begins_has_an_order_of_its_own(tmp_path: Path) -> None:
+    seen: list[int] = []
+    with Run("test", "a", runs=tmp_path) as run:
+        trainer = _trainer(run)
+        loader = trainer.loader(_Numbers(16, seen), batch_size=8)
+        for _ in range(3):
+            for batch in trainer.steps(loader, epochs=1, from_here=True):
+                trainer.step(batch)
+    epochs = [seen[at : at + 16] for at in (0, 16, 32)]
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
 def test_a_loop_that_begins_in_the_middle_of_other_data_is_told_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -281,5 +294,5 @@ def test_a_loop_that_begins_in_the_middle_of_other_data_is_told_so(
             for batch in trainer.steps(loader, max_steps=steps):
                 trainer.step(batch)
         assert "(40 samples, not 16), but begins at position 16 of it" in caplog.text
-        with pytest.raises(ValueError, match="or give this loop from_here=True"):
+        with pytest.raises(ValueError, match="for a stage of its own, give from_here=True"):
             next(trainer.steps(loader, epochs=0.5))

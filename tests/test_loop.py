@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,28 @@ def _without_batch_norm() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
+class _Wrapping(MutableMapping[str, torch.Tensor]):
+    """A mapping of which a shallow copy shares what it wraps."""
+
+    def __init__(self, wrapped: dict[str, torch.Tensor]) -> None:
+        self.wrapped = wrapped
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.wrapped[key]
+
+    def __setitem__(self, key: str, value: torch.Tensor) -> None:
+        self.wrapped[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.wrapped[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.wrapped)
+
+    def __len__(self) -> int:
+        return len(self.wrapped)
+
+
 def test_a_batch_of_transformers_own_is_split_and_moved_as_a_dict_is(open_run: Callable[..., Run]) -> None:
     def losses(collate: Any, **settings: Any) -> list[float]:
         class Classifier(nn.Module):
@@ -157,6 +179,9 @@ def test_a_batch_of_transformers_own_is_split_and_moved_as_a_dict_is(open_run: C
     assert [(part["x"].shape, len(names), type(part)) for part, names in split] == [
         ((3, 2), 3, BatchEncoding), ((2, 2), 2, BatchEncoding),
     ]  # fmt: skip
+    own = _Wrapping({"x": torch.arange(5)})
+    assert [part["x"].tolist() for part in batches.split(own, 3)] == [[0, 1, 2], [3, 4]]
+    assert own["x"].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 8, 100])
@@ -681,27 +706,32 @@ def _assert_goes_on(
 
 
 class _Momentary(nn.Module):
-    """A buffer that is not persistent and changes, one that is made in the first pass, and a constant."""
+    """Buffers that are not persistent: one is written to, one is replaced, as caches are, and a constant."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model = _model()
         self.register_buffer("scale", torch.ones(()), persistent=False)
-        self.register_buffer("shift", None, persistent=False)
-        self.register_buffer("mask", torch.tril(torch.ones(4, 4, dtype=torch.bool)), persistent=False)
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+        self.register_buffer("every_second", torch.arange(8.0)[::2], persistent=False)
+        self.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.shift = x.new_zeros(6) if self.shift is None else self.shift + 0.1 * x.mean(0)
+        self.cache = x.new_zeros(len(self.cache) + 1)
         self.scale.mul_(0.9)
-        return self.model(x * self.scale + self.shift)
+        return self.model(x)  # type: ignore[no-any-return]
 
 
-def test_buffers_that_are_not_persistent_are_saved_if_they_change(open_run: Callable[..., Run]) -> None:
-    _assert_goes_on(open_run, _Momentary)
-    newest, _ = manifest.newest(open_run("cut").directory.checkpoints)
-    assert newest is not None
-    saved = {name for name in store.shapes(newest) if "scale" in name or "shift" in name or "mask" in name}
-    assert saved == {"buffer.scale", "buffer.shift"}
+def test_a_buffer_that_no_checkpoint_has_but_changes_is_told_once(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        _run_on(_trainer(run, _Momentary(), checkpoint_every=1), 3)
+    told = [text for text in caplog.messages if "not persistent" in text]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "step 1: buffers that are not persistent have changed (scale), but no checkpoint"
+    )
 
 
 class _Prototypes(nn.Module):
@@ -1132,6 +1162,49 @@ def test_a_batch_that_is_left_out_does_not_change_running_statistics(
             buffers.append({name: b.clone() for name, b in trainer.model.named_buffers()})
     assert all(torch.equal(buffers[15 - 1][name], b) for name, b in buffers[14 - 1].items())
     assert not torch.equal(buffers[16 - 1]["1.running_mean"], buffers[15 - 1]["1.running_mean"])
+
+
+class _Queue(nn.Module):
+    """Buffers of all kinds: one grows, one is made in the first pass, one is expanded, one is a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _model()
+        self.register_buffer("means", torch.zeros(0, 6))
+        self.register_buffer("center", None)
+        self.register_buffer("wide", torch.ones(1).expand(6), persistent=False)
+        self.register_buffer("counts", torch.arange(12.0)[::2], persistent=False)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+        self.cached = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.means = torch.cat([self.means, x.mean(0, keepdim=True)])
+        self.center = self.means.mean(0)
+        self.counts.add_(1)
+        if len(self.means) > 14:
+            self.cached, self.cache = 2, torch.zeros(2)
+        return self.model(x * self.wide - self.center)  # type: ignore[no-any-return]
+
+
+def test_buffers_of_any_kind_are_as_they_were_before_a_batch_that_is_left_out(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            total, weight = _loss(output, batch)
+            return (total * math.nan if run.step in (1, 15) else total), weight
+
+        trainer = _trainer(run, _Queue(), loss=loss, on_bad_loss="skip")
+        seen = []
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=16):
+            trainer.step(batch)
+            seen.append((len(trainer.model.means), trainer.model.center, trainer.model.counts[0].item()))
+    assert [means for means, _, _ in seen] == [0, *range(1, 14), 13, 14]
+    assert seen[0][1] is None
+    assert torch.equal(seen[14][1], seen[13][1])
+    assert [half for _, _, half in seen] == [0, *range(1, 14), 13, 14]
+    assert len(trainer.model.cache) == trainer.model.cached
 
 
 def test_a_pass_that_ran_out_of_memory_does_not_change_running_statistics(
@@ -1566,7 +1639,11 @@ def test_the_best_is_of_the_weights_that_were_measured_where_asked_or_watched(
 @pytest.mark.parametrize(
     ("metric", "best", "said"),
     [
-        ("score", "score", r"its metric score is not known to be better low or high: .*run.goal\('score'"),
+        (
+            "score",
+            "score",
+            r"its metric score is not known to be better low or high: .*run.goal\(score=\"max\"\)",
+        ),
         ("eval_loss", "val_loss", "its metric val_loss was not logged: name .*; did you mean 'eval_loss'"),
         ("val_loss", "val_loss", ""),
     ],

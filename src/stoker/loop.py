@@ -318,7 +318,8 @@ class Trainer:
             loader: what `Trainer.loader` returned.
             epochs, max_steps: the length, of which one is given. It counts from the start of the run.
             from_here: count the length, the epochs and the position in the data from where this loop begins,
-                as for a second stage with other data. A schedule goes on counting the steps of the run.
+                as for a second stage with other data. The order and the augmentations are others than those
+                of the loops before. A schedule goes on counting the steps of the run.
 
         Raises:
             ValueError: both lengths are given, or neither; or an earlier loop of the script has already made
@@ -343,8 +344,8 @@ class Trainer:
             raise ValueError(
                 f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
                 "length counts from the start of the run. Use one loop for all steps "
-                '(trainer.every("1ep") is true at the end of each epoch), or give this loop from_here=True, '
-                "which counts from where it begins"
+                '(trainer.every("1ep") is true at the end of each epoch); or, for a stage of its own, give '
+                "from_here=True, with which a loop counts from where it begins"
             )
         if self.steps_done > self._total and self.world.rank == 0:
             log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
@@ -415,7 +416,9 @@ class Trainer:
         pace = self._gauge.pace
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
         if self.steps_done <= self._total:  # otherwise the run is past this loop
-            source = loader.batches(self.samples_done - self._from[1], None if self._begun else self._at.data)
+            stage = self._loops - 1 if self._from[1] else 0
+            place = None if self._begun else self._at.data
+            source = loader.batches(self.samples_done - self._from[1], place, stage=stage)
             self._begin_attempt(loader)
             self._at.data = None
         if self.steps_done < self._total:
@@ -460,8 +463,6 @@ class Trainer:
                     self._end_loop()
                     raise Stopped(stop)
             self.run.step = self.steps_done
-        if self.training.checkpoint_best and self.steps_done == self._total:
-            self._checkpoints.warn_if_never_logged()
         self._save()
         self._end_loop()
 
@@ -513,6 +514,8 @@ class Trainer:
             another: whether another loop follows; a run that resumes there is past this one. Otherwise the
                 same script would go on with it.
         """
+        if self.training.checkpoint_best and not another and self.steps_done == self._total:
+            self._checkpoints.warn_if_never_logged()
         if self._batch_is in ("", "computed"):  # a step that failed half-way, and whose error was caught
             return
         if self._batch_is == "trained on":

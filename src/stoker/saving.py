@@ -72,12 +72,15 @@ class Saved:
         """This rank's tensors, and the joined values of all ranks. All ranks call it."""
         strategies.gather_no_more(self.step.model)
         self.frozen.check(position["step"])
-        kept, buffers = self.frozen.kept(), self.frozen.buffers()
-        frozen = {n: p.detach() for n, p in self.step.model.named_parameters() if n in kept}
-        beside = {**frozen, **state.saved_buffers(self.step.model), **buffers}
-        copies.check(self.step.model, beside, self._part(), position["step"])
+        kept, part = self.frozen.kept(), self._part()
+        parameters = dict(self.step.model.named_parameters())
+        copies.check(
+            {n: p for n, p in parameters.items() if p.requires_grad},
+            {n: parameters[n] for n in kept},
+            state.saved_buffers(self.step.model),
+            part=part, whole=part[:1], step=position["step"],
+        )  # fmt: skip
         tensors, values = self._model(kept)
-        tensors.update({f"buffer.{name}": t for name, t in buffers.items()})
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
         own, registered = self.registered.capture()
         tensors.update(own)
@@ -104,7 +107,6 @@ class Saved:
         tensors, values, whole = self._put(checkpoint, waits)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
-        self.frozen.put_buffers(state.inside(tensors, "buffer."))
         self.modes.restore(values.get("modes", {}))
         self.registered.restore(checkpoint, values.get("registered", {}))
         rank = self.world.rank
@@ -303,9 +305,8 @@ class Checkpoints:
         value = self._attempt.recorder.latest.get(self.best)
         goal = goal_of(self.best, self._attempt.goals)
         if value is not None and goal is None:
-            self._warn_of_best(
-                f"is not known to be better low or high: say so with run.goal({self.best!r}, ...)"
-            )
+            say = f'{self.best}="max"' if self.best.isidentifier() else f'**{{"{self.best}": "max"}}'
+            self._warn_of_best(f"is not known to be better low or high: say which with run.goal({say})")
         is_old = self._attempt.recorder.latest_at.get(self.best) != self._attempt.step
         if value is None or goal is None or is_old or math.isnan(value):
             return False

@@ -15,10 +15,12 @@ def train(folder: Path, how: str, **settings: object) -> str:
     made = torch.Generator().manual_seed(0)
     try:
         with Run("test", how, runs=folder / "runs") as run:
-            trainer = trainer_of(run, **settings)
-            weight = trainer.model.weight
+            model = torch.nn.Linear(2, 4)
             if how == "buffer":
-                trainer.model.register_buffer("center", torch.zeros(2), persistent=False)
+                model.register_buffer("center", torch.zeros(2))
+                model.register_buffer("mask", torch.full((2,), -torch.inf))
+            trainer = trainer_of(run, model, **settings)
+            weight = trainer.model.weight
             loader = trainer.loader(TensorDataset(torch.randn(24, 2, generator=made)), batch_size=12)
             for batch in trainer.steps(loader, max_steps=2):
                 loss = trainer.forward(batch).square().sum()

@@ -24,10 +24,10 @@ class Kept:
         self.state = state
 
 
-def trainer_of(run: Run, **settings: Any) -> Trainer:
+def trainer_of(run: Run, model: nn.Module | None = None, **settings: Any) -> Trainer:
     """A trainer of a small model."""
     return Trainer(
-        run, nn.Linear(2, 4), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        run, model or nn.Linear(2, 4), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         loss=lambda output, batch: (output.sum(), len(output)),
         training=Training(precision="fp32", **settings),
     )  # fmt: skip

@@ -38,9 +38,15 @@ def test_what_is_one_model_is_saved(how: str, settings: dict[str, object], size:
     assert (said in log) == (how == "rounding")
 
 
-@pytest.mark.parametrize(("how", "name"), [("buffer", "center"), ("frozen", "bias")])
-def test_what_each_rank_changes_by_its_own_batches_is_told_once(how: str, name: str, tmp_path: Path) -> None:
-    assert ranks.run(copies_run.train, 2, tmp_path, tmp_path, how, checkpoint_every=1) == ["", ""]
+@pytest.mark.parametrize(
+    ("how", "name", "parallel"),
+    [("buffer", "center", "ddp"), ("buffer", "center", "fsdp"), ("frozen", "bias", "ddp")],
+)
+def test_what_each_rank_changes_by_its_own_batches_is_told_once(
+    how: str, name: str, parallel: str, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_every": 1, "parallel": parallel}
+    assert ranks.run(copies_run.train, 2, tmp_path, tmp_path, how, **settings) == ["", ""]
     log = (tmp_path / "runs" / "test" / how / "logs" / "rank-0.log").read_text()
     assert log.count(f"step 1: ranks have changed buffers or frozen weights differently ({name})") == 1
     assert log.count("ranks have changed") == 1

@@ -19,7 +19,6 @@ from stoker.checkpoint import frozen
 from stoker.errors import StokerError
 from stoker.words import some
 from stoker.world import World
-from torch import nn
 
 log = logging.getLogger("stoker")
 
@@ -35,29 +34,40 @@ _said: set[str] = set()
 """The buffers and frozen parameters that were warned of."""
 
 
-def check(model: nn.Module, beside: Mapping[str, torch.Tensor], part: Hashable, step: int) -> None:
+def check(
+    trained: Mapping[str, torch.Tensor],
+    frozen_ones: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
+    *,
+    part: Hashable,
+    whole: Hashable,
+    step: int,
+) -> None:
     """Raises StokerError if trained parameters have diverged between ranks; warns if others have.
 
     All ranks call it.
 
     Args:
-        beside: what is saved besides trained parameters: buffers, and frozen parameters that have changed.
-        part: which part of the model this rank holds, equal for ranks that hold copies.
+        trained, frozen_ones, buffers: what this rank saves of the model; of frozen parameters, those that
+            have changed.
+        part: which part of the parameters this rank holds, equal for ranks that hold copies.
+        whole: the same for buffers, which are not sharded.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    probes = [_probes(trained), _probes(beside)]
-    of_ranks = distributed.gathered((part, [_sum(found) for found in probes]))
-    firsts = {held: rank for rank, (held, _) in reversed(list(enumerate(of_ranks)))}
-    pairs = [(firsts[held], rank) for rank, (held, _) in enumerate(of_ranks)]
-    for number, answer in enumerate((_answer, _tell)):
-        others = [(a, b) for a, b in pairs if of_ranks[a][1][number] != of_ranks[b][1][number]]
+    groups = ((trained, part, _answer), (frozen_ones, part, _tell), (buffers, whole, _tell))
+    probes = [_probes(tensors) for tensors, _, _ in groups]
+    of_ranks = distributed.gathered(
+        [(of, _sum(found)) for (_, of, _), found in zip(groups, probes, strict=True)]
+    )
+    for number, (_, _, answer) in enumerate(groups):
+        firsts = {held[number][0]: rank for rank, held in reversed(list(enumerate(of_ranks)))}
+        pairs = [(firsts[held[number][0]], rank) for rank, held in enumerate(of_ranks)]
+        others = [(a, b) for a, b in pairs if of_ranks[a][number] != of_ranks[b][number]]
         if others:
             values = distributed.gathered(probes[number])
             apart = [
-                (_apart(ours, values[rank][name]), name, first, rank)
+                (_apart(values[first].get(name), values[rank].get(name)), name, first, rank)
                 for first, rank in others
-                for name, ours in values[first].items()
-                if name in values[rank]
+                for name in values[first].keys() | values[rank].keys()
             ]
             answer(step, sorted(apart, reverse=True))
 
@@ -104,10 +114,14 @@ def _probe(values: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // _PROBED)][: _PROBED + 1]
 
 
-def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _apart(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
     """The largest difference between two ranks' values of a tensor, as a share of its largest value."""
-    if ours.shape != theirs.shape:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
         return math.inf
-    largest = max(ours.abs().max().item(), theirs.abs().max().item()) if ours.numel() else 0.0
-    share = (ours - theirs).abs().max().item() / largest if largest else 0.0
+    differs = (ours != theirs) & ~(ours.isnan() & theirs.isnan())
+    if not differs.any():
+        return 0.0
+    both = torch.stack([ours, theirs])
+    largest = both[both.isfinite()].abs().amax().item() if both.isfinite().any() else 0.0
+    share = (ours - theirs)[differs].abs().max().item() / largest if largest else math.inf
     return math.inf if math.isnan(share) else share

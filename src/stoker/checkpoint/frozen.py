@@ -1,12 +1,13 @@
-"""What must be saved although it is neither trained nor part of a model's state.
+"""Which parameters must be saved although they are not trained at the moment.
 
 Most frozen parameters never change, and are loaded again from where they came from. But some are changed by
 hand (a target network, a mean teacher), and some are frozen only for a while, or unfrozen later. Buffers that
-are not persistent are mostly constants, too; those that change are saved.
+are not persistent are no state, and not saved: one that changes all the same is warned of.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,8 @@ from stoker import distributed, words
 from stoker.errors import StokerError
 from stoker.tensors import local, real
 from torch import nn
+
+log = logging.getLogger("stoker")
 
 _NAMED = 5  # names in a message
 _STRETCHES = 64  # per parameter, each with a checksum
@@ -32,10 +35,14 @@ class Frozen:
         self._trained = {name: p.requires_grad for name, p in model.named_parameters()}
         self._kept = {name for name, trained in self._trained.items() if trained}
         self._before = checksums(dict(self._frozen()))
-        self._buffers_before = checksums(_not_persistent(model), integers=True)
+        self._constants = _not_persistent(model)
+        self._constants_before = checksums(self._constants, integers=True)
 
     def check(self, step: int) -> None:
-        """Raises StokerError if the model has different parameters or buffers than when it was built."""
+        """Raises StokerError if the model has different parameters or buffers than when it was built.
+
+        Warns of buffers that are not persistent and were written to; one that was replaced is a cache.
+        """
         now = _names(self._model)
         changed = [("new", now - self._names), ("gone", self._names - now)]
         said = [f"{words.some(sorted(names), _NAMED)} {what}" for what, names in changed if names]
@@ -47,31 +54,26 @@ class Frozen:
                 "call prune.identity(module, name) there, since a mask can change during training"
             )
 
+        self._warn_of_constants(step)
+
+    def _warn_of_constants(self, step: int) -> None:
+        now = _not_persistent(self._model)
+        same = {name: b for name, b in self._constants.items() if now.get(name) is b}
+        sums = checksums(same, integers=True)
+        written = {n for n, found in sums.items() if not torch.equal(found, self._constants_before[n])}
+        if written:
+            self._constants = {name: b for name, b in self._constants.items() if name not in written}
+            log.warning(
+                "step %d: buffers that are not persistent have changed (%s), but no checkpoint has them: a "
+                "resumed run begins with those of the new model. Register them with persistent=True",
+                step, words.some(sorted(written), _NAMED),
+            )  # fmt: skip
+
     def kept(self) -> frozenset[str]:
         """Names of frozen parameters that were trained before, or have changed. All ranks call it."""
         changed = {name for name, p in self._frozen() if self._has_changed(name, p)}
         self._kept |= {name for names in distributed.gathered(sorted(changed)) for name in names}
         return frozenset(name for name, _ in self._frozen() if name in self._kept)
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """The buffers of this rank that are not persistent, but have changed."""
-        now = _not_persistent(self._model)
-        sums = checksums(now, integers=True)
-        before = self._buffers_before
-        return {n: now[n] for n, of in sums.items() if n not in before or not torch.equal(of, before[n])}
-
-    def put_buffers(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `buffers` returned, as far as this rank has it."""
-        for prefix, module in self._model.named_modules():
-            for name in module._non_persistent_buffers_set & module._buffers.keys():
-                tensor, now = saved.get(f"{prefix}.{name}".removeprefix(".")), module._buffers[name]
-                if tensor is None:
-                    continue
-                if now is not None and now.shape == tensor.shape:
-                    now.copy_(tensor)
-                else:
-                    beside = now if now is not None else next(self._model.parameters())
-                    module._buffers[name] = tensor.to(beside.device)
 
     def turned(self) -> dict[str, bool]:
         """Parameters that were frozen or unfrozen since: whether each is trained now."""
@@ -95,22 +97,22 @@ class Frozen:
 
 def _not_persistent(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that are not part of a model's state, by name."""
+    saved = _saved_buffers(model)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+def _saved_buffers(model: nn.Module) -> set[str]:
+    """The names of the buffers in a model's state, including those that are None."""
     return {
-        f"{prefix}.{name}".removeprefix("."): buffer.detach()
+        f"{prefix}.{name}".removeprefix(".")
         for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if name in module._non_persistent_buffers_set and buffer is not None
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
 
 
 def _names(model: nn.Module) -> set[str]:
     """The names of parameters, and of saved buffers, including those that are None."""
-    buffers = {
-        f"{prefix}.{name}".removeprefix(".")
-        for prefix, module in model.named_modules()
-        for name in module._buffers.keys() - module._non_persistent_buffers_set
-    }
-    return buffers | {name for name, _ in model.named_parameters()}
+    return _saved_buffers(model) | {name for name, _ in model.named_parameters()}
 
 
 def checksums(tensors: Mapping[str, torch.Tensor], *, integers: bool = False) -> dict[str, torch.Tensor]:
@@ -132,12 +134,15 @@ def held(parameter: torch.Tensor) -> torch.Tensor | None:
 def own(tensor: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of a tensor, complex numbers as real ones; None if it has no plain values."""
     values = local(getattr(tensor, "ds_tensor", tensor).detach())  # ds_tensor: DeepSpeed's partition
-    return real(values) if type(values) is torch.Tensor and not values.is_meta else None
+    if type(values) is not torch.Tensor or values.is_meta:
+        return None
+    plain = values.layout == torch.strided and not (values.is_quantized or values.is_nested)
+    return real(values.resolve_conj().resolve_neg()) if plain else None
 
 
 def _checksums(values: torch.Tensor) -> torch.Tensor:
     """The sum of the words of each stretch, so that any single change changes it, and the remaining bytes."""
-    flat = values.reshape(-1).view(torch.uint8)
+    flat = values.contiguous().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
     stretch = flat.numel() // 8 // _STRETCHES  # in words

@@ -40,6 +40,7 @@ Collate: TypeAlias = Callable[[list[Any]], Any]
 Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
 
 _COLLATE = 1  # salt: a collate function draws different numbers than the samples it joins
+_EPOCHS = 2**16  # between the first epochs of two stages
 _AHEAD = 512  # samples whose order is computed at once, which costs little more than for one
 
 
@@ -115,13 +116,17 @@ class Loader:
             "`for batch in trainer.steps(loader, epochs=...)`, which resumes where the run stopped"
         )
 
-    def batches(self, start_sample: int, place: Any = None) -> Iterator[Any]:
+    def batches(self, start_sample: int, place: Any = None, *, stage: int = 0) -> Iterator[Any]:
         """This rank's share of each global batch from a global sample position on, without end.
 
         Args:
+            stage: which pass through the data from the start this is. Each has its own order and
+                augmentations, unless the dataset has its own order.
             place: what `place` returned for this position, for a dataset with its own order. One that is of
                 other data (see `knows`) is ignored, and the position is found from the start.
         """
+        if not isinstance(self._dataset.dataset, order.OrderedDataset):
+            start_sample += stage * _EPOCHS * self.samples_per_epoch
         if self.knows(place):
             order.go_to(self._dataset.dataset, place)
         sampler = _Shares(

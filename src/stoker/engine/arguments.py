@@ -44,8 +44,9 @@ def check_built(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         raise BadInput(
             f"the optimizer has a parameter of shape {tuple(foreign[0].shape)} that is not the model's. If "
             "the model's own were grouped before the Trainer laid it out over the ranks: group them within "
-            "optimizer=, as in lambda _: AdamW(groups_of(model)). If it is another module's: make it part of "
-            "the model, or give it an optimizer of its own, and register both for checkpointing"
+            "optimizer=, where the model (under parallel=pipeline, what is given) has those of now. If it is "
+            "another module's: make it part of the model, or give it an optimizer of its own, and register "
+            "both for checkpointing"
         )
     if not _takes(optimizer.step):
         raise BadInput(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ def map_tensors(
 
 
 def _with(given: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
-    """A copy of a mapping with other values; a dict, if it cannot be changed."""
-    if not isinstance(given, MutableMapping):
+    """A copy of a dict of a kind of its own with other values; of any other mapping, a dict."""
+    if not isinstance(given, dict | UserDict):
         return values
     made = copy.copy(given)
     made.update(values)
