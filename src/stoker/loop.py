@@ -382,6 +382,11 @@ class Trainer:
             log.info("the run was finished early, after step %d; give another length to go on", early)
         return early
 
+    @property
+    def _samples_of_loop(self) -> int:
+        """The samples done of those that the loop counts: from the start of the run, or from its own."""
+        return self.samples_done - self._from[1]
+
     def _warn_of_other_samples(self, loader: Loader) -> None:
         """Warn if a continued run has another number of samples, or of sources, which changes their order."""
         if not self.steps_done or self.world.rank > 0:
@@ -418,7 +423,7 @@ class Trainer:
         if self.steps_done <= self._total:  # otherwise the run is past this loop
             stage = self._loops - 1 if self._from[1] else 0
             place = None if self._begun else self._at.data
-            source = loader.batches(self.samples_done - self._from[1], place, stage=stage)
+            source = loader.batches(self._samples_of_loop, place, stage=stage)
             self._begin_attempt(loader)
             self._at.data = None
         if self.steps_done < self._total:
@@ -592,8 +597,7 @@ class Trainer:
         assert self._loader is not None, "call every() within the loop over steps()"
         if self._attempt.measure is not None or self._imagination is not None:
             return False
-        samples = self.samples_done - self._from[1]
-        completes = counting.completes(parsed, self._loader, self.steps_done, samples)
+        completes = counting.completes(parsed, self._loader, self.steps_done, self._samples_of_loop)
         self._may_be_best |= completes
         return completes
 
@@ -796,8 +800,8 @@ class Trainer:
         """
         assert self._loader is not None, "call step_metrics() within the loop over steps()"
         samples, tokens = self.samples_done + self._loader.batch_size, self._loader.tokens_per_sample
-        epoch = (samples - self._from[1]) / self._loader.samples_per_epoch
-        found: dict[str, Any] = {"lr": self.lr, "epoch": epoch}
+        of_loop = self._samples_of_loop + self._loader.batch_size
+        found: dict[str, Any] = {"lr": self.lr, "epoch": of_loop / self._loader.samples_per_epoch}
         if self._step.norm is not None:
             found["grad_norm"] = self._step.norm
         return found if tokens is None else {**found, "tokens": round(samples * tokens)}
@@ -979,7 +983,7 @@ class Trainer:
                 self.steps_done,
             )
         if self._loader is not None:
-            self._at.data = self._loader.place(self.samples_done - self._from[1])
+            self._at.data = self._loader.place(self._samples_of_loop)
         self._agree_on_metrics()
         with self._gauge.spending("checkpointing"):
             self._finish_saving()
@@ -995,7 +999,7 @@ class Trainer:
         if every.seconds is not None:
             return False
         assert self._loader is not None
-        begun = self.samples_done - self._from[1] - self._loader.batch_size
+        begun = self._samples_of_loop - self._loader.batch_size
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
     def _is_best(self) -> bool:
