@@ -6,7 +6,8 @@ import functools
 import multiprocessing
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -142,6 +143,127 @@ def test_generators_that_a_dataset_holds_are_seeded_for_each_sample_and_left_as_
         assert flat(take(again.batches(12), 8)) == tuple(part[12:] for part in whole)
     _, drawn = whole
     assert all(len({row[at] for row in drawn}) == len(drawn) for at in range(4))  # the second epoch's too
+
+
+class Lazy(Numbers):
+    """Makes its generators when it reads its first sample, as each worker then does for itself."""
+
+    rng: np.random.Generator | None = None
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if self.rng is None:
+            self.rng = np.random.default_rng()
+        return {"index": index, "drawn": torch.tensor([self.rng.random(), random.random()])}
+
+
+class ReadWithOwn(Lazy):
+    """Is given a key, but draws from a generator that it holds."""
+
+    def read(self, index: int, key: int) -> Sample:
+        return self[index]
+
+
+@pytest.mark.parametrize("kind", [Lazy, ReadWithOwn])
+def test_a_generator_made_for_the_first_sample_gives_what_it_gives_after_a_restart(kind: type[Lazy]) -> None:
+    before = random.getstate()
+    _, drawn = flat(take(loader(kind(20), collate=collate_plainly).batches(0), 8))
+    assert len({row[0] for row in drawn}) == 32
+    for workers in (0, 1):
+        again = loader(kind(20), collate=collate_plainly, workers=workers).batches(12)
+        assert [row[0] for row in flat(take(again, 5))[1]] == [row[0] for row in drawn[12:]]
+    assert random.getstate() == before
+
+
+class Holding(Numbers):
+    """Each sample with a draw from each of some functions, and from the global generators."""
+
+    def __init__(self, *held: Any, draws: Any) -> None:
+        super().__init__(20)
+        self.held, self.draws = held, draws
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        drawn = [*(draw() for draw in self.draws), random.random(), float(np.random.rand())]
+        return {"index": index, "drawn": torch.tensor(drawn, dtype=torch.float64)}
+
+
+def test_generators_of_a_kind_give_different_numbers_than_each_other_and_the_global_one() -> None:
+    of_numpy = [np.random.RandomState(1).rand for _ in range(2)]
+    of_python = [random.Random(1).random for _ in range(2)]
+    _, drawn = flat(take(loader(Holding(draws=[*of_numpy, *of_python])).batches(0), 5))
+    assert len({number for row in drawn for number in row}) == 20 * 6
+
+
+def test_a_transform_that_is_set_between_batches_is_seeded_as_one_that_was_there_before() -> None:
+    late = Holding(draws=[])
+    late.held = (Jitter(random.Random(1)),)
+    batches = loader(late).batches(0)
+    next(batches)
+    late.draws = [np.random.default_rng(1).random, random.Random(1).random]
+    whole = flat(take(batches, 3))
+    early = Holding(draws=[np.random.default_rng(2).random, random.Random(2).random])
+    assert flat(take(loader(early).batches(8), 2)) == (whole[0][4:], whole[1][4:])
+
+
+@dataclass(slots=True)
+class Slotted:
+    rng: random.Random
+    unset: int = field(init=False)
+
+
+class Nested(Numbers):
+    """Holds generators behind more data than is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(20)
+        self.boxes = [[{"box": [1, 2]} for _ in range(60)] for _ in range(200)]
+        self.by_number = dict(enumerate(self.boxes))
+        self.slotted, self.deep = Slotted(random.Random()), [[[{"rng": random.Random()}]]]
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        drawn = [self.slotted.rng.random(), self.deep[0][0][0]["rng"].random()]
+        return {"index": index, "drawn": torch.tensor(drawn)}
+
+
+def test_generators_are_found_in_slots_and_beside_a_lot_of_nested_data() -> None:
+    indices, drawn = flat(take(loader(Nested()).batches(0), 5))
+    assert flat(take(loader(Nested()).batches(8), 3)) == (indices[8:], drawn[8:])
+
+
+class Unconnected:
+    """What raises for everything that is asked of it."""
+
+    __slots__ = ()
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("not connected")
+
+    @property
+    def __dict__(self) -> Any:
+        raise RuntimeError("not connected")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not connected")
+
+
+class Unread(Mapping[str, Any]):
+    """A mapping whose values are read from a file."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise FileNotFoundError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter("abc")
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_what_a_dataset_holds_is_not_read_and_need_not_be_seedable() -> None:
+    held = [Unconnected(), Unread(), random.SystemRandom()]
+    for rng in (random.Random(), np.random.RandomState(np.random.PCG64(1))):
+        drawn = flat(take(loader(Holding(*held, draws=[rng.random])).batches(0), 2))
+        assert flat(take(loader(Holding(*held, draws=[rng.random])).batches(0), 2)) == drawn
 
 
 def test_a_dataset_that_is_told_the_epoch_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -103,6 +103,42 @@ def test_classes_without_names_are_those_of_the_data(kind: str, tmp_path: Path) 
     assert torch.equal(*heads(kind, before, found.model))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "data", "classes", "said"),
+    [
+        (("Positive", "Negative"), ("negative", "positive "), ("positive ", "negative"), ""),
+        (("No", "Yes"), ("0", "1"), ("0", "1"), "data's classes have no names, so they are taken for the "
+         "model's, in order: No = 0, Yes = 1"),
+        (tuple("abcdefghijkl"), tuple(sorted(map(str, range(12)))), tuple(map(str, range(12))),
+         "a = 0, b = 1, c = 2, d = 3, e = 4, f = 5, g = 6, h = 7 and 4 more"),
+        (("LABEL_0", "LABEL_1"), ("0", "1"), ("0", "1"), "in order: LABEL_0 = 0, LABEL_1 = 1"),
+        (("1", "0"), ("0", "1"), ("1", "0"), ""),
+    ],
+)  # fmt: skip
+def test_a_last_layer_is_kept_for_classes_that_are_spelled_differently_or_numbered(
+    theirs: tuple[str, ...], data: tuple[str, ...], classes: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    before = saved("bert", tmp_path, dict(enumerate(theirs)))
+    found = loaded("bert", tmp_path, *data)
+    assert found.classes == classes
+    assert found.said.endswith(said)
+    assert bool(found.said) == bool(said)
+    assert torch.equal(*heads("bert", before, found.model))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "data"), [(("A", "a"), ("a", "b")), (("x", "y"), ("1", "2")), (("x", "x"), ("a", "b"))]
+)
+def test_a_last_layer_is_new_if_it_is_not_plain_which_class_is_which(
+    theirs: tuple[str, ...], data: tuple[str, ...], tmp_path: Path
+) -> None:
+    before = saved("bert", tmp_path, dict(enumerate(theirs)))
+    found = loaded("bert", tmp_path, *data)
+    assert found.classes == data
+    assert "the last layer is new" in found.said
+    assert not torch.equal(*heads("bert", before, found.model))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_that_lack_weights_below_the_last_layer_are_refused(kind: str, tmp_path: Path) -> None:
     saved(kind, tmp_path, dict(enumerate("abc")))

@@ -2,9 +2,10 @@
 
 Which samples make up a batch is a pure function of (seed, position), see `order`. The randomness of an
 augmentation is a function of (seed, epoch, sample): a dataset with `read(index, key)` receives a key
-derived from them; for any other dataset, Python's, NumPy's and torch's CPU generators, and those that the
-dataset or its transforms hold, are seeded before each sample is read and restored after the batch. So the
-number of workers, ranks and restarts changes no sample, and loading never touches the global random state.
+derived from them; for any other dataset, Python's, NumPy's and torch's CPU generators are seeded before each
+sample is read. So are those that a dataset of either kind or its transforms hold. After the batch they are
+restored. So the number of workers, ranks and restarts changes no sample, and loading never touches the global
+random state.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import random
 import signal
 import threading
 import warnings
@@ -335,8 +335,9 @@ class _SeededDataset(Dataset[Any]):
     def __init__(self, dataset: MapDataset, seed: int, collate: Collate) -> None:
         self.dataset, self._seed, self._collate = dataset, seed, collate
         self._draws = not (isinstance(dataset, KeyedDataset) and collate is default_collate)
-        self._own: list[generators.Generator] | None = None
-        """The generators that the dataset and `collate` hold, once they are looked for."""
+        self._own: list[generators.Salted] = []
+        """The generators that the dataset and `collate` hold."""
+        self._has_read = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -355,51 +356,50 @@ class _SeededDataset(Dataset[Any]):
             return _Refused(error)
 
     def _join(self, pairs: list[Pair]) -> Any:
-        if not self._draws:
-            return self._collate(self._read(pairs))
         with self._random_state_kept():
             samples = self._read(pairs)
-            self._seed_all(int(fold(self._seed, *pairs[0], _COLLATE)[0]))
+            if self._draws:
+                self._seed_all(int(fold(self._seed, *pairs[0], _COLLATE)[0]))
             return self._collate(samples)
 
     def _read(self, pairs: list[Pair]) -> list[Any]:
         epochs, indices = np.array(pairs).T
         keys = fold(self._seed, epochs, indices).tolist()
-        read = self.dataset.read if isinstance(self.dataset, KeyedDataset) else self._read_seeded
         samples = []
         for key, (_, index) in zip(keys, pairs, strict=True):
             try:
-                samples.append(read(index, key))
+                sample = self._read_seeded(index, key)
+                if not self._has_read and self._finds_others():  # made for the first sample, with other seeds
+                    sample = self._read_seeded(index, key)
             except Exception as error:
                 error.add_note(f"Raised for sample {index} of the dataset.")
                 raise
+            self._has_read = True
+            samples.append(sample)
         return samples
 
     def _read_seeded(self, index: int, key: int) -> Any:
+        if isinstance(self.dataset, KeyedDataset):
+            generators.seed(self._own, key)
+            return self.dataset.read(index, key)
         self._seed_all(key)
         return self.dataset[index]
 
     @contextmanager
     def _random_state_kept(self) -> Iterator[None]:
         """Restore the random state of the training process; in a worker nobody else uses it."""
-        if self._own is None:  # only now, since a script may still set a transform after it makes a loader
-            self._own = generators.of((self.dataset, self._collate))
+        self._finds_others()
         if get_worker_info() is not None:
             yield
             return
-        python, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            with generators.kept(self._own):
-                yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
-            torch.set_rng_state(default)
+        with generators.kept([*(generators.GLOBAL if self._draws else ()), *self._own]):
+            yield
 
-    def _seed_all(self, seed: int) -> None:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        # Not torch.manual_seed, which also seeds every GPU: those belong to the training step.
-        torch.default_generator.manual_seed(seed)
-        for generator in self._own or ():
-            generators.seed(generator, seed)
+    def _finds_others(self) -> bool:
+        """Look again for the generators that the dataset and `collate` hold; whether there are new ones."""
+        before = {id(generator) for generator, _ in self._own}
+        self._own = generators.of((self.dataset, self._collate))
+        return any(id(generator) not in before for generator, _ in self._own)
+
+    def _seed_all(self, key: int) -> None:
+        generators.seed([*generators.GLOBAL, *self._own], key)

@@ -53,8 +53,9 @@ def labels(classes: Sequence[str]) -> dict[str, Any]:
 def load(auto: Any, reference: str, folder: Path, classes: Sequence[str]) -> Loaded:
     """Load a model, with a new last layer if its own stands for other classes.
 
-    A model that has exactly these classes keeps the order of its own. The outputs of one without names for
-    its classes (`LABEL_0`, ...) are taken for the data's classes, in order, if there are as many.
+    A model that has exactly these classes, in capitals or not, keeps its own order. Those of a model
+    (`LABEL_0`, ...) or of data (`0`, ...) that have no names are taken for the other's, in order, if there
+    are as many.
 
     Args:
         auto: the class of transformers that loads such models.
@@ -65,7 +66,7 @@ def load(auto: Any, reference: str, folder: Path, classes: Sequence[str]) -> Loa
     """
     config = building.load_config(folder, auto, "for which transformers has no classifier")
     known = _known(config)
-    ordered = known if sorted(known) == sorted(classes) else tuple(classes)
+    ordered = _ordered(known, classes)
     try:
         with _without_report():
             model, found = auto.from_pretrained(
@@ -80,7 +81,7 @@ def load(auto: Any, reference: str, folder: Path, classes: Sequence[str]) -> Loa
     _check_whole(reference, folder, model, lacking, last)
     model.config.name_or_path, _ = hub.named(reference, folder)
     had = () if last & set(found["missing_keys"]) else known  # the classes that its files have outputs for
-    if not last & lacking and ordered != known and not _is_nameless(known):
+    if not last & lacking and not _stand_for(known, ordered):
         _renew(model, last)
         lacking |= last
     return Loaded(model, ordered, _said(had, ordered, is_new=bool(last & lacking)))
@@ -91,8 +92,39 @@ def _known(config: Any) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
 
 
+def _ordered(known: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """The data's classes in the order of a model's outputs, if these stand for them."""
+    for spelled in (str, _spelled_alike):
+        places = {spelled(name): n for n, name in enumerate(known)}
+        own = [spelled(name) for name in classes]
+        if len(places) == len(known) and sorted(places) == sorted(own):
+            return tuple(sorted(classes, key=lambda name: places[spelled(name)]))
+    if _are_numbers(classes) and len(known) == len(classes):
+        return tuple(sorted(classes, key=int))
+    return tuple(classes)
+
+
+def _spelled_alike(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _stand_for(known: Sequence[str], ordered: Sequence[str]) -> bool:
+    """Whether a model's outputs stand for the data's classes, in this order."""
+    if len(known) != len(ordered):
+        return False
+    return _is_same(known, ordered) or _is_nameless(known) or _are_numbers(ordered)
+
+
+def _is_same(known: Sequence[str], ordered: Sequence[str]) -> bool:
+    return [_spelled_alike(name) for name in known] == [_spelled_alike(name) for name in ordered]
+
+
 def _is_nameless(classes: Sequence[str]) -> bool:
     return all(re.fullmatch(r"LABEL_\d+", name) for name in classes)
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    return sorted(classes) == sorted(str(n) for n in range(len(classes)))
 
 
 def _said(had: Sequence[str], classes: Sequence[str], *, is_new: bool) -> str:
@@ -104,9 +136,10 @@ def _said(had: Sequence[str], classes: Sequence[str], *, is_new: bool) -> str:
     if is_new:
         before = f"{len(had)} -> " if had else ""
         return f"the last layer is new: {before}{len(classes)} classes"
-    if tuple(had) != tuple(classes):
+    if not _is_same(had, classes):
         pairs = [f"{old} = {new}" for old, new in zip(had, classes, strict=True)]
-        return f"the model's classes have no names, so they are taken for the data's, in order: {some(pairs)}"
+        own, other = ("model's", "data's") if _is_nameless(had) else ("data's", "model's")
+        return f"the {own} classes have no names, so they are taken for the {other}, in order: {some(pairs)}"
     return ""
 
 
