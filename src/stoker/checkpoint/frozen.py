@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from stoker import distributed, words
 from stoker.errors import StokerError
-from stoker.tensors import local, real
+from stoker.tensors import is_plain, local, real
 from torch import nn
 
 log = logging.getLogger("stoker")
@@ -134,10 +134,9 @@ def held(parameter: torch.Tensor) -> torch.Tensor | None:
 def own(tensor: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of a tensor, complex numbers as real ones; None if it has no plain values."""
     values = local(getattr(tensor, "ds_tensor", tensor).detach())  # ds_tensor: DeepSpeed's partition
-    if type(values) is not torch.Tensor or values.is_meta:
+    if type(values) is not torch.Tensor or values.is_meta or not is_plain(values):
         return None
-    plain = values.layout == torch.strided and not (values.is_quantized or values.is_nested)
-    return real(values.resolve_conj().resolve_neg()) if plain else None
+    return real(values.resolve_conj().resolve_neg())
 
 
 def _checksums(values: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,5 @@ def _rebuilt(device: str, state: bytes) -> torch.Generator:
     return made
 
 
-ForkingPickler.register(
-    torch.Generator, _reduced
-)  # torch 2.13 sends an empty shared tensor, which cannot arrive
+# torch 2.13 sends a generator's state to a worker as an empty shared tensor, which cannot arrive.
+ForkingPickler.register(torch.Generator, _reduced)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from stoker.tensors import is_plain
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -82,10 +83,11 @@ def _copied(module: nn.Module, name: str, buffer: torch.Tensor | None) -> _Kept:
 
 def _is_written(buffer: torch.Tensor) -> bool:
     """Whether a pass may write to a buffer in place."""
-    plain = buffer.layout == torch.strided and not (buffer.is_quantized or buffer.is_inference())
-    overlaps = plain and any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape, strict=True))
+    if not is_plain(buffer) or buffer.is_inference():
+        return False
+    overlaps = any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape, strict=True))
     exact = buffer.is_floating_point() or buffer.is_complex()
-    return plain and not overlaps and (exact or buffer.numel() < _LARGE)
+    return not overlaps and (exact or buffer.numel() < _LARGE)
 
 
 def _has_shape_of(copy: torch.Tensor | None, buffer: torch.Tensor | None) -> bool:
