@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from stoker.stopping import STATUS
 log = logging.getLogger("stoker")
 
 _POLL = 0.02  # seconds
+_STOPPING = 1.0  # seconds for a process to be suspended
+_STILL = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 _COMING_UP = 60  # seconds that launchers of several machines have to find each other
 PRELOAD = ("stoker.preloaded",)
 
@@ -239,6 +242,9 @@ def _end_server() -> None:
     with contextlib.suppress(psutil.Error):
         server = psutil.Process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
         server.suspend()
+        deadline = time.monotonic() + _STOPPING
+        while server.status() not in _STILL and time.monotonic() < deadline:
+            time.sleep(0.001)  # until then it may fork another one
         for process in [*server.children(), server]:
             process.kill()
 
