@@ -1092,6 +1092,20 @@ def test_weights_that_are_not_finite_are_not_saved(open_run: Callable[..., Run])
     assert manifest.committed(run.directory.checkpoints)[-1].name == "step-00000012"
 
 
+def _bad_at_15(run: Run, bad: float) -> Callable[[torch.Tensor, Any], tuple[torch.Tensor, int]]:
+    def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+        total, weight = _loss(output, batch)
+        return (total * bad if run.step == 15 else total), weight
+
+    return loss
+
+
+def _step_of_ones_own(trainer: Trainer, loss: Callable[..., tuple[torch.Tensor, int]], batch: Any) -> None:
+    for part in trainer.micro(batch):
+        trainer.backward(*loss(trainer.forward(part), part))
+    trainer.update()
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("bad", [100, math.nan])
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
@@ -1100,29 +1114,17 @@ def test_a_spike_is_answered_as_a_loss_that_is_not_finite(
 ) -> None:
     """In `trainer.step`, and in a loop of one's own that adds up two losses."""
     with open_run() as run:
-
-        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
-            total, weight = _loss(output, batch)
-            return (total * bad if run.step == 15 else total), weight
+        loss = _bad_at_15(run, bad)
 
         trainer = _trainer(
             run, _model(), loss=None if own else loss, on_bad_loss=policy, spike=5.0, micro_batch=4,
             checkpoint_every=Duration(10, "step"),
         )  # fmt: skip
-
-        def step(batch: Any) -> None:
-            if not own:
-                trainer.step(batch)
-                return
-            for part in trainer.micro(batch):
-                trainer.backward(*loss(trainer.forward(part), part))
-            trainer.update()
-
         weights = []
 
         def train() -> None:
             for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=20):
-                step(batch)
+                _step_of_ones_own(trainer, loss, batch) if own else trainer.step(batch)
                 weights.append(trainer.model[0].weight.detach().clone())
 
         if policy == "stop":
@@ -1142,10 +1144,7 @@ def test_a_batch_that_is_left_out_does_not_change_running_statistics(
     bad: float, own: bool, open_run: Callable[..., Run]
 ) -> None:
     with open_run() as run:
-
-        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
-            total, weight = _loss(output, batch)
-            return (total * bad if run.step == 15 else total), weight
+        loss = _bad_at_15(run, bad)
 
         trainer = _trainer(
             run, _model(), loss=None if own else loss, on_bad_loss="skip", spike=5.0, micro_batch=4
@@ -1153,12 +1152,7 @@ def test_a_batch_that_is_left_out_does_not_change_running_statistics(
         buffers = []
         for x, y in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=20):
             batch = (x * bad if run.step == 15 else x, y)
-            if own:
-                for part in trainer.micro(batch):
-                    trainer.backward(*loss(trainer.forward(part), part))
-                trainer.update()
-            else:
-                trainer.step(batch)
+            _step_of_ones_own(trainer, loss, batch) if own else trainer.step(batch)
             buffers.append({name: b.clone() for name, b in trainer.model.named_buffers()})
     assert all(torch.equal(buffers[15 - 1][name], b) for name, b in buffers[14 - 1].items())
     assert not torch.equal(buffers[16 - 1]["1.running_mean"], buffers[15 - 1]["1.running_mean"])

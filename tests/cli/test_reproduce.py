@@ -867,14 +867,19 @@ def wheel(folder: Path, version: str, value: int) -> None:
             archive.writestr(name, content)
 
 
+def _two_steps_on_numbers(folder: Path) -> tuple[str, ...]:
+    """Texts in `said.jsonl`, and what has the language recipe train two steps on them."""
+    lines = [json.dumps({"text": f"{number} is a number"}) for number in range(40)]
+    (folder / "said.jsonl").write_text("\n".join(lines))
+    return (
+        "data=said.jsonl", "sequence_length=32", "batch_size=4", "precision=fp32", "epochs=none",
+        "max_steps=2",
+    )  # fmt: skip
+
+
 def test_a_model_that_was_restored_or_moved_is_found_by_its_content(stoker: Command, tmp_path: Path) -> None:
     model = families.with_tokenizer(families.save(tmp_path / "model", "llama"))
-    lines = [json.dumps({"text": f"{number} is a number"}) for number in range(40)]
-    (tmp_path / "said.jsonl").write_text("\n".join(lines))
-    given = (
-        "data=said.jsonl", "sequence_length=32", "batch_size=4", "precision=fp32", "epochs=none",
-        "max_steps=2", "generate_tokens=2",
-    )  # fmt: skip
+    given = (*_two_steps_on_numbers(tmp_path), "generate_tokens=2")
     begun = stoker("train", "llm", "model=model", *given, "--name", "first")
     assert begun.code == 0, begun.err
     shutil.copytree(model, tmp_path / "backup")
@@ -895,12 +900,7 @@ def test_a_model_that_was_restored_or_moved_is_found_by_its_content(stoker: Comm
 def test_a_run_whose_model_is_that_of_another_run_is_repeated_from_a_copy_of_it(
     stoker: Command, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"text": f"{number} is a number"}) for number in range(40)]
-    (tmp_path / "said.jsonl").write_text("\n".join(lines))
-    given = (
-        "data=said.jsonl", "sequence_length=32", "batch_size=4", "precision=fp32", "epochs=none",
-        "max_steps=2", "generate_tokens=0",
-    )  # fmt: skip
+    given = (*_two_steps_on_numbers(tmp_path), "generate_tokens=0")
     assert stoker("train", "llm", "model=tiny", *given, "--name", "base").code == 0
     base = tmp_path / "runs" / "llm" / "base"
     begun = stoker(

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from stoker.words import counted
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".jpe", ".jfif", ".avif", ".jp2",
@@ -109,4 +110,4 @@ def by_ending(files: Sequence[Path]) -> tuple[str, ...]:
         return ()
     counts = Counter(file.suffix.lower() or file.name for file in files).most_common(5)
     kinds = ", ".join(f"{count:,} {ending}" for ending, count in counts)
-    return (f"{len(files):,} {'file' if len(files) == 1 else 'files'} ({kinds})",)
+    return (f"{counted(len(files), 'file')} ({kinds})",)
