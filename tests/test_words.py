@@ -22,3 +22,8 @@ def test_one_thing_is_no_several(number: int, said: str) -> None:
 )  # fmt: skip
 def test_bytes_are_said_in_the_largest_unit_that_they_fill(count: float, said: str) -> None:
     assert words.size(count) == said
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    assert words.first_line(ValueError("one\ntwo")) == "one"
+    assert words.first_line(ValueError("\n")) == "ValueError"

@@ -28,6 +28,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 from stoker import redaction, unknown_keys
 from stoker.errors import BadInput, nearest
+from stoker.words import first_line
 
 C = TypeVar("C")
 
@@ -212,7 +213,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _said_of(error: yaml.YAMLError) -> str:
     """Where and why a file is not valid YAML, with a hint."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return f" cannot be read: {str(error).splitlines()[0]}"
+        return f" cannot be read: {first_line(error)}"
     found = f", line {error.problem_mark.line + 1}: {error.problem}"
     if isinstance(error, yaml.constructor.ConstructorError):
         return found

@@ -7,10 +7,13 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import FrameType
+from typing import TypeAlias
 
 from stoker.errors import EXIT_PREEMPTED, Stopped
 
@@ -38,6 +41,18 @@ def start_forkserver() -> None:
     finally:
         sys.warnoptions.remove(_CLEANED)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_service(module: str, *words: str, log: Path) -> subprocess.Popen[bytes]:
+    """Start `python -m MODULE WORDS` as a process that serves this one; its output is added to a file.
+
+    It is of a session of its own: Ctrl-C in the terminal is meant for the process that trains.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *words], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=output, start_new_session=True,
+        )  # fmt: skip
 
 
 def take() -> None:
@@ -69,6 +84,24 @@ def at_parents_death(number: int) -> Callable[[], None] | None:
     return lambda: prctl(_PR_SET_PDEATHSIG, number)
 
 
+Handler: TypeAlias = Callable[[int, FrameType | None], object]
+
+
+@contextlib.contextmanager
+def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
+    """Handle signals by a function within this block.
+
+    Yields whether it does: outside the main thread, which alone can have handlers, it has no effect.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
+    try:
+        yield main
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Within this block, SIGTERM and SIGUSR1 raise Stopped, so that cleanup runs. Only in the main thread."""
@@ -76,13 +109,8 @@ def raised() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("preempted")
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in ENDED_BY} if main else {}
-    try:
+    with handled(stop, ENDED_BY):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def answer_while_starting() -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
-from stoker import terminal
+from stoker import signals, terminal
 from stoker.errors import Stopped
 
 STATUS: dict[int, str] = {
@@ -69,17 +67,15 @@ class StopRequests:
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Handle signals within this block; may be nested. Outside the main thread it has no effect."""
-        if self._installed or threading.current_thread() is not threading.main_thread():
+        if self._installed:
             yield
             return
-        previous: dict[int, Any] = {s: signal.signal(s, self._receive) for s in STATUS}
-        self._installed = True
-        try:
-            yield
-        finally:
-            self._installed = False
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with signals.handled(self._receive, STATUS) as installed:
+            self._installed = installed
+            try:
+                yield
+            finally:
+                self._installed = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

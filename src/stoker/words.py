@@ -20,6 +20,11 @@ def some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def size(count: float) -> str:
     """A size in bytes with a binary unit: `734 B`, `1.5 KiB`, `62.1 GiB`."""
     for unit, factor in _UNITS.items():

@@ -70,5 +70,5 @@ def _of_run(reference: str, runs: Path, checkpoint: str | None) -> tuple[dict[st
     if seen is None:
         return {"model": reference}, configs.COMMAND_LINE
     own = {key: seen.config[key] for key in _AS_TRAINED if key in seen.config}
-    origin = f"run {seen.directory.experiment}/{seen.directory.id}"
+    origin = f"run {seen.directory.name}"
     return {**own, "model": str(folder_meant(seen, checkpoint))}, origin

@@ -171,7 +171,7 @@ def _meant(reference: str, runs: Path, checkpoint: str | None) -> tuple[Path, di
     seen = run_meant(reference, runs, checkpoint)
     if seen is None:
         return hub.find(reference, "model or adapter"), {"model": reference}, {}
-    named = {"run": f"{seen.directory.experiment}/{seen.directory.id}"}
+    named = {"run": seen.directory.name}
     folder = hub.find(str(folder_meant(seen, checkpoint)), "model or adapter")
     return folder, named, dict(seen.config.get(called.VALUES, {}))
 
@@ -200,7 +200,7 @@ def folder_meant(seen: RunView, checkpoint: str | None) -> Path:
     if checkpoint is not None:
         return exports.meant(seen, checkpoint)
     if (folder := exports.as_it_stands(seen)) is None:
-        run = f"{seen.directory.experiment}/{seen.directory.id}"
+        run = seen.directory.name
         raise BadInput(f"run {run} has exported no model yet; give --checkpoint last")
     return folder
 

@@ -180,7 +180,7 @@ def push(
         where = destination.send(ready, private=not public)
         files = [str(file.relative_to(ready)) for file in storage.files_under(ready)]
     if json:
-        print_json({"run": f"{seen.directory.experiment}/{seen.directory.id}", "to": where, "files": files})
+        print_json({"run": seen.directory.name, "to": where, "files": files})
     else:
         console().print(where, markup=False)
 

@@ -123,7 +123,7 @@ def reproduce(
 
 def _answer_stopped(made: RunView, json: bool) -> int:
     """Print that the new run was told to stop; returns the exit code."""
-    name = _name(made.directory)
+    name = made.directory.name
     if json:
         print_json({"identical": None, "again": name, "status": made.status, "step": made.step})
     else:
@@ -212,7 +212,7 @@ def _prepare(
     beside = venv.not_installed(lock) if env else {}
     found = _differences(then, now, lock, has, on_gpu=on_gpu, beside=beside)
     return Checked(
-        of=_name(seen.directory), name=_name(target), part=part, code=there.code,
+        of=seen.directory.name, name=target.name, part=part, code=there.code,
         changed_since=tuple(code_changes.changed_since(there.code)), lacking=tuple(lacking), data=tuple(data),
         linked=tuple(linked), not_linked=tuple(changed),
         packages=len(differences.locked(lock)), variables=own, differences=tuple(found),
@@ -327,7 +327,7 @@ def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunV
     if failed_likewise or made.status in (view.FINISHED, view.STOPPED, *_CODES):
         return made
     raise StokerError(
-        f"{_name(target)} {made.status} at step {made.step}: {_error(made) or f'exit code {code}'}; "
+        f"{target.name} {made.status} at step {made.step}: {_error(made) or f'exit code {code}'}; "
         f"its log is in {target.logs}"
     )
 
@@ -396,7 +396,3 @@ def _fingerprints(seen: RunView, made: RunView) -> dict[str, tuple[str | None, s
         for of in (seen, made)
     )
     return configs.drift(before, now)
-
-
-def _name(run: RunDirectory) -> str:
-    return f"{run.experiment}/{run.id}"

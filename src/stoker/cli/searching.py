@@ -11,8 +11,6 @@ import logging
 import math
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from stoker import config as configs
-from stoker import object_store, terminal
+from stoker import object_store, signals, terminal
 from stoker.cli.trial import loaded, train_trial
 from stoker.duration import Duration
 from stoker.errors import BadInput
@@ -224,15 +222,8 @@ def answering_signals(search: Search) -> Iterator[list[int]]:
         terminal.say("\nstopping: trials save a checkpoint; the same search continues when run again\n")
         search.stop()
 
-    if threading.current_thread() is not threading.main_thread():
+    with signals.handled(stop, STATUS):
         yield told
-        return
-    previous = {number: signal.signal(number, stop) for number in STATUS}
-    try:
-        yield told
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def wait_for_sinks(shipping: SweepShipping) -> None:

@@ -285,7 +285,7 @@ def _submit(
     """Submit the command as a job; an unnamed run gets a name, so that the job can continue it."""
     run = finding.locate(runs, experiment, name or directory.new_id())
     named = command if name is not None else command.with_("--name", run.id)
-    trained = f"{run.experiment}/{run.id}"
+    trained = run.name
     made = submit.training(launch.where, named, name=trained, nproc=launch.nproc, nodes=launch.nodes.most)
     return submit.send(launch.where, made, runs=runs, trains=[trained], json=json)
 
@@ -543,7 +543,7 @@ def _answer(seen: RunView, json: bool, status: str, *, uploaded: bool = True) ->
         })  # fmt: skip
         return
     out = console()
-    out.print(f"\n{directory_.experiment}/{directory_.id} {status} at step {seen.step}")
+    out.print(f"\n{directory_.name} {status} at step {seen.step}")
     said = {metric: f"{value:.6g}" for metric, value in seen.newest().items()}
     said["run"] = _shortest(directory_.path)
     if copy is not None:

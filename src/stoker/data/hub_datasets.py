@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stoker.data import called
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
-from stoker.words import counted, some
+from stoker.words import counted, first_line, some
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -94,7 +94,7 @@ def check(given: str, known: Sequence[str] = ()) -> None:
     except Exception as error:  # network, proxy and service raise all kinds of errors
         raise BadInput(
             f"{asked.name} is not a local file, and the hub cannot be reached "
-            f"({str(error).splitlines()[0]}). Give a file; or set HF_ENDPOINT to a mirror, HTTPS_PROXY to a "
+            f"({first_line(error)}). Give a file; or set HF_ENDPOINT to a mirror, HTTPS_PROXY to a "
             f"proxy, or HF_HUB_OFFLINE=1 if it was downloaded before{nearest(asked.name, known)}"
         ) from error
     _split(given, _builder(given, known))

@@ -140,7 +140,7 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
         self._waits = True
         self._last = {
             **happened.metrics, self.spec.metric: happened.value, "step": happened.step,
-            "run": f"{self._run.experiment}/{self._run.id}",
+            "run": self._run.name,
         }  # fmt: skip
         return {**self._last}
 

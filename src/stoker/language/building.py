@@ -25,6 +25,7 @@ from stoker.language import chat_template as templates
 from stoker.language.loading import Weights
 from stoker.language.rope import UNSCALED, RopeScaling
 from stoker.language.shape import SIZES, check_positions
+from stoker.words import first_line
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -189,7 +190,7 @@ def load_config(
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model {folder} cannot be loaded: {hub.first_line(error)}") from error
+        raise BadInput(f"model {folder} cannot be loaded: {first_line(error)}") from error
     if type(config) not in kind._model_mapping:
         raise BadInput(f"model {folder} is a {config.model_type}, {no}")
     if kind is AutoModelForCausalLM and _is_encoder(config):
@@ -212,7 +213,7 @@ def read_tokenizer(reference: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {hub.first_line(error)}") from error
+        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(reference: str) -> Any:
@@ -311,7 +312,7 @@ def _generation_config(folder: Path, model: Any) -> Any:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         file = folder / "generation_config.json"
-        raise BadInput(f"{file} cannot be read: {hub.first_line(error)}") from error
+        raise BadInput(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def positions(config: Any) -> int | None:

@@ -9,6 +9,7 @@ from jinja2 import TemplateSyntaxError, meta
 from stoker import object_store
 from stoker.errors import BadInput, nearest
 from stoker.language import hub
+from stoker.words import first_line
 
 Template = str | dict[str, str]
 """One template for all conversations, or several by name, as some tokenizers have."""
@@ -70,7 +71,7 @@ def _of_tokenizer(reference: str) -> Template:
         found: Template | None = AutoTokenizer.from_pretrained(folder).chat_template
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
-            f"chat_template={reference}: its tokenizer cannot be loaded: {hub.first_line(error)}"
+            f"chat_template={reference}: its tokenizer cannot be loaded: {first_line(error)}"
         ) from error
     if not found:
         raise BadInput(f"chat_template={reference}: its tokenizer has no chat template: give {ALLOWED}")

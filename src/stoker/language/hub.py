@@ -32,6 +32,7 @@ from stoker.errors import BadInput, nearest
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
+from stoker.words import first_line
 
 if TYPE_CHECKING:
     from stoker.user_run import Run
@@ -327,11 +328,6 @@ def check_push(name: str) -> None:
         raise BadInput(f"hub:{name}: give the owner too, as in hub:org/{name}")
     if get_token() is None:
         raise BadInput(f"hub:{name}: set HF_TOKEN to a token with write access (or run `hf auth login`)")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from stoker.errors import BadInput
 from stoker.language import building, conversation, hub, merging
 from stoker.language.conversation import NO_VALUES, Chat
 from stoker.run import artifacts
+from stoker.words import first_line
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _whole(folder: Path) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"model {folder} cannot be loaded: {hub.first_line(error)}") from error
+        raise BadInput(f"model {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _streamer(tokenizer: Any, show: Callable[[str], None] | None) -> Any:

@@ -138,15 +138,13 @@ def _passing_on(begun: Callable[[], bool]) -> Iterator[tuple[list[int], list[sub
         for process in processes:
             process.send_signal(number if begun() else signal.SIGTERM)
 
-    previous = {number: signal.signal(number, pass_on) for number in STATUS}
-    try:
-        yield told, processes
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with signals.handled(pass_on, STATUS):
+        try:
+            yield told, processes
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
 
 
 def known_values(

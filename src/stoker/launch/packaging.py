@@ -142,7 +142,7 @@ def _write_script(
     paths = ":".join(f'"$here"/{shlex.quote(str(Path(path).relative_to(folder)))}' for path in imported)
     lines = [
         "#!/bin/sh",
-        f"# Trains {seen.directory.experiment}/{seen.directory.id} again; takes its command's arguments.",
+        f"# Trains {seen.directory.name} again; takes its command's arguments.",
         "set -eu",
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
@@ -250,7 +250,7 @@ def _write_mlproject(
 
 
 def _readme(made: Package, seen: RunView, there: Place, environment: Mapping[str, Any]) -> str:
-    name = f"{seen.directory.experiment}/{seen.directory.id}"
+    name = seen.directory.name
     return "\n".join([
         f"# {name}",
         "",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from stoker import stopping, supervision, words
+from stoker import signals, stopping, supervision, words
 from stoker.errors import Stopped
 from stoker.launch import ranks
 
@@ -199,12 +199,9 @@ def watching(folder: Path, count: int, outside: Callable[[], str]) -> Iterator[W
     watch = Watch(folder, count, outside=outside)
     thread = threading.Thread(target=watch.run, name="watch-ranks", daemon=True)
     thread.start()
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, watch.pass_on) for number in stopping.STATUS} if main else {}
-    try:
-        yield watch
-    finally:
-        watch.stop()
-        thread.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signals.handled(watch.pass_on, stopping.STATUS):
+        try:
+            yield watch
+        finally:
+            watch.stop()
+            thread.join()

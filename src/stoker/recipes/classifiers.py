@@ -16,7 +16,7 @@ from stoker.engine import quiet  # noqa: F401 (its import is its work)
 from stoker.errors import BadInput
 from stoker.language import building, hub
 from stoker.user_run import Run
-from stoker.words import some
+from stoker.words import first_line, some
 from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("stoker")
@@ -74,7 +74,7 @@ def load(auto: Any, reference: str, folder: Path, classes: Sequence[str]) -> Loa
                 output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"model {reference} cannot be loaded: {hub.first_line(error)}") from error
+        raise BadInput(f"model {reference} cannot be loaded: {first_line(error)}") from error
     mismatched = {name for name, *_ in found["mismatched_keys"]}
     lacking = set(found["missing_keys"]) | mismatched
     last = _last_layer(auto, config)

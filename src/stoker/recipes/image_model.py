@@ -18,6 +18,7 @@ from stoker.language import hub
 from stoker.recipes import classifiers, image_processor
 from stoker.recipes.image import SIZES
 from stoker.recipes.image_processor import Processor
+from stoker.words import first_line
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
@@ -80,7 +81,7 @@ def _check_size(reference: str, model: Any, processor: Processor) -> None:
     except (ValueError, RuntimeError) as error:
         raise BadInput(
             f"image_size={processor.size}: {reference} does not take images of this size "
-            f"({hub.first_line(error)}): omit image_size"
+            f"({first_line(error)}): omit image_size"
         ) from error
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from stoker.data import augment
 from stoker.errors import BadInput
-from stoker.language import hub
+from stoker.words import first_line
 
 log = logging.getLogger("stoker")
 
@@ -61,7 +61,7 @@ def of_model(folder: Path) -> Processor:
         processor = AutoImageProcessor.from_pretrained(folder)
         black, white, red = (_plain(processor, value, channels) for value in (0, 255, (255, 0, 0)))
     except (OSError, ValueError, ImportError, TypeError) as error:
-        raise BadInput(f"{folder / FILE} cannot be used: {hub.first_line(error)}") from error
+        raise BadInput(f"{folder / FILE} cannot be used: {first_line(error)}") from error
     if channels > 1 and not np.allclose(red[0], white[0]):
         log.warning("the model was trained on images with their channels in another order than RGB")
     std = 1 / (white - black).mean(axis=(1, 2), dtype=np.float64)

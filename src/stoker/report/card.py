@@ -125,7 +125,7 @@ def _summary(view: RunView, about: About) -> str:
     of = f" for {_code(about.base)}" if about.kind == "adapter" and about.base else ""
     how = f", fine-tuned from {_code(about.base)}" if about.kind != "adapter" and about.base else ""
     merged = ", its LoRA adapter merged into the weights" if about.merged else ""
-    run = f"{view.directory.experiment}/{view.directory.id}"
+    run = view.directory.name
     steps = counted(about.step, "step")
     by = f"trained with stoker {stoker.__version__} as run `{run}`, {steps}"
     return f"{what}{of}{how}{merged}, {by}."

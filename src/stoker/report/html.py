@@ -100,7 +100,7 @@ def run_names(views: Sequence[RunView]) -> list[str]:
     """The name of each run: its id, or as much of its path as distinguishes it from the others."""
     directories = [view.directory for view in views]
     ids = [d.id for d in directories]
-    full = [f"{d.experiment}/{d.id}" for d in directories]
+    full = [d.name for d in directories]
     if len(views) > 1 and len(set(ids)) == len(ids):
         return ids
     return full if len(set(full)) == len(full) else [str(d.path) for d in directories]

@@ -59,8 +59,9 @@ def compare(before: RunView, now: RunView) -> RunDifference:
     pairs = {name: (data[0].get(name), data[1].get(name)) for name in sorted({*data[0], *data[1]})}
     differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return RunDifference(
-        (_name(before), _name(now)), (before, now), config, len({*values[0], *values[1]}) - len(config), code,
-        tuple(found), differ, len(pairs) - len(differ), journals.compare(before.points, now.points),
+        (before.directory.name, now.directory.name), (before, now), config,
+        len({*values[0], *values[1]}) - len(config), code, tuple(found), differ,
+        len(pairs) - len(differ), journals.compare(before.points, now.points),
         (*([f"code: {code.unknown}"] if code.unknown else []), *_edited(before), *_edited(now), *unknown),
     )  # fmt: skip
 
@@ -210,7 +211,3 @@ def _text(view: RunView, name: str) -> str:
         return (view.directory.provenance / name).read_text(encoding="utf-8")
     except OSError:
         return ""
-
-
-def _name(view: RunView) -> str:
-    return f"{view.directory.experiment}/{view.directory.id}"

@@ -129,7 +129,7 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
     """Print the details of a run."""
     if not console.is_terminal:
         console.width = _UNLIMITED
-    name = f"{view.directory.experiment}/{view.directory.id}"
+    name = view.directory.name
     console.print(Text.assemble((name, "bold"), "  ", (view.status, _STYLES.get(view.status, "yellow"))))
     _print_pairs(console, _summary(view))
     _print_attempts(console, view)
@@ -180,7 +180,7 @@ def when(seconds: float, now: datetime) -> str:
 
 
 def _line(run: Listed, now: datetime, more: Sequence[str] = ()) -> tuple[str, ...]:
-    name = f"{run.directory.experiment}/{run.directory.id}"
+    name = run.directory.name
     view = run.view
     if view is None:
         return name, run.status, "", "", "", *("" for _ in more), "", ""

@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path.parent.name
 
     @functools.cached_property
+    def name(self) -> str:
+        """The run's name within its runs folder: `experiment/id`."""
+        return f"{self.experiment}/{self.id}"
+
+    @functools.cached_property
     def record_file(self) -> Path:
         return self.path / "run.json"
 

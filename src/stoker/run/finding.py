@@ -145,7 +145,7 @@ def _at_path(runs: Path, reference: str) -> RunDirectory | None:
 
 def _named_in(known: Sequence[RunDirectory], reference: str) -> RunDirectory | None:
     """The known run that `experiment/id` names: one in an object store may have had no copy here before."""
-    found = (run for run in known if f"{run.experiment}/{run.id}" == reference.rstrip("/"))
+    found = (run for run in known if run.name == reference.rstrip("/"))
     run = next(found, None)
     return _up_to_date(RunDirectory(run.path.absolute())) if run is not None else None
 
@@ -159,7 +159,7 @@ def _by_id(
     if len(matches) == 1:
         return _up_to_date(RunDirectory(matches[0].path.absolute()))
     if matches:
-        several = ", ".join(f"{run.experiment}/{run.id}" for run in matches[:8])
+        several = ", ".join(run.name for run in matches[:8])
         raise BadInput(f"{reference!r} matches several runs: {several}; give more of the name")
     names = [run.id for run in known] + [run.experiment for run in known if or_experiment]
     what = "run or experiment" if or_experiment else "run"

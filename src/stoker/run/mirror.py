@@ -67,7 +67,7 @@ class Mirror:
 
     def __init__(self, run: RunDirectory, store: Store, there: Objects | None = None) -> None:
         self._run, self._store = run, store
-        self._key = f"{run.experiment}/{run.id}"
+        self._key = run.name
         self._known: dict[str, list[Any]] = storage.read_json(run.path / _KNOWN)
         """Files that are the same here and in the store, by key: local size and time, tag in the store."""
         self._there = there
@@ -526,7 +526,7 @@ def refresh(runs: Path) -> None:
             Mirror(run, store, there).fetch()
     for file in runs.glob("*/*/run.json"):
         run = RunDirectory(file.parent)
-        if "run.json" not in objects.get(f"{run.experiment}/{run.id}", {}) and not run.trained_here:
+        if "run.json" not in objects.get(run.name, {}) and not run.trained_here:
             Mirror(run, store, {}).fetch()  # notes that it was deleted
 
 

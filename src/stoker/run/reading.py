@@ -117,7 +117,7 @@ def _readable(directories: Sequence[RunDirectory]) -> list[RunView]:
 
 
 def _names(views: Sequence[RunView]) -> list[str]:
-    names = [f"{seen.directory.experiment}/{seen.directory.id}" for seen in views]
+    names = [seen.directory.name for seen in views]
     return names if len(set(names)) == len(names) else [str(seen.directory.path) for seen in views]
 
 

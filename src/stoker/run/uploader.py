@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from stoker import storage
+from stoker import signals, storage
 from stoker.run import messages, mirror, view
 from stoker.run.directory import MANIFEST, RunDirectory
 from stoker.run.mirror import Lost, Mirror
@@ -142,12 +142,9 @@ def lacking(run: RunDirectory, copy: Mirror, said: State) -> str:
 
 def spawn(run: RunDirectory, *, once: bool = False) -> subprocess.Popen[bytes]:
     """Start the uploader of a run; with `once`, it uploads what exists now and ends."""
-    command = [sys.executable, "-P", "-m", "stoker.run.uploader", *(["--once"] if once else [])]
-    with (run.logs / "uploader.log").open("ab") as output:
-        return subprocess.Popen(
-            [*command, str(run.path.absolute())], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,  # Ctrl-C in the terminal is meant for the trainer
-        )  # fmt: skip
+    flags = ["--once"] if once else []
+    log = run.logs / "uploader.log"
+    return signals.start_service("stoker.run.uploader", *flags, str(run.path.absolute()), log=log)
 
 
 def state(run: RunDirectory) -> State:

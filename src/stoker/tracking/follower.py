@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker import storage
+from stoker import signals, storage
 from stoker.errors import BadInput, nearest
 from stoker.run import journal, messages
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
@@ -100,14 +100,8 @@ def spawn_for_sweep(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _spawn(folder: Path, logs: Path, *flags: str) -> subprocess.Popen[bytes]:
-    with (logs / "follower.log").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "stoker.tracking.follower", *flags, str(folder.absolute())],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C in the terminal is meant for the trainer
-        )
+    log = logs / "follower.log"
+    return signals.start_service("stoker.tracking.follower", *flags, str(folder.absolute()), log=log)
 
 
 def state(directory: RunDirectory) -> list[SinkState]:

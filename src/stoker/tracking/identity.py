@@ -15,7 +15,7 @@ from stoker.run.directory import RunDirectory
 
 def of(directory: RunDirectory) -> str:
     """The present identity of a run."""
-    return f"{directory.experiment}/{directory.id}@{directory.record()['uid']}"
+    return f"{directory.name}@{directory.record()['uid']}"
 
 
 def recorded(record: dict[str, Any]) -> str:

@@ -173,7 +173,7 @@ class MlflowSink:
 
     @property
     def _rebuild(self) -> str:
-        return f"stoker sync {self._directory.experiment}/{self._directory.id} --rebuild"
+        return f"stoker sync {self._directory.name} --rebuild"
 
     def _sweep(self, experiment: str) -> str | None:
         """The MLflow run of this trial's search, found by its tags or created; None if this is no trial.

@@ -26,6 +26,7 @@ from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 from stoker.tracking import follower, ledger, store
+from stoker.words import first_line
 
 Stage: TypeAlias = Literal["staging", "production", "archived"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -211,7 +212,7 @@ class Registry:
                 raise StokerError(
                     f"the MLflow server at {where} does not answer: start it, or set MLFLOW_TRACKING_URI"
                 ) from error
-            said = store.without_credentials(str(error)).splitlines()[0]
+            said = store.without_credentials(first_line(error))
             raise StokerError(f"the registry at {where} refused the request: {said}") from error
 
 
@@ -261,7 +262,7 @@ def _signature(task: str | None) -> Any:
 def _lineage_tags(view: RunView, kind: str, about: Mapping[str, str]) -> dict[str, str]:
     """The origin of a version, as MLflow tags."""
     code = view.record.get("code") or {}
-    name = f"{view.directory.experiment}/{view.directory.id}"
+    name = view.directory.name
     tags = {
         "stoker.run": name,
         "stoker.path": str(view.directory.path.absolute()),

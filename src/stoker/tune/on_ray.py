@@ -31,6 +31,7 @@ from stoker.errors import BadInput
 from stoker.tune import local
 from stoker.tune.local import Function, Over
 from stoker.tune.trial import Began, Ended, Job, Report
+from stoker.words import first_line
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -107,7 +108,7 @@ def _connect(address: str | None) -> None:
                 _reach(address)
             ray.init(address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         if address is None:
             raise
         raise BadInput(
@@ -381,7 +382,7 @@ class Workers:
                 trial.slot = self._place(trial)
             ended = self._follow(trial, trial.slot) if trial.slot else Ended(number, "preempted")
         except RayError as error:
-            said = str(error).strip().splitlines()[0]
+            said = first_line(error)
             ended = Ended(number, "killed", f"its host on the cluster was lost: {said}")
             self._drop(trial)
         except Exception as error:  # a bug: reported, as the controller would wait forever otherwise

@@ -36,6 +36,7 @@ from stoker.tune import promising, record
 from stoker.tune.plan import Goal
 from stoker.tune.space import Space
 from stoker.tune.tables import Tables
+from stoker.words import first_line
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
@@ -106,7 +107,7 @@ class Database:
                 "PostgreSQL: pip install psycopg2-binary"
             ) from error
         except Exception as error:  # of SQLAlchemy or of any driver
-            said = str(error).strip().splitlines()[0]
+            said = first_line(error)
             raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
         self.storage: BaseStorage = tables
         self._tables, self._engine = tables, tables.engine

@@ -15,6 +15,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from stoker import redaction
 from stoker.errors import StokerError
+from stoker.words import first_line
 
 log = logging.getLogger("stoker")
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class Tables(RDBStorage):
                 if not self._is_away(error):
                     raise
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                reason = redaction.text(str(getattr(cause, "orig", cause)).strip().splitlines()[0])
+                reason = redaction.text(first_line(getattr(cause, "orig", cause) or error))
                 if time.monotonic() - begun > PATIENCE:
                     raise DatabaseAway(
                         f"the database of the study does not answer ({reason}): run the same "

@@ -43,7 +43,7 @@ def remove(
         print_json({"removed": [str(each.path) for each in found], "bytes": sum(sizes) + freed})
         return
     for each, size in zip(found, sizes, strict=True):
-        console().print(f"removed {each.experiment}/{each.id}, {words.size(size)}", markup=False)
+        console().print(f"removed {each.name}, {words.size(size)}", markup=False)
 
 
 def _tell_of_trials(found: list[RunDirectory]) -> None:
@@ -60,7 +60,7 @@ def _ask(found: list[RunDirectory], sizes: list[int]) -> None:
     if not sys.stdin.isatty():
         raise BadInput("standard input is not a terminal to ask for confirmation: add --yes to delete")
     for each, size in zip(found, sizes, strict=True):
-        console().print(f"  {each.experiment}/{each.id}  {words.size(size)}", markup=False)
+        console().print(f"  {each.name}  {words.size(size)}", markup=False)
     typer.confirm(f"delete {counted(len(found), 'run')} permanently?", abort=True)
 
 
