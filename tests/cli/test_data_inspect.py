@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli import data, train
+from stoker.cli import data
 from stoker.data import sources
 from stoker.errors import BadInput
 from stoker.language import adapters, building
@@ -27,11 +27,6 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SMALL = ("model=tiny", "vocab_size=320", "sequence_length=96")
-
-
-@pytest.fixture(autouse=True)
-def messages_stay_with_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "show_messages", lambda: None)
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import typer
 from rich.table import Table
 from stoker import config as configs
 from stoker import machine, recipes
-from stoker.cli import train
+from stoker.cli import training
+from stoker.cli.options import Overrides
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
-from stoker.cli.train import Job, Overrides
+from stoker.cli.training import Job
 from stoker.config import Resolved
 from stoker.duration import Duration
 from stoker.errors import BadInput
@@ -93,7 +94,7 @@ def scaling(
 def run_rank(job: Job, steps: int) -> int:
     """Train on one rank until the timed steps are done."""
     os.environ["STOKER_SINKS"] = "none"
-    train.run_rank(job, measure=steps)
+    training.run_rank(job, measure=steps)
     return 0
 
 
@@ -114,8 +115,8 @@ def _measured(
     ways = [("strong", n, base) for n in counts]
     ways += [("weak", n, base * n // least) for n in counts if n > least]
     for _, ranks, batch_size in ways:
-        train.check_ranks(recipe, configs.changed(resolved, [f"batch_size={batch_size}"]).config, ranks)
-    train.check(recipe, resolved.config, least)
+        training.check_ranks(recipe, configs.changed(resolved, [f"batch_size={batch_size}"]).config, ranks)
+    training.check(recipe, resolved.config, least)
     found: dict[Way, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(repeats):
         for way in ways:

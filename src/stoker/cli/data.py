@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from stoker import config as configs
 from stoker import recipes
+from stoker.cli.options import ConfigFile
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.resume import return_to
-from stoker.cli.train import ConfigFile
 from stoker.config import Resolved
 from stoker.errors import BadInput
 from stoker.report.terminal import plain

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli import train
 from stoker.cli.generate import OfCheckpoint, RunOrModel, folder_meant, run_meant
+from stoker.cli.launching import ONE_RANK, Launch, start
+from stoker.cli.options import Experiment, Name, Overrides
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.cli.submit import Command, Where, submittable
+from stoker.cli.submit import HERE, Command, Where, submittable
 from stoker.launch import arguments
-from stoker.launch.nodes import ONE
 
 _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "sequence_length", "packing")
 """The keys whose defaults an evaluation takes from the run it evaluates."""
 
 
-@submittable
+@functools.partial(submittable, profile=None)
 def evaluate(
     model: RunOrModel,
-    overrides: train.Overrides = None,
+    overrides: Overrides = None,
     checkpoint: OfCheckpoint = None,
-    name: train.Name = None,
-    experiment: train.Experiment = None,
-    nproc: train.Nproc = None,
-    nodes: train.Nodes = ONE,
-    rendezvous: train.Rendezvous = None,
-    max_restarts: train.MaxRestarts = 0,
-    max_time: train.MaxTime = None,
+    name: Name = None,
+    experiment: Experiment = None,
+    launch: Launch = ONE_RANK,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
-    where: Where = train.HERE,
+    where: Where = HERE,
 ) -> int:
     """Measure loss and perplexity of a model or an adapter. It can also answer prompts.
 
@@ -45,11 +42,10 @@ def evaluate(
     if "columns" in values:
         values["columns"] = _of_evaluated(values["columns"], overrides or ())
     resolved = configs.restore(recipe.config, values, dict.fromkeys(values, origin), overrides or ())
-    launch = train.Launch(
-        nproc or 1, nodes, rendezvous, max_restarts, max_time, where=where,
-        command=Command.of_verb("evaluate"),
-    )  # fmt: skip
-    return train.start(recipe, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
+    command = Command.of_verb("evaluate")
+    return start(
+        recipe, resolved, command, launch, where, runs=runs, name=name, experiment=experiment, json=json
+    )
 
 
 def _of_evaluated(columns: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from stoker import config as configs
 from stoker import recipes, storage, words
-from stoker.cli import train
+from stoker.cli import training
+from stoker.cli.options import ConfigFile, Overrides
 from stoker.cli.output import Json, console, print_json, show_messages
-from stoker.cli.train import ConfigFile, Overrides
 from stoker.config import Resolved
 from stoker.engine import options
 from stoker.errors import EXIT_DIFFERS, BadInput, line_of
@@ -126,7 +126,7 @@ class Asked:
         resolved = configs.changed(self.resolved, changes)
         _check(resolved.config)
         ranks = ranks or self.nproc * self.nodes
-        train.check(self.recipe, resolved.config, ranks, ranks)
+        training.check(self.recipe, resolved.config, ranks, ranks)
         made = [self._one(resolved, ranks, rank) for rank in _unlike(resolved.config, ranks)]
         return max(made, key=lambda plan: plan.peak)
 
@@ -141,7 +141,7 @@ class Asked:
                 seed=int(getattr(resolved.config, "seed", 0)), code=self.recipe.code,
             )  # fmt: skip
             with _explained(self.recipe):
-                train.work_on(run, self.recipe, resolved.config, trial=True)
+                training.work_on(run, self.recipe, resolved.config, trial=True)
             found = storage.read_json(run.directory.logs / imagined.FILE)
         if not found:
             raise BadInput(

@@ -16,9 +16,9 @@ from stoker import config as configs
 from stoker import signals, storage
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import InvalidCheckpoint
+from stoker.cli.options import Overrides
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, runs_option, show_messages
 from stoker.cli.runs.common import RunName
-from stoker.cli.train import Overrides
 from stoker.errors import (
     EXIT_BAD_INPUT,
     EXIT_DIFFERS,

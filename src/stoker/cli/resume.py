@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -11,23 +12,12 @@ from typing import Annotated
 import typer
 from stoker import config as configs
 from stoker import recipes, redaction
+from stoker.cli.launching import ONE_RANK, Launch, start
+from stoker.cli.options import Overrides
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.cli.submit import Command, Where, submittable
-from stoker.cli.train import (
-    HERE,
-    Launch,
-    MaxRestarts,
-    MaxTime,
-    Nodes,
-    Nproc,
-    Overrides,
-    Profile,
-    Rendezvous,
-    start,
-)
+from stoker.cli.submit import HERE, Command, Where, submittable
 from stoker.errors import BadInput
 from stoker.launch import again
-from stoker.launch.nodes import ONE
 from stoker.run import finding, view
 
 log = logging.getLogger("stoker")
@@ -39,12 +29,7 @@ def resume(
         str, typer.Argument(metavar="RUN", help="A run's id, the start of one, experiment/id, or its path.")
     ],
     overrides: Overrides = None,
-    nproc: Nproc = None,
-    nodes: Nodes = ONE,
-    rendezvous: Rendezvous = None,
-    max_restarts: MaxRestarts = 0,
-    max_time: MaxTime = None,
-    profile: Profile = None,
+    launch: Launch = ONE_RANK,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
     where: Where = HERE,
@@ -69,10 +54,9 @@ def resume(
     if overrides:
         for key, (old, new) in configs.drift(seen.config, redaction.tree(resolved.values)).items():
             log.warning("drift: %s was %s and is %s from now on", key, configs.shown(old), configs.shown(new))
-    ranks = nproc or max(1, _ranks(seen) // nodes.most)
-    launch = Launch(ranks, nodes, rendezvous, max_restarts, max_time, profile, where, command)
+    nproc = launch.nproc or max(1, _ranks(seen) // launch.nodes.most)
     return start(
-        recipe, resolved, launch,
+        recipe, resolved, command, dataclasses.replace(launch, nproc=nproc), where,
         runs=found.path.parent.parent, name=found.id, experiment=found.experiment, json=json,
         accept_drift=True,
     )  # fmt: skip

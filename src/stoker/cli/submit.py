@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from stoker import redaction
+from stoker.cli.options import grouped
 from stoker.cli.output import console, print_json
 from stoker.errors import BadInput
 from stoker.launch import arguments, here, jobs, jobspec, targets
@@ -76,6 +76,7 @@ class Where:
         return self.on == LOCAL
 
 
+HERE = Where()
 _VALUED = [f"--{field.name}" for field in dataclasses.fields(Where) if field.name != "dry_run"]
 
 
@@ -128,32 +129,23 @@ class Command:
 
 
 def submittable(command: Callable[..., int], **others: Any) -> Callable[..., int]:
-    """Give a command the options of `Where`, which it takes as its parameter `where`.
+    """Give a command, which has a parameter `where: Where`, the options of its groups.
 
     Args:
-        others: annotations that replace those of some of these options.
+        others: see `options.grouped`.
     """
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    hints = get_type_hints(Where, include_extras=True) | others
-    added = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in dataclasses.fields(Where)
-    ]
+    taking = grouped(command, **others)
 
-    @functools.wraps(command)
-    def with_options(**given: Any) -> int:
-        where = Where(**{field.name: given.pop(field.name) for field in dataclasses.fields(Where)})
+    @functools.wraps(taking)
+    def checked(**given: Any) -> int:
+        where = Where(**{field.name: given[field.name] for field in dataclasses.fields(Where)})
         if where.here and not where.dry_run:  # before anything looks for a GPU, or starts threads
             made = spec(where, Command((), (), Path.cwd()), name=LOCAL, processes=given.get("nproc") or 1)
             here.check(made)
             os.environ.update(here.environment(made))
-        return command(**given, where=where)
+        return taking(**given)
 
-    kept = [parameter for parameter in own if parameter.name != "where"]
-    with_options.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
-    return with_options
+    return checked
 
 
 def spec(

@@ -13,9 +13,9 @@ import typer
 from stoker import recipes
 from stoker.cli import submit
 from stoker.cli import trials as trials_seen
+from stoker.cli.options import MaxTime, Nproc
 from stoker.cli.output import DEFAULT_RUNS, Json, LocalRunsFolder, show_messages
-from stoker.cli.submit import Command, Where
-from stoker.cli.train import HERE, MaxTime, Nproc
+from stoker.cli.submit import HERE, Command, Where
 from stoker.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch import jobspec, targets
 from stoker.launch.targets import LOCAL, RAY, TARGETS

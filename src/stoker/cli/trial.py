@@ -8,7 +8,7 @@ from typing import Any
 
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli import train
+from stoker.cli import training
 from stoker.duration import Duration
 from stoker.errors import BadInput
 from stoker.launch import ranks
@@ -27,7 +27,7 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
     """Train the trial's run; returns the result in the form of `tune.local.Function`."""
     recipe = loaded(job.recipe)
     resolved: Any = configs.restore(recipe.config, job.values, job.sources)
-    train.check(recipe, resolved.config, World.current().size)
+    training.check(recipe, resolved.config, World.current().size)
     if World.current().rank == 0:
         _wait_until_free(finding.locate(job.runs, job.sweep, job.run))
     run = Run(
@@ -47,7 +47,7 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
     reporter = Reporter(run.attempt, job.metrics, job.unit, link, waits=job.waits, hang_limit=hangs)
     run.attempt.listen(reporter, job.metrics)
     try:
-        _, status = train.work_on(run, recipe, resolved.config, trial=True)
+        _, status = training.work_on(run, recipe, resolved.config, trial=True)
     finally:
         reporter.close()
     if job.unit == SHARE and run.attempt.plan.get("data_share") != resolved.config.data_share:

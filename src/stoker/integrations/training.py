@@ -10,7 +10,7 @@ from typing import Any
 
 from stoker import config as configs
 from stoker import object_store, recipes
-from stoker.cli import train
+from stoker.cli import training
 from stoker.cli.trial import train_trial
 from stoker.errors import BadInput
 from stoker.recipes import Recipe
@@ -40,7 +40,7 @@ def job_of(
         ranks: the number of processes that train it.
     """
     resolved: Any = configs.resolve(found.config, overrides)
-    train.check(found, resolved.config, ranks)
+    training.check(found, resolved.config, ranks)
     return Job(
         0, found.reference, resolved.values, resolved.sources, run.parent.parent, run.parent.name, run.name,
         (metric,), "step", None, tags,
