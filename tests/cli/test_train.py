@@ -272,6 +272,7 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint(  # type: igno
     filler.unlink()
     done = stoker("train", str(slow), "--name", "a", "--runs", str(runs))
     assert done.code == 0, done.err
+    assert f"stoker runs show a --runs {runs}" in done.out
     assert list(loaded(run).points["loss"]) == list(range(1, 61))
 
 

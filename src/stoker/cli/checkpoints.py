@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from stoker import exports, words
 from stoker.checkpoint import manifest
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer, console, print_json
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, StokerError
 from stoker.report import facts
@@ -122,10 +122,7 @@ def export(
             assert made.checkpoint is not None, "a checkpoint was asked for"
             found = made.checkpoint
             folder.rename(target)
-    if json:
-        print_json({"checkpoint": _row(found.path), "output": str(target.absolute())})
-    else:
-        console().print(str(target), markup=False)
+    answer(json, {"checkpoint": _row(found.path), "output": str(target.absolute())}, str(target))
 
 
 @app.command()
@@ -158,10 +155,7 @@ def rm(
         manifest.remove(path)
     if path.exists():
         raise StokerError(f"{path} is no longer a checkpoint, but some of its files could not be deleted")
-    if json:
-        print_json({"removed": str(path)})
-    else:
-        console().print(f"removed {path.name}", markup=False)
+    answer(json, {"removed": str(path)}, f"removed {path.name}")
 
 
 def _best(seen: RunView) -> Path | None:

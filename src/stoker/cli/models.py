@@ -14,7 +14,7 @@ from stoker import exports, storage
 from stoker.checkpoint import manifest
 from stoker.cli import sharing
 from stoker.cli.checkpoints import Metric
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer, console, print_json, show_messages
 from stoker.cli.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
 from stoker.report import facts
@@ -131,10 +131,7 @@ def pull(
     registry = Registry(runs)
     found = registry.version(version)
     target = registry.pull(f"{found.name}@{found.version}", output or Path(f"{found.name}-{found.version}"))
-    if json:
-        print_json({**_entry(found), "folder": str(target.absolute())})
-    else:
-        console().print(str(target), markup=False)
+    answer(json, {**_entry(found), "folder": str(target.absolute())}, str(target))
 
 
 @app.command()
@@ -179,10 +176,7 @@ def push(
             exports.cast(ready, dtype)
         where = destination.send(ready, private=not public)
         files = [str(file.relative_to(ready)) for file in storage.files_under(ready)]
-    if json:
-        print_json({"run": seen.directory.name, "to": where, "files": files})
-    else:
-        console().print(where, markup=False)
+    answer(json, {"run": seen.directory.name, "to": where, "files": files}, where)
 
 
 def _about(seen: RunView, checkpoint: manifest.Checkpoint | None) -> dict[str, str]:
@@ -197,10 +191,7 @@ def _about(seen: RunView, checkpoint: manifest.Checkpoint | None) -> dict[str, s
 
 
 def _answer(version: Version, json: bool, said: str) -> None:
-    if json:
-        print_json(_entry(version))
-    else:
-        console().print(said, markup=False)
+    answer(json, _entry(version), said)
 
 
 def _entry(version: Version) -> dict[str, Any]:

@@ -54,6 +54,14 @@ def print_json(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def answer(json: bool, found: dict[str, Any], text: str) -> None:
+    """Print an answer: the object with `--json`, else the text."""
+    if json:
+        print_json(found)
+    else:
+        console().print(text, markup=False)
+
+
 def say_error(message: str, code: int) -> None:
     """Report the error that ends a command; with `--json` also as an object with the exit code."""
     is_trace = "\n" in message and code != EXIT_BAD_INPUT

@@ -14,7 +14,7 @@ import yaml
 from rich.table import Table
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli.output import Json, console, print_json
+from stoker.cli.output import Json, answer, console, print_json
 from stoker.errors import BadInput, nearest
 from stoker.meanings import meanings_of
 
@@ -87,10 +87,7 @@ def keys(config: type) -> list[tuple[str, str, str]]:
 
 def _show_config(name: str, file: Path, json: bool) -> None:
     text = file.read_text(encoding="utf-8")
-    if json:
-        print_json({"config": name, "source": str(file), "values": yaml.safe_load(text)})
-    else:
-        console().print(text.rstrip(), markup=False)
+    answer(json, {"config": name, "source": str(file), "values": yaml.safe_load(text)}, text.rstrip())
 
 
 @app.command()
@@ -116,10 +113,7 @@ def copy(
         raise BadInput(f"{target} already exists: choose another name with -o")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(known[name], target)
-    if json:
-        print_json({"copied": name, "to": str(target.absolute())})
-    else:
-        console().print(str(target), markup=False)
+    answer(json, {"copied": name, "to": str(target.absolute())}, str(target))
 
 
 def _short(default: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer
 from stoker.report import html, scaling
 from stoker.run import finding, view
 from stoker.tune import record
@@ -55,10 +55,7 @@ def report(
 
 def _say(file: Path, about: list[str], *, json: bool) -> None:
     file = file.absolute()
-    if json:
-        print_json({"report": str(file), "runs": about, "bytes": file.stat().st_size})
-    else:
-        console().print(str(file), markup=False)
+    answer(json, {"report": str(file), "runs": about, "bytes": file.stat().st_size}, str(file))
 
 
 def _sweep(runs: Path, name: str) -> Path | None:

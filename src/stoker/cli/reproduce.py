@@ -13,11 +13,20 @@ from typing import Annotated, Any
 
 import typer
 from stoker import config as configs
-from stoker import signals, storage
+from stoker import exports, signals, storage
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import InvalidCheckpoint
 from stoker.cli.options import Overrides
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, runs_option, show_messages
+from stoker.cli.output import (
+    DEFAULT_RUNS,
+    Json,
+    RunsFolder,
+    answer,
+    console,
+    print_json,
+    runs_option,
+    show_messages,
+)
 from stoker.cli.runs.common import RunName
 from stoker.errors import (
     EXIT_BAD_INPUT,
@@ -49,7 +58,7 @@ from stoker.reproduce.differences import Difference
 from stoker.reproduce.inputs import Input
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
-from stoker.run import finding, mirror, view
+from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import measures_machine
 from stoker.run.view import RunView
@@ -124,19 +133,15 @@ def reproduce(
 def _answer_stopped(made: RunView, json: bool) -> int:
     """Print that the new run was told to stop; returns the exit code."""
     name = made.directory.name
-    if json:
-        print_json({"identical": None, "again": name, "status": made.status, "step": made.step})
-    else:
-        console().print(f"{name} {made.status} at step {made.step}: nothing was compared")
+    found = {"identical": None, "again": name, "status": made.status, "step": made.step}
+    answer(json, found, f"{name} {made.status} at step {made.step}: nothing was compared")
     return _CODES[made.status]
 
 
 def _answer_not_begun(target: RunDirectory, status: str, json: bool) -> int:
     """Print that the new run was told to stop before it existed; returns the exit code."""
-    if json:
-        print_json({"identical": None, "again": None, "status": status, "step": 0})
-    else:
-        console().print(f"{target.id} was told to stop before it started: nothing was created")
+    found = {"identical": None, "again": None, "status": status, "step": 0}
+    answer(json, found, f"{target.id} was told to stop before it started: nothing was created")
     return _CODES[status]
 
 
@@ -300,10 +305,9 @@ def _doubts(
 
 def _take_checkpoint(seen: RunView, target: RunDirectory, step: int) -> None:
     """Give the new run a checkpoint to start from, as links or copies of its files. Raises BadInput."""
-    copy = mirror.of(seen.directory)
     source = manifest.folder(seen.directory.checkpoints, step)
     try:
-        found = manifest.mended(source, copy.fetch_checkpoint if copy is not None else None)
+        found = manifest.mended(source, exports.mend(seen))
     except InvalidCheckpoint as error:
         others = ", ".join(str(known) for known in _steps_to_begin_from(seen) if known != step)
         why = f"cannot be used: {error}" if source.is_dir() else "is no longer kept"

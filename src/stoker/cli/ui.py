@@ -17,7 +17,7 @@ from types import FrameType
 from typing import IO, Annotated
 
 import typer
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer
 from stoker.errors import BadInput, StokerError
 from stoker.run import finding
 from stoker.tracking import store
@@ -46,10 +46,8 @@ def ui(
     with tempfile.TemporaryFile() as output, _serving(runs, port, output) as server:
         url = f"http://{_HOST}:{port}"
         _wait_until_it_answers(server, url, output)
-        if json:
-            print_json({"url": url, "store": str(database)})
-        else:
-            console().print(f"{url}/{_PAGE} shows {database}; press Ctrl-C to stop", markup=False)
+        found = {"url": url, "store": str(database)}
+        answer(json, found, f"{url}/{_PAGE} shows {database}; press Ctrl-C to stop")
         if server.wait() != 0:
             raise StokerError(f"the MLflow server exited: {_last_line(output)}")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from stoker import storage
 from stoker.checkpoint import manifest
 from stoker.config import DEFAULT
 from stoker.reproduce import provenance as records
@@ -198,11 +199,11 @@ def provenance(directory: RunDirectory) -> Provenance:
     """The contents of the run's provenance folder. Missing or unreadable parts are empty."""
     folder = directory.provenance
     return Provenance(
-        code=_read_object(folder / records.CODE),
+        code=storage.read_json(folder / records.CODE),
         diff=_read_text(folder / records.DIFF),
         packages=_read_text(folder / records.REQUIREMENTS),
-        environment=_read_object(folder / records.ENVIRONMENT),
-        data=_read_object(folder / records.DATA),
+        environment=storage.read_json(folder / records.ENVIRONMENT),
+        data=storage.read_json(folder / records.DATA),
     )
 
 
@@ -237,11 +238,3 @@ def _read_text(file: Path) -> str:
     if len(found) > _TEXT_LIMIT:
         return f"{found[:_TEXT_LIMIT]}\n... and {len(found) - _TEXT_LIMIT:,} more characters in {file.name}"
     return found
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        found = orjson.loads(file.read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}

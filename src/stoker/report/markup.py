@@ -60,10 +60,9 @@ def number(value: str) -> Html:
     return tag("td", value, class_="number")
 
 
-def details(summary: str, *children: str, opened: bool = False) -> Html:
+def details(summary: str, *children: str) -> Html:
     """Content that is collapsed until it is opened."""
-    more = {"open": ""} if opened else {}
-    return tag("details", tag("summary", summary), *children, **more)
+    return tag("details", tag("summary", summary), *children)
 
 
 def json_script(identity: str, value: Any) -> Html:

@@ -16,8 +16,6 @@ _BEST = "#1b8a4b"
 _RUNG = "#8b97a5"
 _ALIKE = 0.01  # relative difference allowed in units per step between trials that share rungs
 
-Points = Mapping[float, float]
-
 
 def figure(trials: Sequence[FrozenTrial], rungs: Sequence[float], best: int | None, metric: str) -> Figure:
     """Every trial's values by step; values inherited from a donor are dotted, rungs are dashed.
