@@ -65,7 +65,6 @@ class Heart:
     """
 
     def __init__(self, limit: float | None = None, at_least: float = _AT_LEAST) -> None:
-        folder = os.environ.get(FOLDER)
         self.pulse = Pulse()
         """The newest pulse, a new object at each beat."""
         self._limit, self._at_least = limit, at_least
@@ -73,10 +72,7 @@ class Heart:
         self._last = 0.0
         self._longest = 0.0
         self._begun = self._over = False
-        self._memory: mmap.mmap | None = None
-        if folder is not None:
-            rank = int(os.environ.get("RANK", "0"))
-            self._memory = _memory(Path(folder) / f"rank-{rank}.pulse")
+        self._memory = _memory_of_this_rank()
 
     def begin(self, step: int) -> None:
         """Record that the loop begins after `step` completed steps."""
@@ -114,10 +110,9 @@ class Heart:
 
 def joining(yes: bool) -> None:
     """Record whether this rank is waiting for the others to start."""
-    folder = os.environ.get(FOLDER)
-    if folder is not None:
+    memory = _memory_of_this_rank()
+    if memory is not None:
         now = time.monotonic()
-        memory = _memory(Path(folder) / f"rank-{os.environ.get('RANK', '0')}.pulse")
         _put(memory, Pulse(at=now, joining=now if yes else 0.0))
 
 
@@ -191,7 +186,12 @@ def _put(memory: mmap.mmap, pulse: Pulse) -> None:
     _LAYOUT.pack_into(memory, 0, p.step, p.saved, p.at, p.limit, p.joining, p.begun)
 
 
-def _memory(file: Path) -> mmap.mmap:
+def _memory_of_this_rank() -> mmap.mmap | None:
+    """The file of this rank's pulse; None without a supervisor."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return None
+    file = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.pulse"
     with file.open("a+b") as opened:
         if opened.seek(0, os.SEEK_END) < _LAYOUT.size:
             opened.write(_LAYOUT.pack(-1, -1, time.monotonic(), 0.0, 0.0, False))

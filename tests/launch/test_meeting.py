@@ -9,9 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 from stoker.errors import EXIT_PREEMPTED, BadInput
-from stoker.launch import nodes
+from stoker.launch import nodes, rounds
 from stoker.launch.budget import Budget
-from stoker.launch.nodes import Answer, Machines, Report, Seat
+from stoker.launch.nodes import Seat
+from stoker.launch.rounds import Answer, Machines, Report
 from stoker.machine import free_port
 
 TWO = Machines(2, 2)
@@ -28,9 +29,9 @@ class Meeting:
 
     def host(self) -> Callable[[], None]:
         """Answer there; returns what ends that, without a word."""
-        served = nodes._serve(self.address, nodes._Host(TWO, Budget(3), frozenset({2})))
-        assert served is not None
-        server, ended = served[0], threading.Event()
+        server = nodes._serve(self.address, rounds.Host(TWO, Budget(3), frozenset({2})))
+        assert server is not None
+        ended = threading.Event()
 
         def end() -> None:
             if not ended.is_set():
@@ -110,7 +111,7 @@ def test_a_lost_machine_leaves_its_place_to_another_while_the_rest_goes_on(
     """On a clock of its own: reports twice a second, each of a machine that trains when it is told to."""
     clock = [0.0]
     monkeypatch.setattr(nodes.time, "monotonic", lambda: clock[0])
-    host = nodes._Host(Machines(1, 2), Budget(0), frozenset({1, 2}))
+    host = rounds.Host(Machines(1, 2), Budget(0), frozenset({1, 2}))
     answers: dict[str, Answer] = {}
 
     def pass_by(seconds: int, *machines: str) -> None:
@@ -119,9 +120,9 @@ def test_a_lost_machine_leaves_its_place_to_another_while_the_rest_goes_on(
             for name in machines:
                 told = answers.get(name, Answer())
                 waits = told.over or told.round == 0 or told.number < 0
-                trains = nodes.DONE if told.changes else nodes.RUNNING  # ranks end with a checkpoint then
-                phase = nodes.WAITING if waits else trains
-                code = EXIT_PREEMPTED if phase == nodes.DONE else 0
+                trains = rounds.DONE if told.changes else rounds.RUNNING  # ranks end with a checkpoint then
+                phase = rounds.WAITING if waits else trains
+                code = EXIT_PREEMPTED if phase == rounds.DONE else 0
                 first, known = name == "host", told.round
                 report = Report(name, name, 1, "1:2", first=first, round=known, phase=phase, code=code)
                 answers[name] = host.hear(report)

@@ -21,7 +21,7 @@ from stoker.config import Resolved
 from stoker.duration import clock
 from stoker.errors import EXIT_PREEMPTED, BadInput, BadWorldSize
 from stoker.launch import jobspec, local, targets
-from stoker.launch.nodes import ONE, Machines
+from stoker.launch.rounds import ONE, Machines
 from stoker.object_store import Unreachable
 from stoker.recipes import Recipe
 from stoker.report import html

@@ -28,7 +28,7 @@ from stoker import machine, signals, supervision
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
 from stoker.launch.budget import Budget, RankFailed
-from stoker.launch.nodes import ONE, Machines
+from stoker.launch.rounds import ONE, Machines
 from stoker.launch.watch import Watch, watching
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
@@ -150,10 +150,7 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     def outside() -> str:
         if place.seat is None:
             return ""
-        pulses = supervision.read(folder).values()
-        place.seat.progress(
-            max((p.step for p in pulses), default=-1), max((p.saved for p in pulses), default=-1)
-        )
+        place.seat.progress(*_progress(folder))
         if watch.told:
             place.seat.leave()
         watch.ask_to_stop = bool(place.seat.changes())

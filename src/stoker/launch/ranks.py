@@ -169,10 +169,7 @@ def _leave_group(*, failed: bool) -> None:
 
 
 def _write(base: Path, suffix: str, text: str) -> None:
-    """Write a file atomically."""
-    part = base.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(base.with_suffix(suffix))
+    storage.write_atomically(base.with_suffix(suffix), text.encode(), lasts=False, synced=False)
 
 
 def _number(file: Path) -> int:

@@ -364,8 +364,8 @@ def held_elsewhere(run: Path) -> str:
     """
     try:
         newest = max((file for file in (run / FOLDER).iterdir() if file.name.isdigit()), default=None)
-        holder = Holder(**orjson.loads(newest.read_bytes())) if newest is not None else None
-    except (OSError, orjson.JSONDecodeError, TypeError):
+        holder = Holder.of(newest.read_bytes()) if newest is not None else None
+    except OSError:
         return ""
     if holder is None or holder.released or time.time() - holder.at > EXPIRES:
         return ""

@@ -361,7 +361,7 @@ class Mirror:
     def newest(self) -> int | None:
         """The step of the newest checkpoint in the store, as of the last listing."""
         found = self._checkpoints(self._there or {})
-        return int(found[-1].removeprefix("step-")) if found else None
+        return step_of(found[-1]) if found else None
 
     def _still_ours(self) -> None:
         if self.taken_elsewhere():

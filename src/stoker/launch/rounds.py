@@ -1,0 +1,358 @@
+"""Which machines train one run together, in rounds; decided at the machine where their launchers meet.
+
+When all have joined, a round begins: ranks are started everywhere. When a rank fails, or a machine stops
+reporting, the round is over, all ranks are ended, and the next round begins, as long as restarts are left.
+
+If their number may change (`1:4`), a round begins with the machines that are available. A machine that
+joins, or is told to stop, ends the round after a checkpoint; a machine that is lost ends it as soon as it
+is missed. The next round has the others. None of this costs a restart. The machine at which they meet must
+stay.
+
+`nodes.py` carries the reports to this machine, and the answers back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from stoker import machine
+from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput
+from stoker.launch.budget import Budget, RankFailed
+from stoker.words import counted
+
+log = logging.getLogger("stoker")
+
+SILENCE = 10.0  # seconds without a message after which a machine counts as gone
+COMING = 600.0  # seconds to wait for the others
+LAST_CALL = 5.0  # seconds to wait for more machines than needed, before the first round
+_COLLECT = 1.5  # seconds after a failure in which related failures may be reported
+
+_NOT_SHARED = (
+    "the runs folder of {host} is not the one that the other machines use: set --runs to a folder that they "
+    "all share; for an object store, share its working copy, which is below STOKER_CACHE"
+)
+
+WAITING, RUNNING, FAILED, DONE, GONE = "waiting", "running", "failed", "done", "gone"
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The number of machines that train together: `2`, or from 1 to 4."""
+
+    least: int = 1
+    most: int = 1
+
+    @classmethod
+    def parsed(cls, given: object) -> Machines:
+        """`2` or `1:4`. Raises BadInput."""
+        text = str(given)
+        least, colon, most = text.partition(":")
+        most = most if colon else least
+        if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+            raise BadInput(f"--nodes {text}: give a number, such as 2, or a minimum and maximum, such as 1:4")
+        return cls(int(least), int(most))
+
+    @property
+    def elastic(self) -> bool:
+        """Whether their number may change."""
+        return self.least < self.most
+
+    def __str__(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least}:{self.most}"
+
+
+ONE = Machines()
+
+
+@dataclass
+class Report:
+    """What a launcher reports about itself."""
+
+    node: str
+    host: str
+    nproc: int
+    nodes: str
+    folder: str = ""
+    """The id of the folder that all machines must share."""
+    first: bool = False
+    """Whether they meet at this machine: it is machine 0, and its ranks find each other there too."""
+    round: int = 0
+    """The newest round that it knows."""
+    phase: str = WAITING
+    leaving: bool = False
+    """Whether it was told to stop."""
+    said: str = ""
+    """How its ranks failed."""
+    ago: float = 0.0
+    """Seconds since then."""
+    raised: bool = False
+    """Whether it was an exception."""
+    again: bool = True
+    changed: bool = False
+    """As in `StokerError`."""
+    code: int = 0
+    step: int = -1
+    saved: int = -1
+
+
+@dataclass
+class Answer:
+    """What a launcher is told."""
+
+    round: int = 0
+    """The newest round; 0 before the first."""
+    over: str = ""
+    """Why that round is over, if it is."""
+    number: int = 0
+    """The number of this machine; -1 if it does not take part in the round."""
+    machines: int = 1
+    """The number of machines in the round."""
+    changes: str = ""
+    """Why the round will be ended after a checkpoint."""
+    port: int = 0
+    """The port where the ranks of the round meet."""
+    id: str = ""
+    """The id of the round."""
+    ended: bool = False
+    """Whether everything is over."""
+    error: str = ""
+    code: int = 0
+
+
+@dataclass
+class _Member:
+    report: Report
+    heard: float
+    number: int = -1
+    """Its number in the newest round."""
+
+
+@dataclass
+class Host:
+    """The state of the machine at which the others meet. Its methods are called under its lock."""
+
+    nodes: Machines
+    budget: Budget
+    sizes: frozenset[int]
+    """The possible numbers of machines in a round."""
+    members: dict[str, _Member] = field(default_factory=dict)
+    round: int = 0
+    machines: int = 0
+    """In the newest round."""
+    running: bool = False
+    over: str = "not begun"
+    changes: str = ""
+    failed_at: float | None = None
+    failure: RankFailed | None = None
+    final: bool = False
+    port: int = 0
+    id: str = ""
+    answer: Answer | None = None
+    """How it ended."""
+    told: set[str] = field(default_factory=set)
+    knocked: dict[str, float] = field(default_factory=dict)
+    """When machines for which there was no room reported first."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    since: float = field(default_factory=time.monotonic)
+    """When waiting for machines began, or the last one joined."""
+
+    def hear(self, report: Report) -> Answer:
+        """Process a report; returns what to do."""
+        refused = self._refusal(report)
+        if refused:
+            return Answer(ended=True, code=2, error=refused)
+        now, known = time.monotonic(), self.members.get(report.node)
+        if report.phase == GONE or (report.leaving and not self._plays(known)):
+            self._let_go(report, now)
+            return self.answer or Answer(ended=True, code=EXIT_PREEMPTED)
+        if known is None and not (self._has_room(report) or self._make_room()):
+            return self._without_room(report, now)
+        if known is None:
+            known = self._take_in(report, now)
+        known.report, known.heard = report, now
+        self._judge(now)
+        if self.answer is not None:
+            self.told.add(report.node)
+            return self.answer
+        return Answer(self.round, self.over, known.number, self.machines, self.changes, self.port, self.id)
+
+    def _refusal(self, report: Report) -> str:
+        """Why a machine may not take part; empty if it may."""
+        if report.nodes != str(self.nodes):
+            return f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
+        if any(member.report.folder != report.folder for member in self.members.values()):
+            return _NOT_SHARED.format(host=report.host)
+        return ""
+
+    def _without_room(self, report: Report, now: float) -> Answer:
+        """What to tell a machine for which there is no room: to wait, until it is known whether one is gone.
+
+        A launcher that was killed and is started again at once comes before it is missed.
+        """
+        if self.answer is not None:
+            return self.answer
+        if now - self.knocked.setdefault(report.node, now) < SILENCE + 2 * _COLLECT:
+            return Answer(self.round, "there is no room", number=-1)
+        return Answer(ended=True, code=2, error=f"all {self.nodes.most} machines have already joined")
+
+    def _plays(self, member: _Member | None) -> bool:
+        """Whether a machine is part of the current round."""
+        return self.running and member is not None and member.number >= 0
+
+    def _let_go(self, report: Report, now: float) -> None:
+        """Remove a machine that says that it is leaving."""
+        known = self.members.pop(report.node, None)
+        if self._plays(known) and self.failure is None:
+            self.failure, self.final, self.failed_at = RankFailed(f"{report.host} left"), False, now
+            if self.nodes.elastic:
+                self._pause(str(self.failure))
+
+    def _take_in(self, report: Report, now: float) -> _Member:
+        self.members[report.node] = _Member(report, now)
+        self.since = now
+        log.info(
+            "%s joined with %s: %d of %s",
+            report.host, counted(report.nproc, "rank"), len(self.members), self.nodes,
+        )  # fmt: skip
+        return self.members[report.node]
+
+    def _has_room(self, report: Report) -> bool:
+        """Whether there is room, keeping a place for the rendezvous machine, which may report later."""
+        others = sum(not member.report.first for member in self.members.values())
+        return report.first or others < self.nodes.most - 1
+
+    def _make_room(self) -> bool:
+        """Remove a machine that is gone, and plays no part in a round, to make room for a new one."""
+        now = time.monotonic()
+        silent = {node: member for node, member in self.members.items() if now - member.heard > SILENCE}
+        gone = [node for node, member in silent.items() if not self._plays(member)]
+        if not gone:
+            return False
+        del self.members[gone[0]]
+        return True
+
+    def _judge(self, now: float) -> None:
+        if self.answer is not None:
+            return
+        if self.running:
+            self._judge_round(now)
+        else:
+            self._judge_waiting(now)
+
+    def _judge_waiting(self, now: float) -> None:
+        """Begin a round with the available machines, if there are enough."""
+        heard = [member for member in self.members.values() if now - member.heard < SILENCE]
+        here = [member for member in heard if member.report.phase == WAITING and not member.report.leaving]
+        size = self._size(len(here))
+        all_here = len(here) == self.nodes.most
+        settled = len(here) == len(heard) and (self.round > 0 or now - self.since > LAST_CALL)
+        if size and (all_here or settled) and any(member.report.first for member in here):
+            self._begin(here, size)
+        elif now - self.since > COMING:
+            code = EXIT_PREEMPTED if self.round else EXIT_FAILED
+            self._end(code, f"only {len(here)} of {self.nodes} machines joined within {COMING:.0f} s")
+
+    def _judge_round(self, now: float) -> None:
+        playing = self._playing()
+        self._look_for_failures(now, playing)
+        done = all(member.report.phase == DONE for member in playing)
+        if self.failed_at is not None and (self.final or now - self.failed_at > _COLLECT):
+            self._over(now)
+        elif len(playing) == self.machines and done:
+            self._ended(max(member.report.code for member in playing), playing)
+        elif self.nodes.elastic and not self.changes:
+            others = [member for member in self.members.values() if member.number < 0]
+            ready = [member for member in others if now - member.heard < SILENCE]
+            if self._size(self.machines + len(ready)) > self.machines:
+                self.changes = f"{', '.join(member.report.host for member in ready)} joined"
+
+    def _of_round(self) -> list[_Member]:
+        """The machines of the newest round."""
+        return [member for member in self.members.values() if member.number >= 0]
+
+    def _playing(self) -> list[_Member]:
+        """Those of the round that know about it."""
+        return [member for member in self._of_round() if member.report.round == self.round]
+
+    def _size(self, here: int) -> int:
+        """The largest possible round with this many machines; 0 if there are too few."""
+        return max((size for size in self.sizes if size <= here), default=0)
+
+    def _ended(self, code: int, playing: list[_Member]) -> None:
+        """All ranks ended by themselves; if only the set of machines changes, the next round begins."""
+        leaving = [member for member in playing if member.report.leaving]
+        staying = sum(not member.report.leaving for member in self.members.values())
+        stays = not any(member.report.first for member in leaving)
+        if code == EXIT_PREEMPTED and (leaving or self.changes) and stays and self._size(staying):
+            gone = ", ".join(member.report.host for member in leaving)
+            self._pause(f"{gone} left" if gone else self.changes)
+        else:
+            self._end(code, "")
+
+    def _look_for_failures(self, now: float, playing: list[_Member]) -> None:
+        failed = [member for member in playing if member.report.phase == FAILED]
+        silent = [m.report.host for m in self._of_round() if now - m.heard > SILENCE]
+        if failed:
+            # What ended a rank from outside takes precedence over the errors that this caused in others.
+            first = min(failed, key=lambda m: (m.report.again, m.report.raised, m.heard - m.report.ago))
+            self.failure, self.final = RankFailed(first.report.said), not first.report.again
+            self.failure.raised, self.failure.exit_code = first.report.raised, first.report.code or 1
+            self.failure.changed = first.report.changed
+        elif silent:
+            said = f"no message from {', '.join(silent)} for {SILENCE:.0f} s"
+            self.failure, self.final = RankFailed(said), False
+        if self.failure is not None:
+            self.failed_at = now if self.failed_at is None else self.failed_at
+            self.failure.step = max((member.report.step for member in playing), default=-1)
+            self.failure.saved = max((member.report.saved for member in playing), default=-1)
+
+    def _begin(self, here: list[_Member], size: int) -> None:
+        for member in self.members.values():
+            member.number = -1
+        # The rendezvous machine is machine 0; machines that were together stay together.
+        ordered = sorted(here, key=lambda member: (not member.report.first, -member.report.round))
+        for number, member in enumerate(ordered[:size]):
+            member.number = number
+            log.info("%s is machine %d of %d", member.report.host, number, size)
+        for member in ordered[size:]:
+            log.info("%s is waiting: the work cannot be shared by %d machines", member.report.host, len(here))
+        # Those that were in rounds of an earlier host, which is back since, wait for one after those.
+        self.round = 1 + max(self.round, *(member.report.round for member in here))
+        self.machines, self.running, self.over, self.changes = size, True, "", ""
+        self.failed_at, self.failure = None, None
+        self.port, self.id = machine.free_port(), uuid.uuid4().hex
+
+    def _over(self, now: float) -> None:
+        """End the round; this costs a restart, unless it failed because of a machine that may be lost."""
+        assert self.failure is not None
+        lost = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
+        if self.nodes.elastic and lost and not self.final:
+            self._pause(f"{', '.join(lost)} does not respond")
+            return
+        self._pause(str(self.failure), quiet=True)
+        try:
+            if self.final:
+                raise self.failure
+            self.budget.spend(self.failure)
+        except RankFailed as error:
+            if lost and not self.final:  # training itself did not fail: it can be started again
+                gone = f"{', '.join(lost)} does not respond, so all machines have ended"
+                again = "once it is back, the same command resumes"
+                self._end(EXIT_PREEMPTED, f"{gone}; {again}.\n{error}")
+            else:
+                self._end(error.exit_code, str(error))
+        else:
+            log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
+
+    def _pause(self, why: str, *, quiet: bool = False) -> None:
+        """The round is over; the next one will follow."""
+        self.running, self.over, self.since = False, why, time.monotonic()
+        if not quiet:
+            log.info("%s: continuing with the machines that are available", why)
+
+    def _end(self, code: int, error: str) -> None:
+        self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
