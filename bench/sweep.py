@@ -211,7 +211,7 @@ def controller(trials: int) -> dict[str, float]:
     """Milliseconds of the controller a trial of 20 reports, the last 20 of so many; without processes."""
     from dataclasses import dataclass
 
-    from stoker.tune import schedulers, space, study
+    from stoker.tune import samplers, schedulers, space, stores, study
     from stoker.tune.plan import Objective, Plan
     from stoker.tune.search import Executor, Search
     from stoker.tune.trial import Ended, Report
@@ -253,8 +253,8 @@ def controller(trials: int) -> dict[str, float]:
     )
     folder = Path("runs/sweep")
     folder.mkdir(parents=True)
-    file = study.JournalFile(folder / "study.journal")
-    made = study.opened(file, study.sampler("tpe", searched, 0), ["min"])
+    file = stores.JournalFile(folder / "study.journal")
+    made = study.opened(file, samplers.make("tpe", searched, 0), ["min"])
     workers = AtOnce()
     rule = schedulers.make("asha", least=1, most=100)
     plan = Plan(folder, "bench", Config, (Objective("val_loss", "min"),), trials, folder / "provenance")

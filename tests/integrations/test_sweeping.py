@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from stoker.errors import BadInput, StokerError
 from stoker.integrations.sweeping import Sweep, sweep
+from stoker.tune import stores
 from stoker.tune import study as studies
 
 from commands import Command
@@ -171,7 +172,7 @@ def test_a_study_in_a_file_is_the_same_from_every_folder(
             call()
     assert not (tmp_path / "rel.db").exists()
     assert not any((tmp_path / "other").iterdir())
-    studies.Database(url)
+    stores.Database(url)
     with pytest.raises(BadInput, match=r"the study of the search in .* is not in sqlite"):
         sweep(SEARCHED, SPACE, **given, storage=url)
     assert loaded(trial.run).status == "finished"

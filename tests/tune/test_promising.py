@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
-from stoker.tune import promising
+from stoker.tune import promising, samplers, stores
 from stoker.tune import study as studies
 from stoker.tune.space import parse
 
@@ -72,8 +72,8 @@ def test_few_trials_narrow_nothing() -> None:
 @pytest.mark.parametrize("name", ["tpe", "staged"])
 def test_a_trial_that_waits_at_a_rung_teaches_the_sampler(name: str, tmp_path: Path) -> None:
     """Most of ASHA's wait to the end of the search: without them, TPE would draw at random."""
-    file = studies.JournalFile(tmp_path / "study.journal")
-    study = studies.opened(file, studies.sampler(name, SPACE, 0, trials=60), ["min"])
+    file = stores.JournalFile(tmp_path / "study.journal")
+    study = studies.opened(file, samplers.make(name, SPACE, 0, trials=60), ["min"])
     drawn = []
     for _ in range(60):
         with studies.quiet(), file.together():
@@ -94,8 +94,8 @@ PLANE = parse(["x=uniform(0, 1)", "y=uniform(0, 1)"], Point)
 
 
 def _nearest(name: str, seed: int, folder: Path, optimum: tuple[float, float]) -> float:
-    file = studies.JournalFile(folder / f"{name}-{seed}")
-    study = studies.opened(file, studies.sampler(name, PLANE, seed, trials=40), ["min"])
+    file = stores.JournalFile(folder / f"{name}-{seed}")
+    study = studies.opened(file, samplers.make(name, PLANE, seed, trials=40), ["min"])
     for _ in range(40):
         with studies.quiet(), file.together():
             asked = study.ask()
@@ -121,8 +121,8 @@ def test_of_several_objectives_too_a_trial_that_waits_or_was_pruned_teaches_the_
 ) -> None:
     drawn: dict[str, list[float]] = {}
     for sampler in (name, "random"):
-        file = studies.JournalFile(tmp_path / sampler)
-        study = studies.opened(file, studies.sampler(sampler, PLANE, 0, trials=28), ["min", "min"])
+        file = stores.JournalFile(tmp_path / sampler)
+        study = studies.opened(file, samplers.make(sampler, PLANE, 0, trials=28), ["min", "min"])
         drawn[sampler] = []
         for number in range(28):
             with studies.quiet(), file.together():

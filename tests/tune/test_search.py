@@ -19,7 +19,7 @@ from stoker.cli import trials as trials_seen
 from stoker.duration import Duration
 from stoker.errors import StokerError
 from stoker.run.directory import RunDirectory
-from stoker.tune import forking, schedulers, search
+from stoker.tune import forking, samplers, schedulers, search, stores
 from stoker.tune import study as studies
 from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.schedulers import Scheduler
@@ -103,9 +103,9 @@ def _search(
     metrics: Sequence[str] = ("val_loss",),
     **planned: object,
 ) -> Search:
-    kept = studies.JournalFile(folder / "study.journal")
+    kept = stores.JournalFile(folder / "study.journal")
     objectives = tuple(Objective(metric, "min") for metric in metrics)
-    study = studies.opened(kept, studies.sampler(sampler, SPACE, 0), [one.goal for one in objectives])
+    study = studies.opened(kept, samplers.make(sampler, SPACE, 0), [one.goal for one in objectives])
     plan = Plan(folder, "recipe", SPACE.config, objectives, trials, folder / "provenance", **planned)
     return Search(plan, SPACE, study, kept, rule or schedulers.make("none"), cluster)
 

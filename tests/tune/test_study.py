@@ -14,6 +14,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 from stoker import BadInput
+from stoker.tune import samplers, stores
 from stoker.tune import study as studies
 from stoker.tune.entries import Entries
 from stoker.tune.peers import Peers
@@ -21,9 +22,9 @@ from stoker.tune.plan import SHARE, Objective
 from stoker.tune.space import parse
 
 
-def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[studies.JournalFile, optuna.Study]:
-    file = studies.JournalFile(folder / "study.journal")
-    return file, studies.opened(file, studies.sampler(sampler, SPACE, seed), ["min"])
+def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[stores.JournalFile, optuna.Study]:
+    file = stores.JournalFile(folder / "study.journal")
+    return file, studies.opened(file, samplers.make(sampler, SPACE, seed), ["min"])
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Three:
     z: int = 1
 
 
-def draw(file: studies.JournalFile, study: optuna.Study) -> dict[str, float]:
+def draw(file: stores.JournalFile, study: optuna.Study) -> dict[str, float]:
     with studies.quiet(), file.together():
         trial = study.ask()
         trial.suggest_float("x", 0.0, 1.0)
@@ -74,8 +75,9 @@ def test_what_belongs_together_is_there_whole_or_not_at_all(tmp_path: Path) -> N
         "import os, sys\n"
         "from pathlib import Path\n"
         "import optuna\n"
+        "from stoker.tune import stores\n"
         "from stoker.tune import study as studies\n"
-        "file = studies.JournalFile(Path(sys.argv[1]))\n"
+        "file = stores.JournalFile(Path(sys.argv[1]))\n"
         "study = studies.opened(file, None, ['min'])\n"
         "with file.together():\n"
         "    study.ask().suggest_float('x', 0.0, 1.0)\n"
@@ -149,8 +151,8 @@ def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
     space = parse([f"{name}=[{numbers}]" for name in "xyz"], Three)
 
     def entries(name: str) -> tuple[optuna.Study, Entries]:
-        kept = studies.Database(f"sqlite:///{tmp_path / name}")
-        study = studies.opened(kept, studies.sampler(sampler, space, 0), ["min"])
+        kept = stores.Database(f"sqlite:///{tmp_path / name}")
+        study = studies.opened(kept, samplers.make(sampler, space, 0), ["min"])
         plan: Any = None  # a search's, which drawing does not need
         return study, Entries(plan, space, study, kept, None)
 
@@ -179,8 +181,8 @@ def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
 def test_another_controller_knows_values_at_shares_of_the_data_as_they_are(tmp_path: Path) -> None:
     space, goal = parse(["x=[1, 2]"], Three), Objective("loss", "min")
     plan: Any = SimpleNamespace(objectives=[goal], unit=SHARE, trials=1, folder=tmp_path)
-    kept = studies.Database(f"sqlite:///{tmp_path / 'study.db'}")
-    study = studies.opened(kept, studies.sampler("random", space, 0), ["min"])
+    kept = stores.Database(f"sqlite:///{tmp_path / 'study.db'}")
+    study = studies.opened(kept, samplers.make("random", space, 0), ["min"])
     one, other = (Peers(study, name, goal) for name in "ab")
     entries = Entries(plan, space, study, kept, one)
     trial = entries.ask(lambda: 0)
@@ -195,8 +197,8 @@ def test_another_controller_knows_values_at_shares_of_the_data_as_they_are(tmp_p
 def searched(folder: Path, space: Any, sampler: str, earlier: optuna.Study | None = None) -> optuna.Study:
     """A search of 12 trials for x = 7, after an earlier one if there is any."""
     folder.mkdir()
-    file = studies.JournalFile(folder / "study.journal")
-    study = studies.opened(file, studies.sampler(sampler, space, 0), ["min"])
+    file = stores.JournalFile(folder / "study.journal")
+    study = studies.opened(file, samplers.make(sampler, space, 0), ["min"])
     if earlier is not None:
         studies.learn_from(study, earlier, "earlier", space)
     for _ in range(12):
@@ -251,7 +253,7 @@ def test_trials_that_ended_early_or_wait_at_a_rung_are_learnt_from(tmp_path: Pat
 
 def test_a_sampler_that_does_not_exist_is_refused_by_name() -> None:
     with pytest.raises(BadInput, match="did you mean 'random'"):
-        studies.sampler("randon", SPACE, 0)
+        samplers.make("randon", SPACE, 0)
 
 
 def test_an_append_is_with_the_system_at_once(tmp_path: Path) -> None:

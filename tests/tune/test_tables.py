@@ -13,7 +13,7 @@ import psycopg2
 import pytest
 import sqlalchemy
 from optuna.trial import TrialState
-from stoker.tune import peers, schedulers, tables
+from stoker.tune import peers, samplers, schedulers, stores, tables
 from stoker.tune import study as studies
 from stoker.tune.peers import Peers
 from stoker.tune.plan import Objective, Plan
@@ -41,11 +41,11 @@ def database() -> Iterator[str]:
 
 
 @pytest.fixture
-def kept(database: str, monkeypatch: pytest.MonkeyPatch) -> studies.Database:
+def kept(database: str, monkeypatch: pytest.MonkeyPatch) -> stores.Database:
     monkeypatch.setattr(tables, "_FIRST", 0.05)
     monkeypatch.setattr(tables, "_LONGEST", 0.05)
     monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
-    return studies.Database(database)
+    return stores.Database(database)
 
 
 @contextlib.contextmanager
@@ -73,9 +73,9 @@ def away(url: str, seconds: float = 1e6) -> Iterator[None]:
 
 
 def test_what_is_asked_written_and_told_waits_for_the_database(
-    database: str, kept: studies.Database, caplog: pytest.LogCaptureFixture
+    database: str, kept: stores.Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    study = studies.opened(kept, studies.sampler("random", SPACE, 0), ["min"], "waits")
+    study = studies.opened(kept, samplers.make("random", SPACE, 0), ["min"], "waits")
     with away(database, 0.3), kept.alone():
         trial = study.ask()
     with kept.alone():
@@ -92,10 +92,10 @@ def test_what_is_asked_written_and_told_waits_for_the_database(
 
 
 def test_what_was_written_before_the_connection_was_lost_is_written_once(
-    kept: studies.Database, monkeypatch: pytest.MonkeyPatch
+    kept: stores.Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody heard that it was."""
-    study = studies.opened(kept, studies.sampler("random", SPACE, 0), ["min"], "once")
+    study = studies.opened(kept, samplers.make("random", SPACE, 0), ["min"], "once")
     study.enqueue_trial({"x": 0.5})
     dialect, lose = kept._engine.dialect, [False]
     commit = dialect.do_commit
@@ -119,9 +119,9 @@ def test_what_was_written_before_the_connection_was_lost_is_written_once(
 
 
 def test_controllers_that_could_write_no_heartbeat_are_not_dead(
-    database: str, kept: studies.Database, monkeypatch: pytest.MonkeyPatch
+    database: str, kept: stores.Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = studies.opened(kept, studies.sampler("random", SPACE, 0), ["min"], "beats")
+    study = studies.opened(kept, samplers.make("random", SPACE, 0), ["min"], "beats")
     one, other = (Peers(study, name, OBJECTIVE) for name in ("one", "other"))
     other.claim(study.ask())
     one.look_again()
@@ -178,10 +178,10 @@ class Waiting:
 
 
 def test_trials_save_where_the_database_stays_away(
-    database: str, kept: studies.Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: str, kept: stores.Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "PATIENCE", 0.3)
-    study = studies.opened(kept, studies.sampler("random", SPACE, 0), ["min"], "stays")
+    study = studies.opened(kept, samplers.make("random", SPACE, 0), ["min"], "stays")
     plan = Plan(tmp_path, "recipe", SPACE.config, (OBJECTIVE,), 2, tmp_path / "provenance")
     with contextlib.ExitStack() as stack:
         workers = Waiting(stack, database)

@@ -34,7 +34,7 @@ from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
 from stoker.tracking import follower
 from stoker.tracking.shipping import SweepShipping
-from stoker.tune import local, on_ray, peers, plan, record, schedulers, tables
+from stoker.tune import local, on_ray, peers, plan, record, samplers, schedulers, stores, tables
 from stoker.tune import study as studies
 from stoker.tune.executor import Executor
 from stoker.tune.plan import Budget, Goal, Objective, Plan
@@ -42,7 +42,7 @@ from stoker.tune.record import Record
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
 from stoker.tune.space import Space
-from stoker.tune.study import Kept
+from stoker.tune.stores import Kept
 from stoker.words import counted
 
 log = logging.getLogger("stoker")
@@ -118,7 +118,7 @@ class Places:
 def prepare(asked: Asked) -> Prepared:
     """Check the request, without writing anything. Raises BadInput."""
     _check_counts(asked)
-    asked = dataclasses.replace(asked, storage=studies.absolute(asked.storage))
+    asked = dataclasses.replace(asked, storage=stores.absolute(asked.storage))
     if object_store.of(asked.runs) is not None:
         raise BadInput("--runs: a search cannot be kept in an object store; give a local folder")
     searched = asked.space
@@ -159,7 +159,7 @@ def prepare(asked: Asked) -> Prepared:
     budget = Budget.parse(asked.budget) if asked.budget is not None else None
     counts_by = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
     _check_points(asked)
-    drawn_by = studies.sampler(sampler, searched, asked.seed, trials)
+    drawn_by = samplers.make(sampler, searched, asked.seed, trials)
     return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counts_by, whole, budget)
 
 
@@ -350,20 +350,20 @@ def _goal(metric: str, goal: str | None) -> Goal:
 def _ways(asked: Asked, *, several: bool) -> tuple[str, str]:
     """The names of the sampler and of the scheduler. Raises BadInput."""
     if asked.strategy is not None:
-        if asked.strategy != studies.STAGED:
-            raise BadInput(f"--strategy {asked.strategy}: the only strategy is {studies.STAGED}")
+        if asked.strategy != samplers.STAGED:
+            raise BadInput(f"--strategy {asked.strategy}: the only strategy is {samplers.STAGED}")
         if asked.sampler or asked.scheduler:
             raise BadInput(
                 "--strategy staged sets the sampler and the scheduler: leave out --sampler and --scheduler"
             )
-        return studies.STAGED, studies.STAGED
+        return samplers.STAGED, samplers.STAGED
     sampler = asked.sampler or "tpe"
     for option, name in (("--sampler", asked.sampler), ("--scheduler", asked.scheduler)):
-        if name == studies.STAGED:
+        if name == samplers.STAGED:
             raise BadInput(f"{option} {name}: this is a strategy; give --strategy {name}")
-    if several and sampler in studies.SAMPLERS and sampler not in studies.SEVERAL:
+    if several and sampler in samplers.SAMPLERS and sampler not in samplers.SEVERAL:
         raise BadInput(
-            f"--sampler {sampler} optimises one metric; for several give {', '.join(studies.SEVERAL)}"
+            f"--sampler {sampler} optimises one metric; for several give {', '.join(samplers.SEVERAL)}"
         )
     return sampler, asked.scheduler or "none"
 
@@ -376,7 +376,7 @@ def _check_ways(asked: Asked, sampler: str, scheduler: str) -> None:
         )
     if asked.tries and sampler == "grid":
         raise BadInput("--try: the grid sampler tries every value; leave it out")
-    if asked.warm_start and sampler == studies.STAGED:
+    if asked.warm_start and sampler == samplers.STAGED:
         raise BadInput("--warm-start: --strategy staged starts at random; leave out one of the two")
 
 
@@ -426,7 +426,7 @@ def _check_exists(kept: Kept, folder: Path, wanted: Record) -> None:
 
 
 def _kept(folder: Path, url: str, *, new: bool) -> Kept:
-    return studies.Database(url, new=new) if url else studies.JournalFile(folder / record.STUDY)
+    return stores.Database(url, new=new) if url else stores.JournalFile(folder / record.STUDY)
 
 
 def _begin(study: Any, asked: Asked, earlier: Path | None) -> None:

@@ -286,11 +286,10 @@ def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks:
         folder: the sweep's folder; the elements of an array append their number to its name.
         ranks: ranks that train concurrently in each job.
     """
-    from stoker.tune import record
-    from stoker.tune import study as studies
+    from stoker.tune import record, stores
 
     command = Command.of_verb("sweep")
-    if command.has("--storage") and wanted.storage != studies.absolute(command.value("--storage")):
+    if command.has("--storage") and wanted.storage != stores.absolute(command.value("--storage")):
         raise BadInput(
             "--storage: the password would be written to a file; set STOKER_STORAGE instead, or put the "
             "password in ~/.pgpass"

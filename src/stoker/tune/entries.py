@@ -15,7 +15,8 @@ from stoker.tune.promising import NEWEST
 from stoker.tune.schedulers import State
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
-from stoker.tune.study import EARLIER, Kept, quiet
+from stoker.tune.stores import Kept
+from stoker.tune.study import EARLIER, quiet
 
 _TOLD: dict[State, TrialState] = {state: told for told, state in seen.ENDED.items()}
 

@@ -31,7 +31,7 @@ from stoker.tune.plan import SHARE, Plan
 from stoker.tune.schedulers import Decision, Full, Known, PopulationBased, Scheduler, State, Trials
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
-from stoker.tune.study import Kept
+from stoker.tune.stores import Kept
 from stoker.tune.tables import DatabaseAway
 from stoker.tune.trial import Ended, Job, Report
 
