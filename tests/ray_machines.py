@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 
 _FAST = {  # a machine that is gone refuses at once; one that is slow answers late
@@ -35,6 +36,8 @@ class Machines:
             "dashboard_agent_listen_port": 0,  # its default is one port for all clusters of a machine
             "_system_config": _FAST,
         }  # fmt: skip
+        # Ray writes the address to its usual folder too, which only its first use on a machine creates.
+        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         (self.folder / "ray_current_cluster").write_text(self.address, encoding="utf-8")
 

@@ -179,7 +179,7 @@ def test_what_the_cluster_does_not_have_is_refused(
     for asked, said in (
         (("--gpus", "2"), "--gpus 2: a node of this cluster has at most 0"),
         (("--memory", "99TB"), "--memory 101376G: a node of this cluster has "),
-        (("--nodes", "8"), "--nodes 8: this cluster has 2 with the requested resources"),
+        (("--nodes", "8"), "--nodes 8: this cluster has 2 nodes with the requested resources"),
     ):
         done = stoker(*SAME, *on, *asked)
         assert done.code == 2

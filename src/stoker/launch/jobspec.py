@@ -100,6 +100,38 @@ def check(spec: JobSpec) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Equal nodes of a cluster."""
+
+    count: int
+    gpus: int
+    cpus: int
+    memory: int
+    """Bytes."""
+
+
+def check_room(spec: JobSpec, have: Sequence[Nodes], where: str, instead: str) -> None:
+    """Raises BadInput for resources that no node has, or that too few nodes have.
+
+    Args:
+        where: whose nodes they are.
+        instead: what to do about it.
+    """
+    asked = {"gpus": spec.gpus, "cpus": spec.cores, "memory": spec.memory or 0}
+    for what, amount in asked.items():
+        most = max(getattr(node, what) for node in have)
+        if amount > most:
+            said, there = (shown_memory(n) if what == "memory" else str(n) for n in (amount, most))
+            raise BadInput(f"--{what} {said}: a node of {where} has at most {there}; {instead}")
+    fitting = sum(n.count for n in have if all(getattr(n, what) >= x for what, x in asked.items()))
+    if spec.nodes > fitting:
+        raise BadInput(
+            f"--nodes {spec.nodes}: {where} has {words.counted(fitting, 'node')} with the requested "
+            f"resources; {instead}"
+        )
+
+
 def memory(text: str) -> int:
     """`64GB`, `512M` or `1.5TiB` in bytes; units are powers of 1024, as in schedulers.
 

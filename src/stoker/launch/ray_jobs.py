@@ -24,7 +24,7 @@ from stoker import object_store
 from stoker.errors import BadInput, StokerError, nearest
 from stoker.launch import arguments, job_uploader, jobs, jobspec, tail
 from stoker.launch.jobs import Job
-from stoker.launch.jobspec import RENDEZVOUS, JobSpec
+from stoker.launch.jobspec import RENDEZVOUS, JobSpec, Nodes
 from stoker.launch.ray_nodes import MEETING
 from stoker.launch.targets import Line, Status
 from stoker.run import finding
@@ -46,8 +46,6 @@ _OPTIONS = {
     "scales": "true: the cluster adds nodes when asked, so the nodes that it has now are no limit",
 }
 _IF_IT_SCALES = "if it adds nodes when asked, add --option scales=true"
-_FLAGS = {"GPU": "--gpus", "CPU": "--cpus", "memory": "--memory"}
-"""A node's resources in Ray's terms, and the flags that request them."""
 _STATES = {
     "PENDING": "queued", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed",
     "STOPPED": "cancelled",
@@ -61,23 +59,8 @@ def check(job: Job) -> None:
     """Check that a cluster answers, and has such nodes or scales. Raises BadInput, StokerError."""
     client = _client(job.spec)
     known = _nodes(client)
-    if not known or job.spec.options.get("scales") == "true":
-        return
-    asked = {"GPU": job.spec.gpus, "CPU": job.spec.cores, "memory": job.spec.memory or 0}
-    for name, amount in asked.items():
-        most = int(max(node.get(name, 0) for node in known))
-        if amount > most:
-            shown = jobspec.shown_memory if name == "memory" else str
-            flag = _FLAGS[name]
-            raise BadInput(
-                f"{flag} {shown(amount)}: a node of this cluster has at most {shown(most)}; {_IF_IT_SCALES}"
-            )
-    fitting = sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in known)
-    if job.spec.nodes > fitting:
-        raise BadInput(
-            f"--nodes {job.spec.nodes}: this cluster has {fitting} with the requested resources; "
-            f"{_IF_IT_SCALES}"
-        )
+    if known and job.spec.options.get("scales") != "true":
+        jobspec.check_room(job.spec, known, "this cluster", _IF_IT_SCALES)
 
 
 def render(job: Job) -> str:
@@ -286,13 +269,14 @@ def _where(spec: JobSpec) -> str:
     return next((f"at {name}={os.environ[name]}" for name in named), "on this machine, and no address is set")
 
 
-def _nodes(client: JobSubmissionClient) -> list[dict[str, float]]:
-    """The resources of each node of the cluster; empty if they are not available."""
+def _nodes(client: JobSubmissionClient) -> list[Nodes]:
+    """The nodes of the cluster; empty if they are not known."""
     from ray.util.state import list_nodes
 
     with contextlib.suppress(Exception):  # a different version of Ray, or no permission
         found = list_nodes(address=client.get_address(), detail=True, raise_on_missing_output=False)
-        return [dict(node.resources_total) for node in found if node.state == "ALIVE"]
+        has = [node.resources_total for node in found if node.state == "ALIVE"]
+        return [Nodes(1, *(int(of.get(name, 0)) for name in ("GPU", "CPU", "memory"))) for of in has]
     return []
 
 

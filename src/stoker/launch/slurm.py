@@ -20,17 +20,15 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from stoker import object_store
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch import client, job_uploader, jobs, jobspec, tail
 from stoker.launch.jobs import Job
-from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec, Nodes
 from stoker.launch.targets import Line, Status
 from stoker.object_store import Unreachable
-from stoker.words import counted
 
 SCRIPT = "script.sh"
 ATTEMPTS = "attempts.txt"
@@ -60,6 +58,7 @@ _FLAGS = {
 """Slurm settings for which the command has a flag."""
 _OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "export", "export-file", "wrap")
 """Settings that the script itself needs."""
+_REQUEST_LESS = "request less per node, or a different partition with --option partition=NAME"
 _CLUSTERS = "clusters"
 """Another cluster numbers its jobs by itself, and Slurm's other commands do not ask it."""
 _ONE_CLUSTER = (
@@ -385,48 +384,23 @@ def _check_warning(spec: JobSpec) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Nodes:
-    """Equal nodes of a partition."""
-
-    count: int
-    cpus: int
-    memory: int
-    """Bytes."""
-    gpus: int
-
-
 def _check_nodes(spec: JobSpec) -> None:
     """Raises BadInput for resources that no node of the partition has."""
     partition = spec.options.get("partition") or os.environ.get("SBATCH_PARTITION", "")
     nodes = _nodes_of(partition)
-    if not nodes:
-        return
-    where = f"partition {partition}" if partition else "the default partition"
-    asked = {"gpus": spec.gpus, "cpus": spec.cores, "memory": spec.memory or 0}
-    for what, amount in asked.items():
-        most = max(getattr(node, what) for node in nodes)
-        if amount > most:
-            said, there = (jobspec.shown_memory(n) if what == "memory" else str(n) for n in (amount, most))
-            raise BadInput(
-                f"--{what} {said}: a node of {where} has at most {there}; request less per node, or a "
-                "different partition with --option partition=NAME"
-            )
-    fitting = sum(n.count for n in nodes if all(getattr(n, what) >= x for what, x in asked.items()))
-    if spec.nodes > fitting:
-        raise BadInput(
-            f"--nodes {spec.nodes}: {where} has {counted(fitting, 'node')} with the requested resources"
-        )
+    if nodes:
+        where = f"partition {partition}" if partition else "the default partition"
+        jobspec.check_room(spec, nodes, where, _REQUEST_LESS)
 
 
-def _nodes_of(partition: str) -> list[_Nodes]:
+def _nodes_of(partition: str) -> list[Nodes]:
     """The nodes of a partition, or of the default one; empty if Slurm does not say."""
     flags = [f"--partition={partition}"] if partition else []
     done = _call(["sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *flags])
     rows = [line.split("|") for line in done.stdout.splitlines() if done.returncode == 0]
     if not partition:
         rows = [row for row in rows if row[0].endswith("*")]
-    return [_Nodes(int(row[1]), int(row[2]), int(row[3]) * 2**20, _gpus(row[4])) for row in rows]
+    return [Nodes(int(row[1]), _gpus(row[4]), int(row[2]), int(row[3]) * 2**20) for row in rows]
 
 
 def _gpus(resources: str) -> int:
