@@ -329,7 +329,7 @@ def inside(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def model_tensors(model: torch.nn.Module, frozen: Set[str] = frozenset()) -> Tensors:
+def model_tensors(model: torch.nn.Module, frozen: Set[str]) -> Tensors:
     """Trainable parameters and saved buffers by name, sharing the model's memory; tied ones once.
 
     Args:

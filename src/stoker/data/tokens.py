@@ -369,7 +369,7 @@ def _place(pieces: Part, folder: Path, sequence_length: int, packing: bool) -> S
     """Write the arrays, with the pieces in the order of their rows, replacing what was encoded."""
     count = len(pieces.lengths)
     if packing:
-        placed, rows = _placed(pieces.lengths, sequence_length)
+        placed, rows = pack(pieces.lengths, sequence_length)
     else:
         placed, rows = np.arange(count), np.ones(count, np.int64)
     bounds = _bounds(pieces.lengths[placed])
@@ -413,21 +413,16 @@ def _save(file: Path, source: NDArray[Any], begins: NDArray[np.int64], bounds: N
     storage.sync_file(file)
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: NDArray[np.int32], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Best-fit-decreasing bin packing.
 
     Longest first, each piece goes to the row with the least room that still fits it.
     Rows are looked up by remaining room, so it takes n log n, not n times the number of rows.
 
     Returns:
-        The indices of the pieces of each row. The same for the same lengths.
+        The indices of the pieces in the order of their rows, (pieces,), and the number of pieces per row,
+        (rows,). The same for the same lengths.
     """
-    placed, sizes = _placed(np.array(lengths, dtype=np.int32), capacity)
-    return [row.tolist() for row in np.split(placed, np.cumsum(sizes)[:-1])] if len(lengths) else []
-
-
-def _placed(lengths: NDArray[np.int32], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pieces in the order of their rows, (pieces,), and the number per row, (rows,); see `pack`."""
     longest_first = np.argsort(-lengths, kind="stable")
     row_of = np.empty(len(lengths), np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]

@@ -178,7 +178,7 @@ def ranks_that_hold(
     found: Iterable[tuple[str, nn.Module]],
     training: Training,
     room: float,
-    moments: float = MOMENTS,
+    moments: float,
 ) -> int | None:
     """The smallest number of ranks, at least 2, whose shards fit under FSDP; None if there is none."""
     each = list(found)
