@@ -166,7 +166,7 @@ class Trainer:
         self._at = position.Position()
         self._gauge = Gauge(self._attempt, self._step, self.device, self.training, self.precision)
         self._schedule = schedule
-        self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
+        self._cut = MicroBatches(self._step, setting, self.training, self.strategy, block)
         self._losses = self._loss_watch()
         self._loss: Weight = 0.0
         self._weight: Weight = 0.0

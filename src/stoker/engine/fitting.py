@@ -20,7 +20,6 @@ from stoker.engine import activation, batches, blocks, memory, micro_batch, out_
 from stoker.engine.options import Training
 from stoker.engine.step import PlainStep, Setting, Step
 from stoker.errors import BadInput
-from stoker.world import World
 from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("stoker")
@@ -36,11 +35,9 @@ class Change:
         block: bytes of the largest repeated block, unsharded; 0 if the model has none.
     """
 
-    def __init__(
-        self, step: Step, setting: Setting, training: Training, world: World, strategy: str, block: int
-    ) -> None:
+    def __init__(self, step: Step, setting: Setting, training: Training, strategy: str, block: int) -> None:
         self._step, self._setting, self._training = step, setting, training
-        self._world, self._strategy, self._block = world, strategy, block
+        self._strategy, self._block = strategy, block
 
     def of_a_pass(
         self, error: torch.OutOfMemoryError, batch: Any, sizes: Sequence[int], micro: int | None
@@ -56,7 +53,8 @@ class Change:
             return self._recomputing() or self.of_an_update()
         smaller = [size for size in sizes if size < (micro or batches.size(batch))]
         reckoned = self._reckoned(error, smaller, micro or batches.size(batch))
-        if self._world.size > 1 or self._setting.loss is None or not isinstance(self._step, PlainStep):
+        several = self._setting.mesh.world.size > 1
+        if several or self._setting.loss is None or not isinstance(self._step, PlainStep):
             return reckoned  # the other ranks would have to try too, but they wait for the step that failed
         log.warning("trying which micro-batch would fit")
         _let_go(error)
@@ -109,7 +107,7 @@ class Change:
         )
 
     def _has(self) -> int:
-        return memory.of_a_rank(self._setting.mesh.device, self._world)
+        return memory.of_a_rank(self._setting.mesh.device, self._setting.mesh.world)
 
     def _moments(self) -> float:
         """Bytes that the optimizers keep per weight."""
@@ -133,7 +131,7 @@ class Change:
             moved = batches.to_device(
                 batch, self._setting.mesh.device, channels_last=self._training.channels_last
             )
-            rehearsal.rehearse(self._step, self._setting, self._world, moved, size)
+            rehearsal.rehearse(self._step, self._setting, moved, size)
 
         try:
             with out_of_memory.as_on_a_gpu():
