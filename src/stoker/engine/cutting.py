@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from stoker import distributed
-from stoker.engine import batches, fitting, micro_batch, options, out_of_memory, rehearsal
+from stoker.engine import batches, blocks, fitting, micro_batch, options, out_of_memory, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
 from stoker.words import counted
-from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("stoker")
 
@@ -91,7 +90,7 @@ class MicroBatches:
         if ranks == 1 and not batches.can_be_cut(batch, self.share):
             return [samples]
         sizes = options.pipeline_micro_batches(schedule, samples, ranks)
-        normed = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())
+        normed = blocks.has_batch_norm(self._step.model)
         return [size for size in sizes if size > 1] or sizes if normed else sizes
 
     def _samples(self, batch: Any) -> int:

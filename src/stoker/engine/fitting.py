@@ -16,11 +16,19 @@ from typing import Any
 
 import torch
 from stoker import words
-from stoker.engine import activation, batches, blocks, memory, micro_batch, out_of_memory, rehearsal
+from stoker.engine import (
+    activation,
+    batches,
+    blocks,
+    gradients,
+    memory,
+    micro_batch,
+    out_of_memory,
+    rehearsal,
+)
 from stoker.engine.options import Training
 from stoker.engine.step import PlainStep, Setting, Step
 from stoker.errors import BadInput
-from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("stoker")
 
@@ -159,14 +167,18 @@ class Change:
         """Bytes that smaller micro-batches do not reduce: those held now, and including those to come."""
         of = memory.by_kind(self._step, self._setting.mesh.device, self._training)
         gathered = self._block if self._strategy == "fsdp" else 0
-        gradients = memory.held(p.grad for p in self._step.model.parameters() if p.grad is not None)
-        now = of["weights"] + gradients + of["optimizer"] + gathered
+        now = (
+            of["weights"]
+            + memory.held(gradients.of(self._step.model.parameters()))
+            + of["optimizer"]
+            + gathered
+        )
         to_come = of["optimizer"] or self._moments() / 4 * of["gradients"]
         return now, of["weights"] + of["gradients"] + to_come + gathered
 
     def _said(self, change: str) -> str:
-        statistics = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())
-        return f"Use {change}" + ("" if statistics else ": the result stays the same")
+        changes = blocks.has_batch_norm(self._step.model)
+        return f"Use {change}" + ("" if changes else ": the result stays the same")
 
 
 def _let_go(error: BaseException | None) -> None:

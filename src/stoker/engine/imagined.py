@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from stoker import storage
-from stoker.engine import batches
+from stoker.engine import batches, gradients
 from stoker.engine.allocations import Allocations, Key
 from stoker.engine.ema import Ema
 from stoker.engine.options import Training
@@ -214,7 +214,7 @@ class Imagination:
             if group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True  # torch's default on a GPU, which takes more memory than on a CPU
         parameters = (p for group in optimizer.param_groups for p in group["params"])
-        self._gradients |= self._allocations.follow(p.grad for p in parameters if p.grad is not None)
+        self._gradients |= self._allocations.follow(gradients.of(parameters))
 
     def _after_update(self, *_: Any) -> None:
         self._updating = False

@@ -47,6 +47,13 @@ def plain(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield tensor
 
 
+def kept_per_weight(optimizer: torch.optim.Optimizer, small: nn.Parameter) -> float:
+    """Bytes that an optimizer keeps per element of a large parameter: measured with a step on a small one."""
+    small.grad = torch.zeros_like(small)
+    optimizer.step()
+    return held(t for t in optimizer.state[small].values() if isinstance(t, torch.Tensor)) / small.numel()
+
+
 def peak(device: torch.device) -> int:
     """Peak memory of this process in bytes: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":

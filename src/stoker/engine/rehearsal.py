@@ -73,23 +73,17 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def kept_for_each(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], float]]:
-    """An optimizer's groups, each with the bytes that it keeps per element of a large parameter.
-
-    Measured with a step on a small, separate parameter.
-    """
+    """An optimizer's groups, each with the bytes that it keeps per weight, see `memory.kept_per_weight`."""
     return [(group, _kept(optimizer, group)) for group in optimizer.param_groups if group["params"]]
 
 
 def _kept(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    small = torch.nn.Parameter(torch.zeros(256, 256))
-    small.grad = torch.zeros_like(small)
+    small = nn.Parameter(torch.zeros(256, 256))
     twin = object.__new__(type(optimizer))  # copy.copy omits attributes that a subclass adds
     twin.__dict__.update(optimizer.__dict__)
     twin.state = collections.defaultdict(dict)
     twin.param_groups = [{**group, "params": [small], "fused": None}]
-    twin.step()
-    held = memory.held(t for t in twin.state[small].values() if isinstance(t, torch.Tensor))
-    return held / small.numel()
+    return memory.kept_per_weight(twin, small)
 
 
 def rehearse(step: Step, setting: Setting, batch: Any, size: int) -> None:

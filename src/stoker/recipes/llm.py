@@ -287,10 +287,8 @@ def check_ranks(config: Config, ranks: int) -> None:
     if config.parallel == "pipeline":
         from stoker.language import shape
 
-        virtual = config.pipeline.stages_per_rank if config.pipeline.schedule == "interleaved" else 1
-        shape.check_stages(
-            config.model, stages=(config.pipeline.ranks or ranks) * virtual, tied=config.tie_embeddings
-        )
+        stages = (config.pipeline.ranks or ranks) * config.pipeline.stages_of_a_rank
+        shape.check_stages(config.model, stages=stages, tied=config.tie_embeddings)
 
 
 def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
