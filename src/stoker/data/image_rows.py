@@ -163,10 +163,8 @@ def _labels(
     classes: list[str] = []
     for file in files:
         with parquet.opened(file, str(file)) as opened:
-            have = opened.schema_arrow.names
-            for column, key in ((columns.label, "label_column"), (columns.image, "image_column")):
-                if column not in have:
-                    raise labelled.NoColumn(str(file), column, key, have)
+            wanted = {"label_column": columns.label, "image_column": columns.image}
+            labelled.check_columns(str(file), wanted, opened.schema_arrow.names)
             classes = classes or list(parquet.class_names(opened.schema_arrow, columns.label))
             values.append(opened.read(columns=[columns.label]).column(columns.label).to_pylist())
     withheld = {

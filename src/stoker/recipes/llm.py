@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.data.called import VALUES, check_values
 from stoker.duration import Duration
+from stoker.engine import keys
 from stoker.engine.keys import Betas, Length, Names, Patterns, Warmup, Weighted
 from stoker.engine.options import Training
 from stoker.errors import BadInput
@@ -174,8 +175,7 @@ class Config(Training):
             raise ValueError(
                 "prompts are given, but generate_tokens=0 makes no generations: omit one of the two"
             )
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give only one of the two")
+        keys.check_length(self.max_steps, self.epochs)
         if self.quantisation != "none" and (not self.lora.used or self.lora.dora):
             raise ValueError(
                 f"quantisation={self.quantisation} is for weights frozen under LoRA: "
