@@ -418,8 +418,27 @@ class Trainer:
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
-        pace = self._gauge.pace
+        source = self._begin(loader)
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
+        remembering = self.training.deterministic
+        with contextlib.closing(
+            Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
+        ) as profiler:
+            while self.steps_done < self._total:
+                with self._gauge.pace.waiting():
+                    batch = next(source)
+                self._take_up(self.steps_done + 1)
+                with determinism.remembering() if remembering else contextlib.nullcontext():
+                    yield from self._handed_out(batch)
+                remembering = False
+                self._after_step(loader, batch, profiler, timing)
+            self.run.step = self.steps_done
+        self._save()
+        self._end_loop()
+
+    def _begin(self, loader: Loader) -> Iterator[Any]:
+        """Begin a loop, and with the first one the attempt; returns the batches from here on."""
+        source: Iterator[Any] = iter(())
         if self.steps_done <= self._total:  # otherwise the run is past this loop
             stage = self._loops - 1 if self._from[1] else 0
             place = None if self._begun else self._at.data
@@ -429,47 +448,40 @@ class Trainer:
         if self.steps_done < self._total:
             self._registered.begin()
             self._modes.begin()
-        self._begin_loop()
+        self._saved_at = time.monotonic()
+        self._gauge.pace.begin()
+        self._heart.begin(self.steps_done)
         if self.training.on_bad_loss == "rewind":
             self._save()  # one to rewind to
-        remembering = self.training.deterministic
-        with contextlib.closing(
-            Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
-        ) as profiler:
-            while self.steps_done < self._total:
-                with pace.waiting():
-                    batch = next(source)
-                self._take_up(self.steps_done + 1)
-                with determinism.remembering() if remembering else contextlib.nullcontext():
-                    yield from self._handed_out(batch)
-                remembering = False
-                self._batch_is = ""
-                pace.step()
-                self._at.move(loader.batch_size)
-                self._heart.beat(self.steps_done)
-                profiler.step(self.steps_done)
-                if self._imagination is not None and self.steps_done == imagined.STEPS:
-                    self._write_plan(batch)
-                    raise Stopped("planned")
-                if timing is not None and (timed := timing.step(pace.waited)):
-                    self._gauge.write_timing(timed, loader)
-                    raise Stopped("measured")
-                requests = self._agreement.requests()
-                if requests.failed:
-                    self._checkpoints.wait()  # raises
-                self._due = self._due or requests.save or self._checkpoint_due() or self._is_best()
-                waits = self._adding_up  # a checkpoint does not hold accumulated gradients
-                if self._due and not waits:
-                    self._save()
-                    self._due = False
-                stop = None if waits else requests.stop
-                stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
-                if stop:
-                    self._end_loop()
-                    raise Stopped(stop)
-            self.run.step = self.steps_done
-        self._save()
-        self._end_loop()
+        return source
+
+    def _after_step(self, loader: Loader, batch: Any, profiler: Profiler, timing: Timing | None) -> None:
+        """Count a step, and save what is due. Raises Stopped if the loop ends with it."""
+        pace = self._gauge.pace
+        self._batch_is = ""
+        pace.step()
+        self._at.move(loader.batch_size)
+        self._heart.beat(self.steps_done)
+        profiler.step(self.steps_done)
+        if self._imagination is not None and self.steps_done == imagined.STEPS:
+            self._write_plan(batch)
+            raise Stopped("planned")
+        if timing is not None and (timed := timing.step(pace.waited)):
+            self._gauge.write_timing(timed, loader)
+            raise Stopped("measured")
+        requests = self._agreement.requests()
+        if requests.failed:
+            self._checkpoints.wait()  # raises
+        self._due = self._due or requests.save or self._checkpoint_due() or self._is_best()
+        waits = self._adding_up  # a checkpoint does not hold accumulated gradients
+        if self._due and not waits:
+            self._save()
+            self._due = False
+        stop = None if waits else requests.stop
+        stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
+        if stop:
+            self._end_loop()
+            raise Stopped(stop)
 
     def _take_up(self, step: int) -> None:
         """Begin a step."""
@@ -569,11 +581,6 @@ class Trainer:
         resumption.restore_changed()
         self._resumption = None
         self._attempt.drop_held()
-
-    def _begin_loop(self) -> None:
-        self._saved_at = time.monotonic()
-        self._gauge.pace.begin()
-        self._heart.begin(self.steps_done)
 
     def _asked(self) -> Requests:
         """What this rank was asked to do. Checkpoints by time go by the clock of rank 0."""
