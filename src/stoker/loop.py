@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
@@ -66,7 +65,7 @@ from stoker.gauge import Gauge
 from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
 from stoker.run.series import goal_of
-from stoker.saving import Checkpoints, Resumption, Saved
+from stoker.saving import Checkpoints, Due, Resumption, Saved
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LRScheduler
@@ -172,13 +171,14 @@ class Trainer:
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total, self._loops, self._from = 0, 0, (0, 0)
-        self._saved_at, self._begun = time.monotonic(), False
-        self._saved_step: int | None = None
+        self._begun = False
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the loop has done so far with the current batch; empty between steps."""
-        self._due, self._may_be_best, self._keeps_best = False, False, bool(self.training.checkpoint_best)
+        self._due = Due(
+            self._checkpoints, self.training.checkpoint_every, keeps_best=bool(self.training.checkpoint_best)
+        )
         self._attempt.take_over_steps(
             self._checkpoints.wait, self._leave_loop, self._heart,
             lambda: self.steps_done + (self._batch_is == "trained on"),
@@ -448,7 +448,7 @@ class Trainer:
         if self.steps_done < self._total:
             self._registered.begin()
             self._modes.begin()
-        self._saved_at = time.monotonic()
+        self._due.begin()
         self._gauge.pace.begin()
         self._heart.begin(self.steps_done)
         if self.training.on_bad_loss == "rewind":
@@ -472,11 +472,13 @@ class Trainer:
         requests = self._agreement.requests()
         if requests.failed:
             self._checkpoints.wait()  # raises
-        self._due = self._due or requests.save or self._checkpoint_due() or self._is_best()
+        if requests.save:
+            self._due.asked = True
+        due = self._due.after_step(loader, self.steps_done, self._samples_of_loop)
         waits = self._adding_up  # a checkpoint does not hold accumulated gradients
-        if self._due and not waits:
+        if due and not waits:
             self._save()
-            self._due = False
+            self._due.asked = False
         stop = None if waits else requests.stop
         stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
         if stop:
@@ -585,9 +587,7 @@ class Trainer:
     def _asked(self) -> Requests:
         """What this rank was asked to do. Checkpoints by time go by the clock of rank 0."""
         stop = self._attempt.stop.requested
-        every = self.training.checkpoint_every
-        due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
-        due = (due and self.world.rank == 0) or self._attempt.stop.told_to_save()
+        due = (self.world.rank == 0 and self._due.by_clock()) or self._attempt.stop.told_to_save()
         asked = {stop: True} if stop is not None else {}
         return Requests(**asked, checkpoint=due, failed=self._checkpoints.failed)
 
@@ -605,7 +605,7 @@ class Trainer:
         if self._attempt.measure is not None or self._imagination is not None:
             return False
         completes = counting.completes(parsed, self._loader, self.steps_done, self._samples_of_loop)
-        self._may_be_best |= completes
+        self._due.measured |= completes
         return completes
 
     @property
@@ -900,7 +900,7 @@ class Trainer:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Count the time within this block as evaluation; the model has its averaged weights, if any."""
-        self._may_be_best = True
+        self._due.measured = True
         with self.averaged(), self._gauge.spending("evaluating"):
             yield
 
@@ -935,8 +935,8 @@ class Trainer:
             ValueError: the metric was not logged, or it is not known whether it is better low or high.
         """
         if metric == self._checkpoints.best and self.training.checkpoint_best is None:
-            self._keeps_best = True
-        self._agree_on_metrics()
+            self._due.keeps_best = True
+        self._checkpoints.agree_on_metrics()
         return bool(distributed.from_rank_zero(self._is_stale(metric, patience, min_delta)))
 
     def _is_stale(self, metric: str, patience: int, min_delta: float) -> bool:
@@ -974,13 +974,13 @@ class Trainer:
         waits for the last one. Raises OSError if the previous checkpoint could not be written (a full disk).
         """
         if self._batch_is:
-            self._due = True
+            self._due.asked = True
             return
         self._save()
 
     def _save(self) -> None:
         """Save now, between steps."""
-        if self._saved_step == self.steps_done or self._imagination is not None:
+        if self._due.saved_step == self.steps_done or self._imagination is not None:
             return
         if wrong := self._losses.look():
             raise StokerError(f"by step {self.steps_done} {wrong}; no checkpoint is saved of the result")
@@ -991,40 +991,14 @@ class Trainer:
             )
         if self._loader is not None:
             self._at.data = self._loader.place(self._samples_of_loop)
-        self._agree_on_metrics()
+        self._checkpoints.agree_on_metrics()
         with self._gauge.spending("checkpointing"):
             self._finish_saving()
-            self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._keeps_best)
-        self._saved_at, self._saved_step = time.monotonic(), self.steps_done
+            self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._due.keeps_best)
+        self._due.saved(self.steps_done)
 
     def _finish_saving(self) -> None:
         self._checkpoints.wait(meanwhile=self._heart.beat)  # it may take long without hanging
-
-    def _checkpoint_due(self) -> bool:
-        """Whether a checkpoint is due by steps, samples or tokens. By time, ranks agree on it elsewhere."""
-        every = self.training.checkpoint_every
-        if every.seconds is not None:
-            return False
-        assert self._loader is not None
-        begun = self._samples_of_loop - self._loader.batch_size
-        return counting.completes(every, self._loader, self.steps_done - 1, begun)
-
-    def _is_best(self) -> bool:
-        """Whether this step's weights have the best metric so far, and are to be saved for it.
-
-        Ranks ask rank 0 if something was measured in this step, which is true on all ranks or none.
-        """
-        asked, self._may_be_best = self._may_be_best, False
-        if not self._keeps_best or not (asked or self.world.size == 1):
-            return False
-        self._agree_on_metrics()
-        return bool(distributed.from_rank_zero(self.world.rank == 0 and self._checkpoints.improves()))
-
-    def _agree_on_metrics(self) -> None:
-        """Bring the metrics that are reduced over ranks into `run.latest`."""
-        if self.world.size > 1:
-            recorder = self._attempt.recorder
-            recorder.agree(distributed.gathered(recorder.unreduced))
 
     def _restore(self) -> None:
         found, passed_over = self._checkpoints.newest()
@@ -1038,7 +1012,7 @@ class Trainer:
                 self._at.ended.clear()
                 self._at.left.clear()
             self._losses.restore(saved)
-            self._saved_step = self.steps_done
+            self._due.saved(self.steps_done)
             self._heart.saved(self.steps_done)
             if self.world.rank == 0:
                 log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
