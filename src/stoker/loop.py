@@ -68,7 +68,6 @@ from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Due, Resumption, Saved
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger("stoker")
 
@@ -123,8 +122,8 @@ class Trainer:
     ) -> None:
         self.run, self._attempt = run, run.attempt
         self.world = run.world
-        self.training = options.with_deepspeed_file(_known(training))
-        arguments.check(model, optimizer, loss, schedule)
+        arguments.check(training, model, optimizer, loss, schedule)
+        self.training = options.with_deepspeed_file(training)
         options.check(self.training, ranks=self.world.size, gpus=device.count(self.world))
         if self.training.deterministic:
             determinism.require()
@@ -235,22 +234,12 @@ class Trainer:
         """
         if self._batch_is:
             raise ValueError("register_for_checkpointing() was called within a step: call it before the loop")
-        ours = [getattr(o, "optimizer", o) for o in self.optimizers.values()]  # of ZeRO's, what it wraps
-        schedulers = {n: s for n, s in states.items() if isinstance(s, LRScheduler) and s.optimizer in ours}
+        schedulers = self._registered.schedulers(states)
         if schedulers and self._schedule is not None:
             raise ValueError(
                 f"{next(iter(schedulers))} and schedule= would both set the learning rate: leave one out"
             )
-        whole = self._resumption is None or self._resumption.whole
-        follow = {n: s for n, s in schedulers.items() if whole and _rates(s)[0] == _rates(s)[1]}
-        self._registered.add(states)
-        for name, scheduler in follow.items() if self.world.rank == 0 else ():
-            now, began = _rates(scheduler)
-            if began != now:  # the config has changed, and the scheduler's state has the old rate
-                log.warning(
-                    "the learning rate is %s now, but %s continues from %s, the rate in its state",
-                    now, name, began,
-                )  # fmt: skip
+        self._registered.add(states, whole=self._resumption is None or self._resumption.whole)
 
     @property
     def steps_done(self) -> int:
@@ -411,9 +400,15 @@ class Trainer:
                 now.samples_per_epoch, before.samples_per_epoch, self.samples_done,
             )  # fmt: skip
 
+    @property
+    def _only_steps(self) -> bool:
+        """Whether the loop is about steps alone: they are timed, or imagined."""
+        return self._attempt.measure is not None or self._imagination is not None
+
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
-        unseen = self.world.rank > 0 or self._attempt.measure is not None or self._imagination is not None
-        if unseen or self.steps_done > self._total:  # the run is past this loop
+        if (
+            self.world.rank > 0 or self._only_steps or self.steps_done > self._total
+        ):  # the run is past this loop
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
@@ -602,7 +597,7 @@ class Trainer:
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
         assert self._loader is not None, "call every() within the loop over steps()"
-        if self._attempt.measure is not None or self._imagination is not None:
+        if self._only_steps:
             return False
         completes = counting.completes(parsed, self._loader, self.steps_done, self._samples_of_loop)
         self._due.measured |= completes
@@ -723,7 +718,7 @@ class Trainer:
             self._scale.fit(self._over_ranks(weight))
         with determinism.explained():
             step.backward(loss_sum)
-        self._loss = self._loss + _counted(loss_sum.detach().float().sum(), weight)
+        self._loss = self._loss + gradients.counted(loss_sum.detach().float().sum(), weight)
         self._weight = self._weight + weight
 
     def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -1005,8 +1000,8 @@ class Trainer:
         if found is None and self.run.continued:
             self._checkpoints.check_none_lost(passed_over)
         if found is not None:
-            saved, self._random, whole = self._checkpoints.restore(found, waits=True)
-            self._resumption = Resumption(found, self._checkpoints, whole=whole, own=self.run.continued)
+            saved, self._random, is_whole = self._checkpoints.restore(found, waits=True)
+            self._resumption = Resumption(found, self._checkpoints, whole=is_whole, own=self.run.continued)
             self._at = position.read(saved)
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()
@@ -1048,24 +1043,6 @@ def computed_in(run: Run, training: Training) -> precision.Resolved:
     return cast("precision.Resolved", distributed.from_rank_zero(found))
 
 
-def _counted(loss: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The loss of a part, or zero if nothing in it has a weight: the mean over nothing is NaN."""
-    if isinstance(weight, torch.Tensor):
-        return torch.where(weight.to(loss.device) == 0, torch.zeros_like(loss), loss)
-    return loss if weight else torch.zeros_like(loss)
-
-
-def _known(training: object) -> Training:
-    """Raises TypeError for any other object."""
-    if not isinstance(training, Training):
-        name = type(training).__name__
-        raise TypeError(
-            f"training= is a {name}, which has no settings for devices, precision and checkpoints: give a "
-            f"stoker.Training, or let {name} inherit from it"
-        )
-    return training
-
-
 def _check_loader(loader: object) -> None:
     """Raises BadInput for anything but a Loader: other iterables can only begin at their start."""
     if not isinstance(loader, Loader):
@@ -1085,9 +1062,3 @@ def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Dur
         return Duration.parse(max_steps)
     except ValueError as error:
         raise BadInput(f"max_steps: {error}") from error
-
-
-def _rates(scheduler: LRScheduler) -> tuple[list[Any], list[Any]]:
-    """The learning rates that a scheduler's optimizer began with, and those that the scheduler remembers."""
-    began = [group.get("initial_lr") for group in scheduler.optimizer.param_groups]
-    return began, list(getattr(scheduler, "base_lrs", began))
