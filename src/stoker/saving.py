@@ -81,7 +81,7 @@ class Saved:
             {n: p for n, p in parameters.items() if p.requires_grad},
             {n: parameters[n] for n in kept},
             state.saved_buffers(self.step.model),
-            part=part, whole=part[:1], step=position["step"],
+            part=part, whole=part[:1], step=position["step"], world=self.world,
         )  # fmt: skip
         tensors, values = self._model(kept)
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
@@ -191,7 +191,7 @@ class Saved:
                 zero.use(p, tensors[f"model.{name}"])
         saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
         names = [group["params"] for group in zero.groups()]
-        state.restore_groups(zero.optimizers["main"], names, saved, self.built["main"], then)
+        state.restore_groups(zero.optimizers["main"], names, saved, self.built["main"], then, self.world)
         return tensors, values, True
 
 

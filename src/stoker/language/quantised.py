@@ -31,7 +31,7 @@ def check() -> None:
         raise BadInput("quantisation=nf4 needs bitsandbytes: pip install 'stoker[quantisation]'")
 
 
-def convert(model: Any) -> None:
+def convert(model: Any, world: World) -> None:
     """Make a model on the meta device store the weights of its linear layers, except the head, in 4 bits.
 
     The experts of a mixture, many of whose weights are fused into one tensor, are not changed, with a
@@ -54,7 +54,7 @@ def convert(model: Any) -> None:
             f"is a multiple of {_BLOCK}"
         )
     left = sum(weight.nbytes for weight in targets.experts(model).values())
-    if left and World.current().rank == 0:
+    if left and world.rank == 0:
         log.warning(
             "quantisation=nf4: the experts of a %s are not linear layers and stay in %s: %.1f GiB",
             model.config.model_type, str(model.dtype).removeprefix("torch."), left / 2**30,

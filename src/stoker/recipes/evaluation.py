@@ -133,7 +133,7 @@ def train(run: Run, config: Config) -> None:
         values=config.chat_template_kwargs,
     )  # fmt: skip
     if config.quantisation == "nf4":
-        quantised.convert(language.model)
+        quantised.convert(language.model, run.world)
     evaluated = adapters.adapted(language, lora, compare=run.world.rank == 0).requires_grad_(False)
     called = objective.attach(evaluated)
     trainer = Trainer(

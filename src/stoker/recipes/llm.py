@@ -437,7 +437,7 @@ def _as_trained(run: Run, language: Language, config: Config) -> Any:
     targets.freeze_what_no_text_goes_through(language.model)
     targets.train_only(language.model, config.train_only, grown=language.added_tokens > 0)
     if config.quantisation == "nf4":
-        quantised.convert(language.model)
+        quantised.convert(language.model, run.world)
     model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
     noise.add(model, config.neftune)
     targets.say(run, model)
