@@ -105,7 +105,16 @@ def train(run: Run, config: Config) -> None:
     from stoker import distributed
     from stoker.data import sources, tokens
     from stoker.engine.precision import DTYPES
-    from stoker.language import adapters, building, data, generation, objective, perplexity, quantised
+    from stoker.language import (
+        adapters,
+        building,
+        data,
+        data_messages,
+        generation,
+        objective,
+        perplexity,
+        quantised,
+    )
     from stoker.loop import Trainer, computed_in
 
     distributed.join(run.world, config.backend)
@@ -127,7 +136,7 @@ def train(run: Run, config: Config) -> None:
             found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
             packing=packing, values=config.chat_template_kwargs,
         )  # fmt: skip
-    data.say_evaluated(run, config.data, found)
+    data_messages.say_evaluated(run, config.data, found)
     prompts = data.prompts(
         found, language.tokenizer, config.prompts, positions=building.positions(language.config),
         values=config.chat_template_kwargs,

@@ -314,6 +314,7 @@ def train(run: Run, config: Config) -> None:
         adapters,
         building,
         data,
+        data_messages,
         export,
         flops,
         generation,
@@ -327,7 +328,7 @@ def train(run: Run, config: Config) -> None:
     distributed.join(run.world, config.backend)
     found, language, rows = _read(run, config)
     packing = config.packing and language.packs
-    data.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
+    data_messages.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(
         found, language.tokenizer, config.prompts, positions=building.positions(language.config),

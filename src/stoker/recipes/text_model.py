@@ -19,7 +19,7 @@ from stoker.engine import flops, quiet  # noqa: F401 (the import of quiet is its
 from stoker.engine.metrics import Mean, Metric, Sum
 from stoker.errors import BadInput
 from stoker.language import building, hub
-from stoker.language.data import fingerprint
+from stoker.language.encoder import fingerprint
 from stoker.recipes import classifiers
 from stoker.recipes.text_shape import SIZES, Shape
 from stoker.user_run import Run
