@@ -19,6 +19,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
+COLUMNS = ("rank", "weights, GiB", "gradients", "optimizer", "activations and others", "peak")
+"""The names of what `Trainer.memory` returns."""
+
 
 def held(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind tensors, each counted once; of sharded tensors only this rank's shards."""

@@ -17,7 +17,6 @@ from stoker.engine.keys import Names
 from stoker.engine.options import Fsdp, Training
 from stoker.errors import BadInput
 from stoker.language.lora import Lora
-from stoker.recipes.llm import MEMORY
 from stoker.user_run import Run
 
 PRELOAD = (
@@ -104,6 +103,7 @@ def train(run: Run, config: Config) -> None:
     """Read and pack the data, distribute the model, predict every token once, and answer the prompts."""
     from stoker import distributed
     from stoker.data import sources, tokens
+    from stoker.engine import memory
     from stoker.engine.precision import DTYPES
     from stoker.language import (
         adapters,
@@ -156,7 +156,7 @@ def train(run: Run, config: Config) -> None:
         collate=functools.partial(tokens.collate, trimmed=not packing),
     )  # fmt: skip
     generation.log_generations(trainer, language, prompts, config.generate_tokens)
-    run.table("memory", trainer.memory(), MEMORY)
+    run.table("memory", trainer.memory(), memory.COLUMNS)
 
 
 def _meant(config: Config, *, weights: bool = True) -> tuple[str, Lora]:

@@ -308,7 +308,7 @@ def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
     from stoker.data import tokens
-    from stoker.engine import optimizers, schedule
+    from stoker.engine import memory, optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.language import (
         adapters,
@@ -368,7 +368,7 @@ def train(run: Run, config: Config) -> None:
     def evaluate() -> None:
         perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
         generation.log_generations(trainer, language, prompts, config.generate_tokens)
-        run.table("memory", trainer.memory(), MEMORY)
+        run.table("memory", trainer.memory(), memory.COLUMNS)
 
     if trainer.steps_done == 0 and language.pretrained:
         perplexity.log(trainer, "base_test_perplexity", rows.test, **how)
@@ -454,9 +454,6 @@ def _called(model: Any, config: Config) -> Objective:
         raise BadInput(_NOT_IN_A_PIPELINE.format(called.routing.weight))
     kernels.use(model, config.kernels)
     return called
-
-
-MEMORY = ("rank", "weights, GiB", "gradients", "optimizer", "activations and others", "peak")
 
 
 def default_lr(lora: bool, pretrained: bool) -> float:
