@@ -26,7 +26,7 @@ def prepare(slow: int) -> None:
     with distributed.rank_zero_first(world):
         if world.rank == slow:
             time.sleep(2 * _LIMIT)
-    distributed.barrier()
+    dist.barrier()
 
 
 def lose_rank_zero() -> str:

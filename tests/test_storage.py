@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,27 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         storage.write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("left", [lambda path: path.mkdir(), lambda path: path.touch()])
+def test_what_is_new_appears_whole_or_not_at_all(left: Callable[[Path], None], tmp_path: Path) -> None:
+    """Args: left: leaves what a killed process might."""
+    target = tmp_path / "a"
+
+    def fail() -> None:
+        with storage.new(target) as temporary:
+            left(temporary)
+            raise ValueError("failed")
+
+    with pytest.raises(ValueError, match="failed"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    left(tmp_path / ".a.tmp")
+    with storage.new(target) as temporary:
+        temporary.mkdir()
+        (temporary / "b").touch()
+        assert not target.exists()
+    assert sorted(tmp_path.rglob("*")) == [target, target / "b"]
 
 
 def test_a_lock_is_held_once(tmp_path: Path) -> None:

@@ -132,12 +132,6 @@ def _by_gloo(timeout: datetime.timedelta) -> Any:
     return dist.new_group(backend="gloo", timeout=timeout) if _are_there() else None
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if dist.is_initialized():
-        _wait()
-
-
 def copy_from_rank_zero(model: torch.nn.Module) -> None:
     """Copy rank 0's parameters and buffers to every rank, in place, except those on the meta device."""
     if dist.is_initialized():
@@ -146,17 +140,11 @@ def copy_from_rank_zero(model: torch.nn.Module) -> None:
                 dist.broadcast(tensor.detach(), src=0)
 
 
-def _wait(group: Any = None) -> None:
+def _wait(group: Any) -> None:
+    """Wait until every rank is here."""
     if dist.is_initialized():
         # Reduces a CPU tensor, since a barrier in a group with NCCL would need a GPU.
         dist.all_reduce(torch.zeros(1), group=group)
-
-
-def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None) -> torch.Tensor:
-    """Reduce a tensor in place over a group's ranks (default: all), by default to the sum, and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=cast("Any", op or dist.ReduceOp.SUM), group=group)
-    return tensor
 
 
 _HEADER = 16  # integers: dtype, number of dimensions, sizes

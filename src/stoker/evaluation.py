@@ -22,17 +22,17 @@ def measure(
     metrics: Metrics,
     *,
     batch_size: int,
-    at_once: int | None = None,
-    collate: Collate | None = None,
-    workers: int = 0,
-    channels_last: bool = False,
-    meanwhile: Callable[[], None] = lambda: None,
+    at_once: int | None,
+    collate: Collate | None,
+    workers: int,
+    channels_last: bool,
+    meanwhile: Callable[[], None],
 ) -> dict[str, float]:
     """Metrics over a dataset in evaluation mode, with each sample counted once over all ranks; on every rank.
 
     Args:
         batch_size: samples per batch over all ranks.
-        at_once: the most samples in a rank's batch.
+        at_once: the most samples in a rank's batch; None: no limit.
         meanwhile: called after each batch.
     """
     totals = Totals()

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
@@ -66,10 +65,9 @@ from stoker.gauge import Gauge
 from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
 from stoker.run.series import goal_of
-from stoker.saving import Checkpoints, Resumption, Saved
+from stoker.saving import Checkpoints, Due, Resumption, Saved
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger("stoker")
 
@@ -124,8 +122,8 @@ class Trainer:
     ) -> None:
         self.run, self._attempt = run, run.attempt
         self.world = run.world
-        self.training = options.with_deepspeed_file(_known(training))
-        arguments.check(model, optimizer, loss, schedule)
+        arguments.check(training, model, optimizer, loss, schedule)
+        self.training = options.with_deepspeed_file(training)
         options.check(self.training, ranks=self.world.size, gpus=device.count(self.world))
         if self.training.deterministic:
             determinism.require()
@@ -166,19 +164,20 @@ class Trainer:
         self._at = position.Position()
         self._gauge = Gauge(self._attempt, self._step, self.device, self.training, self.precision)
         self._schedule = schedule
-        self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
+        self._cut = MicroBatches(self._step, setting, self.training, self.strategy, block)
         self._losses = self._loss_watch()
         self._loss: Weight = 0.0
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total, self._loops, self._from = 0, 0, (0, 0)
-        self._saved_at, self._begun = time.monotonic(), False
-        self._saved_step: int | None = None
+        self._begun = False
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the loop has done so far with the current batch; empty between steps."""
-        self._due, self._may_be_best, self._keeps_best = False, False, bool(self.training.checkpoint_best)
+        self._due = Due(
+            self._checkpoints, self.training.checkpoint_every, keeps_best=bool(self.training.checkpoint_best)
+        )
         self._attempt.take_over_steps(
             self._checkpoints.wait, self._leave_loop, self._heart,
             lambda: self.steps_done + (self._batch_is == "trained on"),
@@ -235,22 +234,12 @@ class Trainer:
         """
         if self._batch_is:
             raise ValueError("register_for_checkpointing() was called within a step: call it before the loop")
-        ours = [getattr(o, "optimizer", o) for o in self.optimizers.values()]  # of ZeRO's, what it wraps
-        schedulers = {n: s for n, s in states.items() if isinstance(s, LRScheduler) and s.optimizer in ours}
+        schedulers = self._registered.schedulers(states)
         if schedulers and self._schedule is not None:
             raise ValueError(
                 f"{next(iter(schedulers))} and schedule= would both set the learning rate: leave one out"
             )
-        whole = self._resumption is None or self._resumption.whole
-        follow = {n: s for n, s in schedulers.items() if whole and _rates(s)[0] == _rates(s)[1]}
-        self._registered.add(states)
-        for name, scheduler in follow.items() if self.world.rank == 0 else ():
-            now, began = _rates(scheduler)
-            if began != now:  # the config has changed, and the scheduler's state has the old rate
-                log.warning(
-                    "the learning rate is %s now, but %s continues from %s, the rate in its state",
-                    now, name, began,
-                )  # fmt: skip
+        self._registered.add(states, whole=self._resumption is None or self._resumption.whole)
 
     @property
     def steps_done(self) -> int:
@@ -411,15 +400,40 @@ class Trainer:
                 now.samples_per_epoch, before.samples_per_epoch, self.samples_done,
             )  # fmt: skip
 
+    @property
+    def _only_steps(self) -> bool:
+        """Whether the loop is about steps alone: they are timed, or imagined."""
+        return self._attempt.measure is not None or self._imagination is not None
+
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
-        unseen = self.world.rank > 0 or self._attempt.measure is not None or self._imagination is not None
-        if unseen or self.steps_done > self._total:  # the run is past this loop
+        if (
+            self.world.rank > 0 or self._only_steps or self.steps_done > self._total
+        ):  # the run is past this loop
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
-        pace = self._gauge.pace
+        source = self._begin(loader)
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
+        remembering = self.training.deterministic
+        with contextlib.closing(
+            Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
+        ) as profiler:
+            while self.steps_done < self._total:
+                with self._gauge.pace.waiting():
+                    batch = next(source)
+                self._take_up(self.steps_done + 1)
+                with determinism.remembering() if remembering else contextlib.nullcontext():
+                    yield from self._handed_out(batch)
+                remembering = False
+                self._after_step(loader, batch, profiler, timing)
+            self.run.step = self.steps_done
+        self._save()
+        self._end_loop()
+
+    def _begin(self, loader: Loader) -> Iterator[Any]:
+        """Begin a loop, and with the first one the attempt; returns the batches from here on."""
+        source: Iterator[Any] = iter(())
         if self.steps_done <= self._total:  # otherwise the run is past this loop
             stage = self._loops - 1 if self._from[1] else 0
             place = None if self._begun else self._at.data
@@ -429,47 +443,42 @@ class Trainer:
         if self.steps_done < self._total:
             self._registered.begin()
             self._modes.begin()
-        self._begin_loop()
+        self._due.begin()
+        self._gauge.pace.begin()
+        self._heart.begin(self.steps_done)
         if self.training.on_bad_loss == "rewind":
             self._save()  # one to rewind to
-        remembering = self.training.deterministic
-        with contextlib.closing(
-            Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
-        ) as profiler:
-            while self.steps_done < self._total:
-                with pace.waiting():
-                    batch = next(source)
-                self._take_up(self.steps_done + 1)
-                with determinism.remembering() if remembering else contextlib.nullcontext():
-                    yield from self._handed_out(batch)
-                remembering = False
-                self._batch_is = ""
-                pace.step()
-                self._at.move(loader.batch_size)
-                self._heart.beat(self.steps_done)
-                profiler.step(self.steps_done)
-                if self._imagination is not None and self.steps_done == imagined.STEPS:
-                    self._write_plan(batch)
-                    raise Stopped("planned")
-                if timing is not None and (timed := timing.step(pace.waited)):
-                    self._gauge.write_timing(timed, loader)
-                    raise Stopped("measured")
-                requests = self._agreement.requests()
-                if requests.failed:
-                    self._checkpoints.wait()  # raises
-                self._due = self._due or requests.save or self._checkpoint_due() or self._is_best()
-                waits = self._adding_up  # a checkpoint does not hold accumulated gradients
-                if self._due and not waits:
-                    self._save()
-                    self._due = False
-                stop = None if waits else requests.stop
-                stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
-                if stop:
-                    self._end_loop()
-                    raise Stopped(stop)
-            self.run.step = self.steps_done
-        self._save()
-        self._end_loop()
+        return source
+
+    def _after_step(self, loader: Loader, batch: Any, profiler: Profiler, timing: Timing | None) -> None:
+        """Count a step, and save what is due. Raises Stopped if the loop ends with it."""
+        pace = self._gauge.pace
+        self._batch_is = ""
+        pace.step()
+        self._at.move(loader.batch_size)
+        self._heart.beat(self.steps_done)
+        profiler.step(self.steps_done)
+        if self._imagination is not None and self.steps_done == imagined.STEPS:
+            self._write_plan(batch)
+            raise Stopped("planned")
+        if timing is not None and (timed := timing.step(pace.waited)):
+            self._gauge.write_timing(timed, loader)
+            raise Stopped("measured")
+        requests = self._agreement.requests()
+        if requests.failed:
+            self._checkpoints.wait()  # raises
+        if requests.save:
+            self._due.asked = True
+        due = self._due.after_step(loader, self.steps_done, self._samples_of_loop)
+        waits = self._adding_up  # a checkpoint does not hold accumulated gradients
+        if due and not waits:
+            self._save()
+            self._due.asked = False
+        stop = None if waits else requests.stop
+        stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
+        if stop:
+            self._end_loop()
+            raise Stopped(stop)
 
     def _take_up(self, step: int) -> None:
         """Begin a step."""
@@ -570,17 +579,10 @@ class Trainer:
         self._resumption = None
         self._attempt.drop_held()
 
-    def _begin_loop(self) -> None:
-        self._saved_at = time.monotonic()
-        self._gauge.pace.begin()
-        self._heart.begin(self.steps_done)
-
     def _asked(self) -> Requests:
         """What this rank was asked to do. Checkpoints by time go by the clock of rank 0."""
         stop = self._attempt.stop.requested
-        every = self.training.checkpoint_every
-        due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
-        due = (due and self.world.rank == 0) or self._attempt.stop.told_to_save()
+        due = (self.world.rank == 0 and self._due.by_clock()) or self._attempt.stop.told_to_save()
         asked = {stop: True} if stop is not None else {}
         return Requests(**asked, checkpoint=due, failed=self._checkpoints.failed)
 
@@ -595,10 +597,10 @@ class Trainer:
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
         assert self._loader is not None, "call every() within the loop over steps()"
-        if self._attempt.measure is not None or self._imagination is not None:
+        if self._only_steps:
             return False
         completes = counting.completes(parsed, self._loader, self.steps_done, self._samples_of_loop)
-        self._may_be_best |= completes
+        self._due.measured |= completes
         return completes
 
     @property
@@ -716,7 +718,7 @@ class Trainer:
             self._scale.fit(self._over_ranks(weight))
         with determinism.explained():
             step.backward(loss_sum)
-        self._loss = self._loss + _counted(loss_sum.detach().float().sum(), weight)
+        self._loss = self._loss + gradients.counted(loss_sum.detach().float().sum(), weight)
         self._weight = self._weight + weight
 
     def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -893,7 +895,7 @@ class Trainer:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Count the time within this block as evaluation; the model has its averaged weights, if any."""
-        self._may_be_best = True
+        self._due.measured = True
         with self.averaged(), self._gauge.spending("evaluating"):
             yield
 
@@ -928,8 +930,8 @@ class Trainer:
             ValueError: the metric was not logged, or it is not known whether it is better low or high.
         """
         if metric == self._checkpoints.best and self.training.checkpoint_best is None:
-            self._keeps_best = True
-        self._agree_on_metrics()
+            self._due.keeps_best = True
+        self._checkpoints.agree_on_metrics()
         return bool(distributed.from_rank_zero(self._is_stale(metric, patience, min_delta)))
 
     def _is_stale(self, metric: str, patience: int, min_delta: float) -> bool:
@@ -967,13 +969,13 @@ class Trainer:
         waits for the last one. Raises OSError if the previous checkpoint could not be written (a full disk).
         """
         if self._batch_is:
-            self._due = True
+            self._due.asked = True
             return
         self._save()
 
     def _save(self) -> None:
         """Save now, between steps."""
-        if self._saved_step == self.steps_done or self._imagination is not None:
+        if self._due.saved_step == self.steps_done or self._imagination is not None:
             return
         if wrong := self._losses.look():
             raise StokerError(f"by step {self.steps_done} {wrong}; no checkpoint is saved of the result")
@@ -984,54 +986,28 @@ class Trainer:
             )
         if self._loader is not None:
             self._at.data = self._loader.place(self._samples_of_loop)
-        self._agree_on_metrics()
+        self._checkpoints.agree_on_metrics()
         with self._gauge.spending("checkpointing"):
             self._finish_saving()
-            self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._keeps_best)
-        self._saved_at, self._saved_step = time.monotonic(), self.steps_done
+            self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._due.keeps_best)
+        self._due.saved(self.steps_done)
 
     def _finish_saving(self) -> None:
         self._checkpoints.wait(meanwhile=self._heart.beat)  # it may take long without hanging
-
-    def _checkpoint_due(self) -> bool:
-        """Whether a checkpoint is due by steps, samples or tokens. By time, ranks agree on it elsewhere."""
-        every = self.training.checkpoint_every
-        if every.seconds is not None:
-            return False
-        assert self._loader is not None
-        begun = self._samples_of_loop - self._loader.batch_size
-        return counting.completes(every, self._loader, self.steps_done - 1, begun)
-
-    def _is_best(self) -> bool:
-        """Whether this step's weights have the best metric so far, and are to be saved for it.
-
-        Ranks ask rank 0 if something was measured in this step, which is true on all ranks or none.
-        """
-        asked, self._may_be_best = self._may_be_best, False
-        if not self._keeps_best or not (asked or self.world.size == 1):
-            return False
-        self._agree_on_metrics()
-        return bool(distributed.from_rank_zero(self.world.rank == 0 and self._checkpoints.improves()))
-
-    def _agree_on_metrics(self) -> None:
-        """Bring the metrics that are reduced over ranks into `run.latest`."""
-        if self.world.size > 1:
-            recorder = self._attempt.recorder
-            recorder.agree(distributed.gathered(recorder.unreduced))
 
     def _restore(self) -> None:
         found, passed_over = self._checkpoints.newest()
         if found is None and self.run.continued:
             self._checkpoints.check_none_lost(passed_over)
         if found is not None:
-            saved, self._random, whole = self._checkpoints.restore(found, waits=True)
-            self._resumption = Resumption(found, self._checkpoints, whole=whole, own=self.run.continued)
+            saved, self._random, is_whole = self._checkpoints.restore(found, waits=True)
+            self._resumption = Resumption(found, self._checkpoints, whole=is_whole, own=self.run.continued)
             self._at = position.read(saved)
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()
                 self._at.left.clear()
             self._losses.restore(saved)
-            self._saved_step = self.steps_done
+            self._due.saved(self.steps_done)
             self._heart.saved(self.steps_done)
             if self.world.rank == 0:
                 log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
@@ -1067,24 +1043,6 @@ def computed_in(run: Run, training: Training) -> precision.Resolved:
     return cast("precision.Resolved", distributed.from_rank_zero(found))
 
 
-def _counted(loss: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The loss of a part, or zero if nothing in it has a weight: the mean over nothing is NaN."""
-    if isinstance(weight, torch.Tensor):
-        return torch.where(weight.to(loss.device) == 0, torch.zeros_like(loss), loss)
-    return loss if weight else torch.zeros_like(loss)
-
-
-def _known(training: object) -> Training:
-    """Raises TypeError for any other object."""
-    if not isinstance(training, Training):
-        name = type(training).__name__
-        raise TypeError(
-            f"training= is a {name}, which has no settings for devices, precision and checkpoints: give a "
-            f"stoker.Training, or let {name} inherit from it"
-        )
-    return training
-
-
 def _check_loader(loader: object) -> None:
     """Raises BadInput for anything but a Loader: other iterables can only begin at their start."""
     if not isinstance(loader, Loader):
@@ -1104,9 +1062,3 @@ def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Dur
         return Duration.parse(max_steps)
     except ValueError as error:
         raise BadInput(f"max_steps: {error}") from error
-
-
-def _rates(scheduler: LRScheduler) -> tuple[list[Any], list[Any]]:
-    """The learning rates that a scheduler's optimizer began with, and those that the scheduler remembers."""
-    began = [group.get("initial_lr") for group in scheduler.optimizer.param_groups]
-    return began, list(getattr(scheduler, "base_lrs", began))

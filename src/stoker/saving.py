@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,9 @@ from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
 from stoker.checkpoint.stateful import Registered
 from stoker.checkpoint.store import Tensors
-from stoker.engine import random_state, strategies
+from stoker.data.loader import Loader
+from stoker.duration import Duration
+from stoker.engine import counting, random_state, strategies
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.mesh import Mesh
@@ -78,7 +81,7 @@ class Saved:
             {n: p for n, p in parameters.items() if p.requires_grad},
             {n: parameters[n] for n in kept},
             state.saved_buffers(self.step.model),
-            part=part, whole=part[:1], step=position["step"],
+            part=part, whole=part[:1], step=position["step"], world=self.world,
         )  # fmt: skip
         tensors, values = self._model(kept)
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
@@ -188,7 +191,7 @@ class Saved:
                 zero.use(p, tensors[f"model.{name}"])
         saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
         names = [group["params"] for group in zero.groups()]
-        state.restore_groups(zero.optimizers["main"], names, saved, self.built["main"], then)
+        state.restore_groups(zero.optimizers["main"], names, saved, self.built["main"], then, self.world)
         return tensors, values, True
 
 
@@ -230,7 +233,7 @@ class Checkpoints:
             exact: record the metric of the best checkpoint only if it was measured at this step.
         """
         tensors, values = self._saved.capture(position)
-        if self._attempt.world.rank == 0 and self.improves():
+        if self.world.rank == 0 and self.improves():
             self._best_saved = self._attempt.recorder.latest[self.best]
         metrics = dict(self._attempt.recorder.latest)
         if exact and self._attempt.recorder.latest_at.get(self.best) != position["step"]:
@@ -238,6 +241,11 @@ class Checkpoints:
         about = store.About(position["step"], position["samples"], metrics)
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
         self._saver.save(tensors, values, about, finite=frozenset(f"model.{name}" for name in trained))
+
+    @property
+    def world(self) -> World:
+        """The ranks."""
+        return self._attempt.world
 
     @property
     def failed(self) -> bool:
@@ -259,10 +267,10 @@ class Checkpoints:
             found, passed_over = self._attempt.newest_checkpoint(but)
             return None if found is None else found.step
 
-        agreed = distributed.done_by_rank_zero(self._attempt.world, look)
+        agreed = distributed.done_by_rank_zero(self.world, look)
         for reason in passed_over:
             log.warning("skipped checkpoint %s", reason)
-        if self._attempt.world.rank > 0 and agreed is not None:
+        if self.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))
         return found, passed_over
 
@@ -295,7 +303,7 @@ class Checkpoints:
 
     def void_after(self, step: int) -> None:
         """Invalidate the checkpoints after a step, from which the run continues."""
-        if self._attempt.world.rank == 0:
+        if self.world.rank == 0:
             for path in manifest.committed(self._folder):
                 if manifest.step_of(path) > step:
                     manifest.void(path)
@@ -315,10 +323,21 @@ class Checkpoints:
         known = self._best_saved
         return known is None or (value < known if goal == "min" else value > known)
 
+    def is_best(self) -> bool:
+        """`improves`, on every rank. All ranks call it."""
+        self.agree_on_metrics()
+        return bool(distributed.from_rank_zero(self.world.rank == 0 and self.improves()))
+
+    def agree_on_metrics(self) -> None:
+        """Bring the metrics that are reduced over ranks into `run.latest`. All ranks call it."""
+        if self.world.size > 1:
+            recorder = self._attempt.recorder
+            recorder.agree(distributed.gathered(recorder.unreduced))
+
     def warn_if_never_logged(self) -> None:
         """Warn if the metric that defines the best checkpoint was not logged in the whole run."""
         known = self._attempt.recorder.latest
-        if self._attempt.world.rank == 0 and self.best not in known:
+        if self.world.rank == 0 and self.best not in known:
             self._warn_of_best(f"was not logged: name one with Trainer(best=...){nearest(self.best, known)}")
 
     def _warn_of_best(self, why: str) -> None:
@@ -335,6 +354,61 @@ class Checkpoints:
         manifest.prune(self._folder, self._keep, best, self._every)
         self._done(saved.step)
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
+
+
+class Due:
+    """Whether a checkpoint is due: asked for, by its interval, or because the weights are the best so far.
+
+    Args:
+        every: the interval; one of time is kept by the clock of rank 0.
+        keeps_best: whether to save what has the best metric so far.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, every: Duration, *, keeps_best: bool) -> None:
+        self._checkpoints, self._every, self.keeps_best = checkpoints, every, keeps_best
+        self.asked = False
+        """Whether one is to be saved as soon as possible."""
+        self.measured = False
+        """Whether the current step may have measured the best's metric: true on all ranks, or on none."""
+        self.saved_step: int | None = None
+        """The step of the newest one."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._since = time.monotonic()
+
+    def saved(self, step: int) -> None:
+        """One was saved, or restored, of this step."""
+        self.saved_step = step
+        self.begin()
+
+    def by_clock(self) -> bool:
+        """Whether one is due by an interval of time."""
+        seconds = self._every.seconds
+        return seconds is not None and time.monotonic() - self._since >= seconds
+
+    def after_step(self, loader: Loader, step: int, samples: int) -> bool:
+        """Whether one is due between steps. It stays due until `asked` is cleared. All ranks call it.
+
+        Args:
+            step, samples: how far the run is, and the loop.
+        """
+        self.asked = self.asked or self._by_count(loader, step, samples) or self._is_best()
+        return self.asked
+
+    def _by_count(self, loader: Loader, step: int, samples: int) -> bool:
+        """Whether this step has completed an interval of steps, samples or tokens."""
+        if self._every.seconds is not None:
+            return False
+        return counting.completes(self._every, loader, step - 1, samples - loader.batch_size)
+
+    def _is_best(self) -> bool:
+        """Whether this step's weights have the best metric so far, and are to be saved for it."""
+        measured, self.measured = self.measured, False
+        if not self.keeps_best or not (measured or self._checkpoints.world.size == 1):
+            return False
+        return self._checkpoints.is_best()
 
 
 class Resumption:

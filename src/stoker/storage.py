@@ -121,6 +121,31 @@ def write_new(path: Path, content: bytes) -> None:
             whole.unlink()
 
 
+@contextlib.contextmanager
+def new(target: Path) -> Iterator[Path]:
+    """A temporary path for a new folder or file, which becomes `target` at the end of the block.
+
+    If the block fails, what it made is removed. Only one process at a time may make the same target; what one
+    left that was killed is removed first.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        temporary.rename(target)
+    except BaseException:
+        _remove(temporary)
+        raise
+    sync_directory(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file, if it exists, as far as that is possible."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:

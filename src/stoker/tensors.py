@@ -1,4 +1,4 @@
-"""Views of tensors: a rank's local part, and complex numbers as real ones; and what has such views."""
+"""Sharded tensors and a rank's part of them; complex numbers as real ones; which tensors are plain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from torch.distributed.tensor import DTensor
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded one; all ranks ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a new tensor as the tensor, laid out over the ranks as an old one is."""
+    if not isinstance(old, DTensor):
+        return local
+    return DTensor.from_local(
+        local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+    )
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import orjson
 import pytest
 import torch
 from stoker.checkpoint import state
+from stoker.world import World
 from torch import nn
 
 
@@ -16,7 +17,7 @@ def _continued(before: torch.optim.Optimizer, now: torch.optim.Optimizer, built:
     names = [[f"{number}" for number, _ in enumerate(group["params"])] for group in before.param_groups]
     saved = [{**group, "params": n} for group, n in zip(state.hyperparameters(before), names, strict=True)]
     then, groups = orjson.loads(orjson.dumps([built, saved]))
-    state.restore_groups(now, names, groups, state.hyperparameters(now)[: len(built)], then)
+    state.restore_groups(now, names, groups, state.hyperparameters(now)[: len(built)], then, World())
 
 
 def test_a_rate_that_is_a_tensor_stays_one_when_the_user_changes_it() -> None:

@@ -219,8 +219,9 @@ def test_what_optimizers_are_going_to_keep_is_room_that_is_not_there(
 def _reckoned(open_run: Callable[..., Run], micro: int = 4) -> str:
     with open_run() as run:
         trainer = _trainer(run)
-        ranks = dataclasses.replace(run.world, size=2)
-        change = fitting.Change(trainer._step, trainer._setting, trainer.training, ranks, "fsdp", 1)
+        mesh = dataclasses.replace(trainer.mesh, world=dataclasses.replace(run.world, size=2))
+        setting = dataclasses.replace(trainer._setting, mesh=mesh)
+        change = fitting.Change(trainer._step, setting, trainer.training, "fsdp", 1)
         batch = {"input_ids": torch.zeros(8, 4, dtype=torch.long)}
         return change.of_a_pass(torch.OutOfMemoryError("none left"), batch, [1, 2, 4, 8], micro)
 

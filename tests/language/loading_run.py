@@ -18,6 +18,7 @@ from stoker.engine.random_state import seed_everything
 from stoker.language import adapters, building, loading, objective, quantised, targets
 from stoker.language.loading import bare_name
 from stoker.language.lora import Lora
+from stoker.world import World
 from torch.distributed.tensor import DTensor
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def built(
     seed_everything(0)
     targets.freeze_what_no_text_goes_through(language.model)
     if kind == "qlora":
-        quantised.convert(language.model)
+        quantised.convert(language.model, World.current())
     model = adapters.adapted(language, lora or KINDS[kind])
     return model, dataclasses.replace(language, load=adapters.loading(language.load))
 

@@ -19,6 +19,7 @@ from stoker.data.documents import Document, Message
 from stoker.errors import BadInput
 from stoker.language import building, chat_template, conversation, data, hub, speaking
 from stoker.language.conversation import Chat
+from stoker.language.encoder import Encoder
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -269,7 +270,7 @@ def test_what_a_template_is_given_is_the_record_s_own_else_the_config_s(
         tokenizer = styled(bare)
         documents = found.splits.train
         for values, default in (({}, "plain"), ({"style": "old"}, "old")):
-            made = data.Encoder(tokenizer, "answer", values)(documents)
+            made = Encoder(tokenizer, "answer", values)(documents)
             texts = [tokenizer.decode(encoded.ids) for encoded in made]
             expected = [f"{style} user: a\n{style} assistant: b</s>" for style in (default, "curt", "long")]
             assert texts == expected
@@ -279,9 +280,9 @@ def test_what_a_template_is_given_is_part_of_what_is_kept_and_without_it_nothing
     bare: Any, tmp_path: Path
 ) -> None:
     tokenizer = styled(bare)
-    plain = data.Encoder(tokenizer, "answer").fingerprint
-    assert data.Encoder(tokenizer, "answer", {}).fingerprint == plain
-    both = {data.Encoder(tokenizer, "answer", {"style": style}).fingerprint for style in ("old", "new")}
+    plain = Encoder(tokenizer, "answer").fingerprint
+    assert Encoder(tokenizer, "answer", {}).fingerprint == plain
+    both = {Encoder(tokenizer, "answer", {"style": style}).fingerprint for style in ("old", "new")}
     assert len(both | {plain}) == 3
     own = [read(tmp_path, {**CHAT, "chat_template_kwargs": {"style": s}})[0].fingerprint for s in ("a", "b")]
     assert own[0] != own[1]
@@ -301,7 +302,7 @@ def test_the_date_that_a_template_writes_is_the_same_on_every_day(
     """The tokens of a run that is resumed tomorrow, without the cache, are those of today."""
     tokenizer = styled(bare, template)
     (found,) = read(tmp_path, CHAT, {**CHAT, "chat_template_kwargs": {"date_string": "1 May"}})
-    made = list(data.Encoder(tokenizer, "answer")(found.splits.train))
+    made = list(Encoder(tokenizer, "answer")(found.splits.train))
     expected = [f"on {date}: plain user: a\nplain assistant: b</s>" for date in ("26 Jul 2024", "1 May")]
     assert [tokenizer.decode(one.ids) for one in made] == expected
     for one in made:

@@ -20,7 +20,7 @@ from stoker.data.stream import Stream
 from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import data
-from stoker.language.data import Encoder
+from stoker.language.encoder import PROMPT, Encoder, LossOn
 from tokenizers import processors
 
 import families  # noqa: F401 (quietens transformers)
@@ -59,7 +59,7 @@ def of(bare: Any, template: str | None) -> Any:
     return bare
 
 
-def learnt(tokenizer: Any, document: Document, loss_on: data.LossOn = "answer") -> list[str]:
+def learnt(tokenizer: Any, document: Document, loss_on: LossOn = "answer") -> list[str]:
     """The stretches of text that are predicted."""
     (encoded,) = Encoder(tokenizer, loss_on)([document])
     assert encoded.has_loss is not None
@@ -493,7 +493,7 @@ def test_a_first_token_begins_what_has_no_template_where_the_tokenizer_adds_one(
     assert made[0][:2] == ([5, 9, 9, 6], None)
     assert made[1][:2] == ([5, 9, 9, 9, 9, 6], [False, False, False, True, True, True])
     held_out = [source([], [Document("0", "", "a text"), Document("1", "p", "text")], [])]
-    assert data.prompts(held_out, Beginning()) == ("<s>a text", f"<s>{data.PROMPT.format(prompt='p')}")
+    assert data.prompts(held_out, Beginning()) == ("<s>a text", f"<s>{PROMPT.format(prompt='p')}")
     assert data.prompts(held_out, Beginning(), ["mine"]) == ("<s>mine",)
 
 
@@ -709,7 +709,7 @@ def test_what_leaves_the_model_no_position_for_an_answer_is_not_asked(bare: Any)
     tokenizer = of(bare, None)
     documents = [Document(key, "what is " * n, "it is") for key, n in (("a", 30), ("b", 1), ("c", 2))]
     found = [source([], documents, [])]
-    short = tuple(data.PROMPT.format(prompt=document.prompt) for document in documents[1:])
+    short = tuple(PROMPT.format(prompt=document.prompt) for document in documents[1:])
     positions = len(tokenizer(short[1])["input_ids"]) + 1
     assert data.prompts(found, tokenizer, positions=positions) == short
     with pytest.raises(

@@ -42,6 +42,7 @@ def check(
     part: Hashable,
     whole: Hashable,
     step: int,
+    world: World,
 ) -> None:
     """Raises StokerError if trained parameters have diverged between ranks; warns if others have.
 
@@ -69,10 +70,10 @@ def check(
                 for first, rank in others
                 for name in values[first].keys() | values[rank].keys()
             ]
-            answer(step, sorted(apart, reverse=True))
+            answer(step, sorted(apart, reverse=True), world)
 
 
-def _answer(step: int, apart: Sequence[_Apart]) -> None:
+def _answer(step: int, apart: Sequence[_Apart], world: World) -> None:
     """Raises StokerError if trained parameters have diverged by more than rounding."""
     share, name, first, rank = apart[0]
     said = f"{name} differs between ranks {first} and {rank}, which hold copies, by {share:.2%} of its size"
@@ -83,15 +84,15 @@ def _answer(step: int, apart: Sequence[_Apart]) -> None:
             "optimizer.step(), so that gradients are summed over ranks. If you change weights by hand, "
             "change them identically on all ranks; random numbers differ between ranks"
         )
-    if share > _ROUNDING and World.current().rank == 0:
+    if share > _ROUNDING and world.rank == 0:
         log.warning("step %d: %s", step, said)
 
 
-def _tell(step: int, apart: Sequence[_Apart]) -> None:
+def _tell(step: int, apart: Sequence[_Apart], world: World) -> None:
     """Warn once of what ranks hold differently besides trained parameters."""
     names = {name for share, name, _, _ in apart if share > _ROUNDING} - _said
     _said.update(names)
-    if names and World.current().rank == 0:
+    if names and world.rank == 0:
         log.warning(
             "step %d: ranks have changed buffers or frozen weights differently (%s), and a checkpoint has "
             "those of one rank: a resumed run goes on from other values. Reduce what each rank computes of "

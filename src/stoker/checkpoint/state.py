@@ -17,7 +17,7 @@ import torch
 from stoker import words
 from stoker.checkpoint import stateful, store, trees
 from stoker.checkpoint.manifest import Checkpoint
-from stoker.checkpoint.store import ALONE, Tensors
+from stoker.checkpoint.store import Tensors
 from stoker.errors import StokerError
 from stoker.world import World
 from torch.distributed.tensor import DTensor
@@ -55,7 +55,7 @@ def load(
     model: torch.nn.Module,
     optimizers: Mapping[str, torch.optim.Optimizer],
     built: Mapping[str, Groups],
-    world: World = ALONE,
+    world: World,
     elsewhere: frozenset[str] = frozenset(),
     *,
     waits: bool = False,
@@ -92,14 +92,14 @@ def load(
     whole = True
     for name, optimizer in optimizers.items():
         held = inside(others, f"optimizer.{name}.")
-        saved, made = values["optimizers"][name], len(values["built"][name])
-        came = _what_came(model, optimizer, saved["groups"], made, thawed)
+        saved, then = values["optimizers"][name], values["built"][name]
+        came = _what_came(model, optimizer, saved["groups"], len(then), thawed)
         if waits and came:
             whole = False
             continue
         _give(model, optimizer, came)
         names = _names_of_groups(model, optimizer)
-        restore_groups(optimizer, names, saved["groups"], built[name], values["built"][name], elsewhere)
+        restore_groups(optimizer, names, saved["groups"], built[name], then, world, elsewhere)
         _restore_state(model, optimizer, held, saved["state"])
     return others, values, whole
 
@@ -141,7 +141,7 @@ def _give(model: torch.nn.Module, optimizer: torch.optim.Optimizer, came: Mappin
 
 def _say_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
     now, was = _decayed(names, built), _decayed(before, then)
-    if now and was and now != was and World.current().rank == 0:
+    if now and was and now != was:
         log.warning(
             "weight decay applies to different parameters than when the checkpoint was saved: to apply it to "
             "norms and biases too, as earlier versions did, set a recipe's decay_all=true"
@@ -189,6 +189,7 @@ def restore_groups(
     saved: Groups,
     built: Groups,
     then: Groups,
+    world: World,
     elsewhere: frozenset[str] = frozenset(),
 ) -> None:
     """Restore hyperparameters; those that differ from the ones they were created with are the user's change.
@@ -210,7 +211,8 @@ def restore_groups(
     left_out = {"params"}
     if [set(group) for group in names] != [set(group) for group in before]:
         left_out |= _regrouped_by(names, before, built, then)
-        _say_regrouped(names, before, built, then)
+        if world.rank == 0:
+            _say_regrouped(names, before, built, then)
         saved, then = [saved[0]] * len(names), [then[0]] * len(names)
     built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
     for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
@@ -329,7 +331,7 @@ def inside(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def model_tensors(model: torch.nn.Module, frozen: Set[str] = frozenset()) -> Tensors:
+def model_tensors(model: torch.nn.Module, frozen: Set[str]) -> Tensors:
     """Trainable parameters and saved buffers by name, sharing the model's memory; tied ones once.
 
     Args:

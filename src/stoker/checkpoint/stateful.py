@@ -21,6 +21,7 @@ from stoker.checkpoint.store import Tensors
 from stoker.errors import BadInput, StokerError
 from stoker.world import World
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger("stoker")
 
@@ -46,11 +47,20 @@ class Registered:
         self._held: dict[str, Any] = {}
         self._groups: dict[str, list[dict[str, Any]]] = {}
 
-    def add(self, objects: Mapping[str, Stateful]) -> None:
+    def schedulers(self, objects: Mapping[str, Stateful]) -> dict[str, LRScheduler]:
+        """Those of the objects that set the learning rates of the Trainer's optimizers."""
+        ours = [getattr(o, "optimizer", o) for o in self._optimizers.values()]  # of ZeRO's, what it wraps
+        return {n: s for n, s in objects.items() if isinstance(s, LRScheduler) and s.optimizer in ours}
+
+    def add(self, objects: Mapping[str, Stateful], *, whole: bool = True) -> None:
         """Save these with every checkpoint from now on, and restore them from the one that was restored.
+
+        Args:
+            whole: whether all of that checkpoint was restored.
 
         Raises BadInput for objects that cannot be saved.
         """
+        follow = {n: s for n, s in self.schedulers(objects).items() if whole and _began(s) == _remembered(s)}
         for name, given in objects.items():
             if name in self._objects:
                 raise BadInput(f"{name} is already registered: give each state its own name")
@@ -63,6 +73,13 @@ class Registered:
             now = self._optimizers[name].param_groups[: len(groups)]  # the script may have added others since
             for group, was in zip(now, groups, strict=True):
                 group.update(copy.deepcopy(was))
+        for name, scheduler in follow.items() if self._world.rank == 0 else ():
+            now, began = _began(scheduler), _remembered(scheduler)
+            if began != now:  # the config has changed, and the scheduler's state has the old rate
+                log.warning(
+                    "the learning rate is %s now, but %s continues from %s, the rate in its state",
+                    now, name, began,
+                )  # fmt: skip
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors by their checkpoint names, and the values of all ranks. All ranks call it."""
@@ -125,6 +142,16 @@ class Registered:
         tensors = _read(self._checkpoint, values, _prefix(name, rank), self._device)
         self._objects[name].load_state_dict(trees.together(values, tensors))
         return True
+
+
+def _began(scheduler: LRScheduler) -> list[Any]:
+    """The learning rates that a scheduler's optimizer began with."""
+    return [group.get("initial_lr") for group in scheduler.optimizer.param_groups]
+
+
+def _remembered(scheduler: LRScheduler) -> list[Any]:
+    """The same, as the scheduler remembers them."""
+    return list(getattr(scheduler, "base_lrs", _began(scheduler)))
 
 
 class _Extra:

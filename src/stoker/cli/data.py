@@ -122,7 +122,7 @@ def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[C
 def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     """The sources, their rows, the tokenizer, and whether documents share rows, as `train` has them."""
     from stoker.data import sources
-    from stoker.language import adapters, building, chat_template
+    from stoker.language import adapters, building, chat_template, data_messages
     from stoker.language import data as language_data
 
     if config.chat_template is not None:
@@ -131,7 +131,7 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
         config.data, validation=config.validation, test=config.test, streaming=config.streaming,
         validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
     )  # fmt: skip
-    language_data.warn_of_repeated(found)
+    data_messages.warn_of_repeated(found)
     tokenizer, packs = building.without_model(
         config.model,
         tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),

@@ -24,10 +24,9 @@ from typing import Any
 
 import orjson
 from stoker import object_store, storage
-from stoker.data import called, compressed, hub_datasets, parquet, records
+from stoker.data import cached, called, compressed, hub_datasets, parquet, records
 from stoker.data.documents import Document, Message, chop, content_key
 from stoker.data.records import NO_COLUMNS, Columns, Record
-from stoker.data.tokens import once
 from stoker.errors import BadInput
 from stoker.object_store import Store
 
@@ -213,19 +212,18 @@ def _unpacked(store: Store, file: File, where: str) -> tuple[Store, File]:
     named = hashlib.sha256(repr((store.url, file.key, file.size, file.tag)).encode()).hexdigest()[:32]
     target = storage.cache_folder() / "unpacked" / named
 
-    def make() -> None:
+    def fill(made: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as scratch:
-            packed, made = Path(scratch) / "packed", Path(scratch) / "lines"
+            packed = Path(scratch) / "packed"
             try:
                 store.get(file.key, packed)
             except FileNotFoundError as error:
                 raise BadInput(f"{where} has disappeared since the run began") from error
             with made.open("wb") as out:
                 out.writelines(compressed.lines(packed, file.key, where))
-            storage.sync_file(made)
-            made.rename(target)
+        storage.sync_file(made)
 
-    once(target, make)
+    cached.once(target, fill)
     return Store(f"file://{target.parent}", ""), File(named, target.stat().st_size, "", file.chunks)
 
 

@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,8 @@ from typing import Any
 import numpy as np
 import xxhash
 from stoker import storage
-from stoker.data import image_source, labelled, parquet
+from stoker.data import cached, image_source, labelled, parquet
 from stoker.data.image_source import Columns, Numbers, Source
-from stoker.data.tokens import once
 from stoker.errors import BadInput
 from stoker.words import size
 
@@ -85,7 +83,8 @@ def read(files: Sequence[Path], columns: Columns, others: Sequence[Path]) -> Sou
     splits = labelled.splits_of(files)
     named = hashlib.sha256(repr((FORMAT, columns, splits, _state(files))).encode()).hexdigest()[:32]
     folder = storage.cache_folder() / "images" / named
-    table = _mapped(once(folder, lambda: _copy(files, splits, columns, folder)) / "rows.arrow")
+    copy = cached.once(folder, lambda made: _copy(files, splits, columns, made, folder)) / "rows.arrow"
+    table = _mapped(copy)
     about = json.loads(table.schema.metadata[b"stoker"])
     names = table.column("label").to_pylist()
     labelled_rows = [n for n, name in enumerate(names) if name is not None]
@@ -101,7 +100,7 @@ def read(files: Sequence[Path], columns: Columns, others: Sequence[Path]) -> Sou
     starts = itertools.accumulate(about["rows"], initial=0)
     keys: bytes = table.column("key").to_numpy().tobytes()
     return _Rows(
-        folder / "rows.arrow", list(zip(starts, files, strict=False)), numbers, classes,
+        copy, list(zip(starts, files, strict=False)), numbers, classes,
         image_source.digest(keys, "\n".join(name or "" for name in names).encode()), given,
         (*image_source.by_ending(others), *left_out),
     )  # fmt: skip
@@ -122,8 +121,12 @@ def _mapped(file: Path) -> Any:
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
 
 
-def _copy(files: Sequence[Path], splits: Sequence[str], columns: Columns, folder: Path) -> None:
-    """Write images, labels (null where withheld) and keys into a new folder, atomically. Raises BadInput."""
+def _copy(files: Sequence[Path], splits: Sequence[str], columns: Columns, made: Path, folder: Path) -> None:
+    """Write images, labels (null where withheld) and keys into a new folder. Raises BadInput.
+
+    Args:
+        folder: what it will be called once it is complete.
+    """
     import pyarrow
 
     before = _state(files)
@@ -136,10 +139,8 @@ def _copy(files: Sequence[Path], splits: Sequence[str], columns: Columns, folder
         {"image": pyarrow.large_binary(), "label": pyarrow.string(), "key": pyarrow.uint64()},
         metadata={"stoker": json.dumps(about)},
     )
-    temporary = folder.with_name(f".{folder.name}.tmp")  # may exist: left by a killed process
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    copy = temporary / "rows.arrow"
+    made.mkdir()
+    copy = made / "rows.arrow"
     with pyarrow.OSFile(str(copy), "wb") as target, pyarrow.ipc.new_file(target, schema) as written:
         for file, of in zip(files, labels, strict=True):
             begin = 0
@@ -150,10 +151,8 @@ def _copy(files: Sequence[Path], splits: Sequence[str], columns: Columns, folder
                 written.write_batch(pyarrow.RecordBatch.from_pydict(batch, schema=schema))
                 begin += len(images)
     if _state(files) != before:
-        shutil.rmtree(temporary)
         raise BadInput(f"{files[0].parent}: the Parquet files changed while they were read: start again")
     storage.sync_file(copy)
-    temporary.rename(folder)
 
 
 def _labels(
@@ -164,10 +163,8 @@ def _labels(
     classes: list[str] = []
     for file in files:
         with parquet.opened(file, str(file)) as opened:
-            have = opened.schema_arrow.names
-            for column, key in ((columns.label, "label_column"), (columns.image, "image_column")):
-                if column not in have:
-                    raise labelled.NoColumn(str(file), column, key, have)
+            wanted = {"label_column": columns.label, "image_column": columns.image}
+            labelled.check_columns(str(file), wanted, opened.schema_arrow.names)
             classes = classes or list(parquet.class_names(opened.schema_arrow, columns.label))
             values.append(opened.read(columns=[columns.label]).column(columns.label).to_pylist())
     withheld = {

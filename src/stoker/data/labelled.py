@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,12 +155,19 @@ def label_of(where: str, value: Any, column: str, classes: Sequence[str] = ()) -
 class NoColumn(BadInput):
     """There is no column with the name that a key of the config gives."""
 
-    def __init__(self, where: str, column: str, key: str, names: Sequence[str]) -> None:
+    def __init__(self, where: str, column: str, key: str, names: Collection[str]) -> None:
         has = ", ".join(map(repr, names)) or "none"
         super().__init__(
             f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
         )
         self.key = key
+
+
+def check_columns(where: str, wanted: Mapping[str, str], names: Collection[str]) -> None:
+    """Raises NoColumn if one of the wanted columns, by the keys that give them, does not exist."""
+    for key, column in wanted.items():
+        if column not in names:
+            raise NoColumn(where, column, key, names)
 
 
 def divided(

@@ -7,6 +7,7 @@ line and what was expected.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import sys
@@ -18,7 +19,17 @@ from typing import Any
 from stoker import object_store
 from stoker.data import hub_datasets, parquet, python_parts, records
 from stoker.data.documents import content_key
-from stoker.data.labelled import SPLITS, NoColumn, Text, Texts, divided, files_in, label_of, splits_of
+from stoker.data.labelled import (
+    SPLITS,
+    NoColumn,
+    Text,
+    Texts,
+    check_columns,
+    divided,
+    files_in,
+    label_of,
+    splits_of,
+)
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
 
@@ -33,6 +44,11 @@ class Columns:
 
     text: str
     label: str
+
+    @functools.cached_property
+    def by_key(self) -> dict[str, str]:
+        """The columns by the keys of the config that give them."""
+        return {"text_column": self.text, "label_column": self.label}
 
 
 def check(data: str) -> None:
@@ -151,10 +167,7 @@ def _of_csv(path: Path, columns: Columns) -> Iterator[Text]:
 
 def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
     with parquet.opened(path, str(path)) as file:
-        names = file.schema_arrow.names
-        for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
-            if column not in names:
-                raise NoColumn(str(path), column, key, names)
+        check_columns(str(path), columns.by_key, file.schema_arrow.names)
         classes = parquet.class_names(file.schema_arrow, columns.label)
         number = itertools.count(1)
         for batch in file.iter_batches(columns=[columns.text, columns.label]):
@@ -192,9 +205,7 @@ def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
 
 
 def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequence[str] = ()) -> Text:
-    for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
-        if column not in record:
-            raise NoColumn(where, column, key, [str(name) for name in record if name is not None])
+    check_columns(where, columns.by_key, record)
     text = record[columns.text]
     if not isinstance(text, str):
         raise BadInput(f"{where}: {columns.text!r} must be a string, not {records.kind_of(text)}")

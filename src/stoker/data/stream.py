@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from stoker import storage
-from stoker.data import tokens
+from stoker.data import cached, tokens
 from stoker.data.chunks import Chunks
 from stoker.data.documents import place
 from stoker.data.encoding import Encode
@@ -211,7 +211,7 @@ class Stream:
 
     def _tokenised(self, chunk: int) -> Path:
         folder = self._cache / str(chunk)
-        return tokens.once(folder, lambda: self._make(chunk, folder), lock=self._cache / "lock")
+        return cached.once(folder, lambda made: self._make(chunk, made), lock=self._cache / "lock")
 
     def _make(self, chunk: int, folder: Path) -> None:
         read = self.chunks.kept if chunk in self._sampled else self.chunks.documents

@@ -9,7 +9,6 @@ batches are shuffled. Like the shuffle itself (see `order`), this is computed fr
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stoker import storage
-from stoker.data import order
+from stoker.data import cached, order
 from stoker.data.labelled import Text, Texts
 from stoker.data.order import Positions, fold, permute
-from stoker.data.tokens import once
 
 FORMAT = 2
 """Part of the fingerprint: increase it when the arrays' contents for the same input change."""
@@ -169,21 +167,21 @@ def tokenise(
     def of(name: str, part: Sequence[Text]) -> TextRows:
         named = hashlib.sha256(repr((*of_all, name)).encode()).hexdigest()[:32]
         folder = storage.cache_folder() / "texts" / named
-        made = once(folder, lambda: _write(folder, _arrays(part, classes, tokenizer, max_length)))
-        return TextRows(made, batch_size)
+
+        def fill(made: Path) -> None:
+            _write(made, _arrays(part, classes, tokenizer, max_length))
+
+        return TextRows(cached.once(folder, fill), batch_size)
 
     return Rows(of("train", texts.train), of("validation", texts.validation), of("test", texts.test))
 
 
 def _write(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays into a new folder, atomically."""
-    temporary = folder.with_name(f".{folder.name}.tmp")  # may exist: left by a killed process
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    """Write arrays into a new folder."""
+    folder.mkdir()
     for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array)
-        storage.sync_file(temporary / f"{name}.npy")
-    temporary.rename(folder)
+        np.save(folder / f"{name}.npy", array)
+        storage.sync_file(folder / f"{name}.npy")
 
 
 def _arrays(

@@ -15,8 +15,7 @@ import contextlib
 import functools
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from stoker import storage
-from stoker.data import encoding
+from stoker.data import cached, encoding
 from stoker.data.documents import Document
 from stoker.data.encoding import Encode, Part
 from stoker.errors import BadInput
@@ -41,7 +40,6 @@ NO_LOSS = -100
 
 _MULTIPLE = 64  # tokens: trimmed rows have few different lengths
 _GATHERED = 4096  # pieces that are copied at once
-_LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same data
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def tokenise(
         sequence_length: tokens per row, at least 2.
         fingerprint: everything that determines the result, as values with a stable repr: the corpus, the
             split and its fractions, the tokenizer.
-        cache: the folder for the arrays, see `cache_folder`.
+        cache: the folder for the arrays.
         packing: whether documents share rows; otherwise each piece has its own row.
         workers: processes that encode, 1 being this one; default: as many as the size of the corpus is
             worth. Any number makes the same arrays.
@@ -228,34 +226,13 @@ def tokenise(
     parts = (FORMAT, sequence_length, pad_id, vocab_size, packing, *fingerprint)
     folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
-    def make() -> None:
+    def fill(made: Path) -> None:
         write(
-            documents, folder, encode=encode, pad_id=pad_id, vocab_size=vocab_size,
+            documents, made, encode=encode, pad_id=pad_id, vocab_size=vocab_size,
             sequence_length=sequence_length, packing=packing, workers=workers, may_be_empty=False,
         )  # fmt: skip
 
-    return PackedDataset(once(folder, make))
-
-
-def once(folder: Path, make: Callable[[], None], lock: Path | None = None) -> Path:
-    """A folder in the cache, created by exactly one of the processes that ask. Raises BadInput on failure.
-
-    Args:
-        lock: a file, locked during creation; default: one next to the folder.
-    """
-    if folder.exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with storage.locked(lock or folder.with_name(f"{folder.name}.lock"), _LOCK_TIMEOUT):
-            if not folder.exists():
-                make()
-    except OSError as error:
-        raise BadInput(
-            f"the cache {folder.parent} is not writable ({error.strerror}): "
-            "set STOKER_CACHE to a different folder"
-        ) from error
-    return folder
+    return PackedDataset(cached.once(folder, fill))
 
 
 def _smallest_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -279,26 +256,18 @@ def write(
     Args:
         may_be_empty: whether no rows are allowed; otherwise BadInput is raised.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")  # may exist: left by a killed process
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    folder.mkdir()
     cut = functools.partial(_cut, encode=encode, length=sequence_length, dtype=_smallest_type(vocab_size))
-    try:
-        with contextlib.closing(encoding.parts(documents, cut, workers)) as parts:
-            pieces = _encode(parts, temporary, _smallest_type(vocab_size))
-        if not (len(pieces.lengths) or may_be_empty):
-            raise NothingLeft(len(documents), pieces.dropped, pieces.unfound, sequence_length)
-        statistics = _place(pieces, temporary, sequence_length, packing)
-        meta = {
-            "format": FORMAT, "sequence_length": sequence_length, "pad_id": pad_id,
-            "statistics": asdict(statistics),
-        }  # fmt: skip
-        storage.write_atomically(temporary / "meta.json", json.dumps(meta).encode())
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    storage.sync_directory(folder.parent)
+    with contextlib.closing(encoding.parts(documents, cut, workers)) as parts:
+        pieces = _encode(parts, folder, _smallest_type(vocab_size))
+    if not (len(pieces.lengths) or may_be_empty):
+        raise NothingLeft(len(documents), pieces.dropped, pieces.unfound, sequence_length)
+    statistics = _place(pieces, folder, sequence_length, packing)
+    meta = {
+        "format": FORMAT, "sequence_length": sequence_length, "pad_id": pad_id,
+        "statistics": asdict(statistics),
+    }  # fmt: skip
+    storage.write_atomically(folder / "meta.json", json.dumps(meta).encode())
 
 
 def _cut(
@@ -369,7 +338,7 @@ def _place(pieces: Part, folder: Path, sequence_length: int, packing: bool) -> S
     """Write the arrays, with the pieces in the order of their rows, replacing what was encoded."""
     count = len(pieces.lengths)
     if packing:
-        placed, rows = _placed(pieces.lengths, sequence_length)
+        placed, rows = pack(pieces.lengths, sequence_length)
     else:
         placed, rows = np.arange(count), np.ones(count, np.int64)
     bounds = _bounds(pieces.lengths[placed])
@@ -413,21 +382,16 @@ def _save(file: Path, source: NDArray[Any], begins: NDArray[np.int64], bounds: N
     storage.sync_file(file)
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: NDArray[np.int32], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Best-fit-decreasing bin packing.
 
     Longest first, each piece goes to the row with the least room that still fits it.
     Rows are looked up by remaining room, so it takes n log n, not n times the number of rows.
 
     Returns:
-        The indices of the pieces of each row. The same for the same lengths.
+        The indices of the pieces in the order of their rows, (pieces,), and the number of pieces per row,
+        (rows,). The same for the same lengths.
     """
-    placed, sizes = _placed(np.array(lengths, dtype=np.int32), capacity)
-    return [row.tolist() for row in np.split(placed, np.cumsum(sizes)[:-1])] if len(lengths) else []
-
-
-def _placed(lengths: NDArray[np.int32], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pieces in the order of their rows, (pieces,), and the number per row, (rows,); see `pack`."""
     longest_first = np.argsort(-lengths, kind="stable")
     row_of = np.empty(len(lengths), np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]

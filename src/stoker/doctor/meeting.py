@@ -98,6 +98,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _rank(backend: str, answer: str) -> int:
     """What each rank does."""
     import torch
+    import torch.distributed as dist
     from stoker import distributed
     from stoker.engine import device as devices
 
@@ -105,7 +106,8 @@ def _rank(backend: str, answer: str) -> int:
     begun = time.perf_counter()
     device = devices.pick(world) if backend == "nccl" else torch.device("cpu")
     distributed.join(world, backend)
-    total = distributed.all_reduce(torch.ones(_NUMBERS, device=device))
+    total = torch.ones(_NUMBERS, device=device)
+    dist.all_reduce(total)
     if not torch.all(total == world.size):
         raise RuntimeError(f"the sum of {world.size} ones is {total[0].item()}")
     if world.rank == 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from stoker.tensors import whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim._adafactor import adafactor
@@ -32,21 +33,17 @@ class Adafactor(torch.optim.Adafactor):
         return loss
 
     def _step_whole(self, parameter: Any, group: dict[str, Any]) -> None:
-        whole = nn.Parameter(parameter.full_tensor())
-        whole.grad = parameter.grad.full_tensor()
-        self.state[whole] = {key: _whole(value) for key, value in self.state.pop(parameter, {}).items()}
+        full = nn.Parameter(parameter.full_tensor())
+        full.grad = parameter.grad.full_tensor()
+        # Restored means of a vector, which are as long as it is, come back sharded.
+        self.state[full] = {key: whole(value) for key, value in self.state.pop(parameter, {}).items()}
         held: tuple[list[Any], ...] = ([], [], [], [], [], [])
-        self._init_group({**group, "params": [whole]}, *held)
+        self._init_group({**group, "params": [full]}, *held)
         eps1, eps2 = group["eps"]
         settings = {name: group[name] for name in ("d", "lr", "beta2_decay", "weight_decay", "maximize")}
         update: Callable[..., None] = adafactor
         update(*held, **settings, eps1=eps1, eps2=eps2, foreach=False)
-        self.state[parameter] = self.state.pop(whole)
+        self.state[parameter] = self.state.pop(full)
         mesh = parameter.device_mesh
-        everywhere = DTensor.from_local(whole.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        everywhere = DTensor.from_local(full.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
         parameter.copy_(everywhere.redistribute(placements=parameter.placements))
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a restored state: the means of a vector, which are as long as it is, come back sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from stoker.engine.options import Training
 from stoker.errors import BadInput, StokerError
 from stoker.words import some
 from torch import nn
@@ -20,8 +21,9 @@ _UNUSED = "Expected to have finished reduction"  # the beginning of DDP's error
 _NAMED = 4  # parameters named in a message
 
 
-def check(model: nn.Module, optimizer: object, loss: object, schedule: object) -> None:
-    """Raises BadInput for arguments of a kind that Trainer does not take."""
+def check(training: object, model: nn.Module, optimizer: object, loss: object, schedule: object) -> None:
+    """Raises BadInput, or TypeError, for arguments of a kind that Trainer does not take."""
+    _check_training(training)
     _check_model(model)
     if optimizer is not None:
         for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
@@ -52,6 +54,15 @@ def check_built(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         raise BadInput(
             f"{type(optimizer).__name__} needs a closure that computes the loss again within a step, but a "
             "step here has the gradients of one pass over the batch: use an optimizer that steps without it"
+        )
+
+
+def _check_training(training: object) -> None:
+    if not isinstance(training, Training):
+        name = type(training).__name__
+        raise TypeError(
+            f"training= is a {name}, which has no settings for devices, precision and checkpoints: give a "
+            f"stoker.Training, or let {name} inherit from it"
         )
 
 

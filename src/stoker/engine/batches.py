@@ -104,7 +104,7 @@ def size(batch: Any, share: int | None = None) -> int:
     return tensors[0].size(0)
 
 
-def can_be_cut(batch: Any, share: int | None = None) -> bool:
+def can_be_cut(batch: Any, share: int | None) -> bool:
     """Whether the tensors of a batch have the sample dim first, see `size`."""
     return _has_samples_first(_with_dims(batch), share)
 

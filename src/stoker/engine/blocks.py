@@ -63,6 +63,11 @@ def longest(model: nn.Module) -> tuple[str, nn.Module] | None:
     return (f"{name}." if name else "", chosen)
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model has a BatchNorm, whose statistics are those of a micro-batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from stoker import distributed
-from stoker.engine import batches, fitting, micro_batch, options, out_of_memory, rehearsal
+from stoker.engine import batches, blocks, fitting, micro_batch, options, out_of_memory, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
 from stoker.words import counted
-from stoker.world import World
-from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("stoker")
 
@@ -22,16 +20,13 @@ class MicroBatches:
     """The micro-batches of a training: of a given size, of a size found by trying, or the whole share.
 
     Args:
-        world: all ranks.
         strategy: the chosen one, never `auto`.
         block: bytes of the model's largest repeated block, unsharded; 0 if it has none.
     """
 
-    def __init__(
-        self, step: Step, setting: Setting, training: Training, world: World, strategy: str, block: int
-    ) -> None:
+    def __init__(self, step: Step, setting: Setting, training: Training, strategy: str, block: int) -> None:
         self._step, self._setting, self._training = step, setting, training
-        self._world, self._strategy, self._block = world, strategy, block
+        self._strategy, self._block = strategy, block
         self.size = training.micro_batch
         """Samples per micro-batch; `auto` before the first batch; None: a rank's whole share."""
         self.share: int | None = None
@@ -59,7 +54,7 @@ class MicroBatches:
         if not all(distributed.gathered(batches.can_be_cut(batch, self.share))):
             return self._samples(batch)
         return rehearsal.largest_micro_batch(
-            self._step, self._setting, self._world, batch, self._sizes(batch), self._about()
+            self._step, self._setting, batch, self._sizes(batch), self._about()
         )
 
     def take_smaller(self, batch: Any) -> bool:
@@ -70,7 +65,7 @@ class MicroBatches:
         if not smaller:
             return False
         self.size = smaller[-1]
-        rehearsal.remember(self._step, self._setting, self._world, batch, self.size, self._about())
+        rehearsal.remember(self._step, self._setting, batch, self.size, self._about())
         return True
 
     def out_of_memory(self, error: torch.OutOfMemoryError, batch: Any = None) -> str:
@@ -80,11 +75,9 @@ class MicroBatches:
             batch: this rank's share, if its forward and backward pass ran out of memory; None: the update
                 did.
         """
-        said = out_of_memory.said(error, self._world.rank)
+        said = out_of_memory.said(error, self._setting.mesh.world.rank)
         log.warning("%s", said)  # trying what would fit can end the process
-        change = fitting.Change(
-            self._step, self._setting, self._training, self._world, self._strategy, self._block
-        )
+        change = fitting.Change(self._step, self._setting, self._training, self._strategy, self._block)
         if batch is None or self.size == "auto":  # `auto` already tries with optimizer state
             return f"{said} {change.of_an_update()}"
         micro = self.size if isinstance(self.size, int) else self._samples(batch)
@@ -97,7 +90,7 @@ class MicroBatches:
         if ranks == 1 and not batches.can_be_cut(batch, self.share):
             return [samples]
         sizes = options.pipeline_micro_batches(schedule, samples, ranks)
-        normed = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())
+        normed = blocks.has_batch_norm(self._step.model)
         return [size for size in sizes if size > 1] or sizes if normed else sizes
 
     def _samples(self, batch: Any) -> int:

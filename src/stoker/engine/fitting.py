@@ -16,12 +16,19 @@ from typing import Any
 
 import torch
 from stoker import words
-from stoker.engine import activation, batches, blocks, memory, micro_batch, out_of_memory, rehearsal
+from stoker.engine import (
+    activation,
+    batches,
+    blocks,
+    gradients,
+    memory,
+    micro_batch,
+    out_of_memory,
+    rehearsal,
+)
 from stoker.engine.options import Training
 from stoker.engine.step import PlainStep, Setting, Step
 from stoker.errors import BadInput
-from stoker.world import World
-from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("stoker")
 
@@ -36,11 +43,9 @@ class Change:
         block: bytes of the largest repeated block, unsharded; 0 if the model has none.
     """
 
-    def __init__(
-        self, step: Step, setting: Setting, training: Training, world: World, strategy: str, block: int
-    ) -> None:
+    def __init__(self, step: Step, setting: Setting, training: Training, strategy: str, block: int) -> None:
         self._step, self._setting, self._training = step, setting, training
-        self._world, self._strategy, self._block = world, strategy, block
+        self._strategy, self._block = strategy, block
 
     def of_a_pass(
         self, error: torch.OutOfMemoryError, batch: Any, sizes: Sequence[int], micro: int | None
@@ -56,7 +61,8 @@ class Change:
             return self._recomputing() or self.of_an_update()
         smaller = [size for size in sizes if size < (micro or batches.size(batch))]
         reckoned = self._reckoned(error, smaller, micro or batches.size(batch))
-        if self._world.size > 1 or self._setting.loss is None or not isinstance(self._step, PlainStep):
+        several = self._setting.mesh.world.size > 1
+        if several or self._setting.loss is None or not isinstance(self._step, PlainStep):
             return reckoned  # the other ranks would have to try too, but they wait for the step that failed
         log.warning("trying which micro-batch would fit")
         _let_go(error)
@@ -109,7 +115,7 @@ class Change:
         )
 
     def _has(self) -> int:
-        return memory.of_a_rank(self._setting.mesh.device, self._world)
+        return memory.of_a_rank(self._setting.mesh.device, self._setting.mesh.world)
 
     def _moments(self) -> float:
         """Bytes that the optimizers keep per weight."""
@@ -133,7 +139,7 @@ class Change:
             moved = batches.to_device(
                 batch, self._setting.mesh.device, channels_last=self._training.channels_last
             )
-            rehearsal.rehearse(self._step, self._setting, self._world, moved, size)
+            rehearsal.rehearse(self._step, self._setting, moved, size)
 
         try:
             with out_of_memory.as_on_a_gpu():
@@ -161,14 +167,18 @@ class Change:
         """Bytes that smaller micro-batches do not reduce: those held now, and including those to come."""
         of = memory.by_kind(self._step, self._setting.mesh.device, self._training)
         gathered = self._block if self._strategy == "fsdp" else 0
-        gradients = memory.held(p.grad for p in self._step.model.parameters() if p.grad is not None)
-        now = of["weights"] + gradients + of["optimizer"] + gathered
+        now = (
+            of["weights"]
+            + memory.held(gradients.of(self._step.model.parameters()))
+            + of["optimizer"]
+            + gathered
+        )
         to_come = of["optimizer"] or self._moments() / 4 * of["gradients"]
         return now, of["weights"] + of["gradients"] + to_come + gathered
 
     def _said(self, change: str) -> str:
-        statistics = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())
-        return f"Use {change}" + ("" if statistics else ": the result stays the same")
+        changes = blocks.has_batch_norm(self._step.model)
+        return f"Use {change}" + ("" if changes else ": the result stays the same")
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stoker.engine.agreement import Weight
 from stoker.tensors import local
 from torch.distributed.tensor import DTensor
 
@@ -61,6 +62,13 @@ def reciprocal(weight: torch.Tensor) -> torch.Tensor:
 def divisor(weight: torch.Tensor) -> torch.Tensor:
     """The weight, or 1 for a weight of zero: sums over nothing are zero, not NaN."""
     return torch.where(weight == 0, torch.ones_like(weight), weight)
+
+
+def counted(loss: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The loss of a part, or zero if nothing in it has a weight: the mean over nothing is NaN."""
+    if isinstance(weight, torch.Tensor):
+        return torch.where(weight.to(loss.device) == 0, torch.zeros_like(loss), loss)
+    return loss if weight else torch.zeros_like(loss)
 
 
 def agree(parameters: list[torch.nn.Parameter], group: Any) -> None:

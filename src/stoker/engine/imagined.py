@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from stoker import storage
-from stoker.engine import batches
+from stoker.engine import batches, gradients
 from stoker.engine.allocations import Allocations, Key
 from stoker.engine.ema import Ema
 from stoker.engine.options import Training
 from stoker.engine.step import Step
 from stoker.engine.strategies import Load
 from stoker.run.directory import RunDirectory
-from stoker.tensors import local
+from stoker.tensors import like, local
 from stoker.world import World
 from torch import nn
 from torch._subclasses.fake_tensor import (
@@ -35,7 +35,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -215,7 +214,7 @@ class Imagination:
             if group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True  # torch's default on a GPU, which takes more memory than on a CPU
         parameters = (p for group in optimizer.param_groups for p in group["params"])
-        self._gradients |= self._allocations.follow(p.grad for p in parameters if p.grad is not None)
+        self._gradients |= self._allocations.follow(gradients.of(parameters))
 
     def _after_update(self, *_: Any) -> None:
         self._updating = False
@@ -347,10 +346,4 @@ def _put_into(bucket: torch.Tensor, parameter: torch.Tensor) -> None:
 
 def _there(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """For a tensor on the meta device, one on a device, without values."""
-    if not isinstance(tensor, DTensor):
-        return torch.empty_like(tensor, device=device)
-    made: torch.Tensor = DTensor.from_local(
-        torch.empty_like(tensor.to_local(), device=device), tensor.device_mesh, tensor.placements,
-        run_check=False, shape=tensor.shape, stride=tensor.stride(),
-    )  # fmt: skip
-    return made
+    return like(tensor, torch.empty_like(local(tensor), device=device))

@@ -1,4 +1,4 @@
-"""Types of the config keys that recipes share; this module does not import torch."""
+"""The config keys that recipes share: their types and checks; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ def _weighted(value: Any) -> Any:
     if isinstance(value, dict):
         raise ValueError("every name needs a weight, as in {one: 3, other: 1}")
     return _joined(value)
+
+
+def check_length(max_steps: Duration | None, epochs: float | None) -> None:
+    """Raises ValueError if the length of training is given twice."""
+    if max_steps is not None and epochs is not None:
+        raise ValueError(f"max_steps={max_steps} and epochs={epochs}: give only one of the two")
 
 
 def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:

@@ -19,6 +19,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
+COLUMNS = ("rank", "weights, GiB", "gradients", "optimizer", "activations and others", "peak")
+"""The names of what `Trainer.memory` returns."""
+
 
 def held(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind tensors, each counted once; of sharded tensors only this rank's shards."""
@@ -45,6 +48,13 @@ def plain(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield from plain(getattr(tensor, name) for name in names)
         else:
             yield tensor
+
+
+def kept_per_weight(optimizer: torch.optim.Optimizer, small: nn.Parameter) -> float:
+    """Bytes that an optimizer keeps per element of a large parameter: measured with a step on a small one."""
+    small.grad = torch.zeros_like(small)
+    optimizer.step()
+    return held(t for t in optimizer.state[small].values() if isinstance(t, torch.Tensor)) / small.numel()
 
 
 def peak(device: torch.device) -> int:
@@ -178,7 +188,7 @@ def ranks_that_hold(
     found: Iterable[tuple[str, nn.Module]],
     training: Training,
     room: float,
-    moments: float = MOMENTS,
+    moments: float,
 ) -> int | None:
     """The smallest number of ranks, at least 2, whose shards fit under FSDP; None if there is none."""
     each = list(found)

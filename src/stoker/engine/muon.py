@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from stoker.tensors import like
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -115,7 +116,7 @@ def _of_each_rank(matrices: Tensor) -> Tensor:
     if not isinstance(matrices, DTensor):
         return newton_schulz(matrices)
     assert all(not p.is_shard() or p == Shard(0) for p in matrices.placements), matrices.placements
-    return _like(matrices, newton_schulz(matrices.to_local()))
+    return like(matrices, newton_schulz(matrices.to_local()))
 
 
 def _shared_out(matrices: Sequence[DTensor]) -> list[Tensor]:
@@ -136,17 +137,10 @@ def _shared_out(matrices: Sequence[DTensor]) -> list[Tensor]:
     back = whole.new_empty(sum(sizes))
     dist.all_to_all_single(back, whole, sizes, of_mine, group=group)
     parts = torch.split(back, sizes[: len(shards)])
-    return [_like(m, part.view(s.shape)) for m, part, s in zip(matrices, parts, shards, strict=True)]
+    return [like(m, part.view(s.shape)) for m, part, s in zip(matrices, parts, shards, strict=True)]
 
 
 def _rows(rows: int, ranks: int) -> list[int]:
     """The rows that each rank has, as `torch.chunk` divides them."""
     most = -(-rows // ranks)
     return [min(max(rows - most * rank, 0), most) for rank in range(ranks)]
-
-
-def _like(sharded: DTensor, local: Tensor) -> DTensor:
-    return DTensor.from_local(
-        local, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape,
-        stride=sharded.stride(),
-    )  # fmt: skip

@@ -66,6 +66,11 @@ class Pipeline:
     data: Literal["ddp", "fsdp"] = "ddp"
     """How gradients are combined across several pipelines."""
 
+    @property
+    def stages_of_a_rank(self) -> int:
+        """The number of stages on each rank."""
+        return self.stages_per_rank if self.schedule == "interleaved" else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeed:

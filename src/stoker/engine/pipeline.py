@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from stoker import distributed
-from stoker.engine import batches, blocks, device, modes, stages
+from stoker.engine import batches, blocks, device, gradients, modes, stages
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
 from stoker.engine.step import (
@@ -52,8 +52,7 @@ class PipelineStep:
             raise BadInput("parallel=pipeline takes one optimizer for the model, not one per submodule")
         self._setting, self._mesh = setting, setting.mesh
         self._ranks = self._mesh.size("stage")
-        virtual = training.pipeline.stages_per_rank if training.pipeline.schedule == "interleaved" else 1
-        self._count = self._ranks * virtual
+        self._count = self._ranks * training.pipeline.stages_of_a_rank
         made = stages.cut(model, self._count)
         self._held = list(range(self._mesh.stage, self._count, self._ranks))
         self.model = stages.take(model, made, self._held)
@@ -133,7 +132,7 @@ class PipelineStep:
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
-        found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        found = gradients.of(p for group in optimizer.param_groups for p in group["params"])
         stepped, self.norm = apply(found, optimizer, weight, self._setting)
         self.clear()
         average_statistics(self._statistics, self._mesh)

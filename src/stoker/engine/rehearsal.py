@@ -15,12 +15,11 @@ from stoker.engine.agreement import Agreement, Requests
 from stoker.engine.buffers import Buffers
 from stoker.engine.step import Setting, Step
 from stoker.tensors import local
-from stoker.world import World
 from torch import nn
 
 
 def largest_micro_batch(
-    step: Step, setting: Setting, world: World, batch: Any, sizes: Sequence[int], about: dict[str, Any]
+    step: Step, setting: Setting, batch: Any, sizes: Sequence[int], about: dict[str, Any]
 ) -> int:
     """The largest micro-batch that fits, found by trying, and remembered for this model and device.
 
@@ -34,31 +33,29 @@ def largest_micro_batch(
     Raises:
         StokerError: not even one sample fits.
     """
-    about = _about(step, setting, world, batch, about)
+    about = _about(step, setting, batch, about)
     held = [state_to_come(optimizer) for optimizer in step.optimizers.values()]
     found = micro_batch.find(
-        sizes, lambda size: rehearse(step, setting, world, batch, size), setting.mesh.device,
+        sizes, lambda size: rehearse(step, setting, batch, size), setting.mesh.device,
         memory=_memory(), about=about,
     )  # fmt: skip
     del held
     return found
 
 
-def remember(
-    step: Step, setting: Setting, world: World, batch: Any, size: int, about: dict[str, Any]
-) -> None:
+def remember(step: Step, setting: Setting, batch: Any, size: int, about: dict[str, Any]) -> None:
     """Remember this size for `largest_micro_batch`."""
-    micro_batch.remember(size, memory=_memory(), about=_about(step, setting, world, batch, about))
+    micro_batch.remember(size, memory=_memory(), about=_about(step, setting, batch, about))
 
 
 def _memory() -> Path:
     return storage.cache_folder() / "micro_batch.json"
 
 
-def _about(step: Step, setting: Setting, world: World, batch: Any, about: dict[str, Any]) -> dict[str, Any]:
+def _about(step: Step, setting: Setting, batch: Any, about: dict[str, Any]) -> dict[str, Any]:
     """Everything that the memory use depends on."""
     return {
-        "model": [str(tuple(p.shape)) for p in step.model.parameters()], "ranks": world.size,
+        "model": [str(tuple(p.shape)) for p in step.model.parameters()], "ranks": setting.mesh.world.size,
         "device": device.name(setting.mesh.device), "precision": setting.precision,
         "batch": batches.shapes(batch), "optimizers": [type(o).__name__ for o in step.optimizers.values()],
         **about,
@@ -76,26 +73,20 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def kept_for_each(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], float]]:
-    """An optimizer's groups, each with the bytes that it keeps per element of a large parameter.
-
-    Measured with a step on a small, separate parameter.
-    """
+    """An optimizer's groups, each with the bytes that it keeps per weight, see `memory.kept_per_weight`."""
     return [(group, _kept(optimizer, group)) for group in optimizer.param_groups if group["params"]]
 
 
 def _kept(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    small = torch.nn.Parameter(torch.zeros(256, 256))
-    small.grad = torch.zeros_like(small)
+    small = nn.Parameter(torch.zeros(256, 256))
     twin = object.__new__(type(optimizer))  # copy.copy omits attributes that a subclass adds
     twin.__dict__.update(optimizer.__dict__)
     twin.state = collections.defaultdict(dict)
     twin.param_groups = [{**group, "params": [small], "fused": None}]
-    twin.step()
-    held = memory.held(t for t in twin.state[small].values() if isinstance(t, torch.Tensor))
-    return held / small.numel()
+    return memory.kept_per_weight(twin, small)
 
 
-def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) -> None:
+def rehearse(step: Step, setting: Setting, batch: Any, size: int) -> None:
     """A forward and backward pass in micro-batches of a size."""
     parts = list(batches.split(batch, size))
     if setting.mesh.size("stage") == 1:  # the second runs next to gradients; further ones take no more memory
@@ -103,7 +94,7 @@ def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) 
     divisor, setting.scale.divisor = setting.scale.divisor, setting.scale.divisor or 1.0
     try:
         with _leaving_no_trace(step.model):
-            step.gradients(parts, Agreement(world, setting.mesh.device, Requests))
+            step.gradients(parts, Agreement(setting.mesh.world, setting.mesh.device, Requests))
     finally:
         step.model.zero_grad(set_to_none=True)
         setting.scale.divisor = divisor

@@ -81,15 +81,11 @@ def lay_out(
 
 
 def _moments(make: Factories) -> float:
-    """Bytes that an optimizer will keep per weight, measured on a small parameter."""
+    """Bytes that an optimizer will keep per weight."""
     if isinstance(make, Mapping):
         return memory.MOMENTS
     small = nn.Parameter(torch.zeros(256, 256))
-    small.grad = torch.zeros_like(small)
-    optimizer = make([small])
-    optimizer.step()
-    kept = (t for t in optimizer.state[small].values() if isinstance(t, torch.Tensor))
-    return memory.held(kept) / small.numel()
+    return memory.kept_per_weight(make([small]), small)
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ def shard(
     mesh = setting.mesh
     _check_real(model, "FSDP")
     # BatchNorm needs its parameters and statistics in one dtype: then autocast does the casting.
-    casts = setting.precision != "fp32" and not any(_is_batch_norm(m) for m in model.modules())
+    casts = setting.precision != "fp32" and not blocks.has_batch_norm(model)
     dtype = DTYPES[setting.precision] if casts else None
     options: dict[str, Any] = {
         "mesh": mesh.data_axes,
@@ -248,7 +244,7 @@ def warn_of_batch_norm(model: nn.Module, *, batch_size: int, share: int, trainin
         batch_size: samples of a global batch.
         share: those of them that this rank processes.
     """
-    if training.sync_batchnorm or not any(_is_batch_norm(m) for m in model.modules()):
+    if training.sync_batchnorm or not blocks.has_batch_norm(model):
         return
     micro = share if training.micro_batch in (None, "auto") else min(share, int(training.micro_batch))
     if micro < share or micro < min(batch_size, _FEW):
@@ -260,7 +256,3 @@ def warn_of_batch_norm(model: nn.Module, *, batch_size: int, share: int, trainin
 
 
 _FEW = 16
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

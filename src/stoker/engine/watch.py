@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from stoker.tensors import real
+from stoker.tensors import real, whole
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 Values = Mapping[str, torch.Tensor]
@@ -81,9 +81,9 @@ class Watch:
     def _histograms(self, parameters: list[torch.nn.Parameter]) -> Mapping[str, tuple[torch.Tensor, ...]]:
         found: dict[str, tuple[torch.Tensor, ...]] = {}
         for p in parameters:
-            found[f"parameters/{self._names[p]}"] = histogram(_whole(p.detach()), self._bins)
+            found[f"parameters/{self._names[p]}"] = histogram(whole(p.detach()), self._bins)
             if p.grad is not None:
-                found[f"gradients/{self._names[p]}"] = histogram(_whole(p.grad), self._bins)
+                found[f"gradients/{self._names[p]}"] = histogram(whole(p.grad), self._bins)
         return found
 
 
@@ -104,11 +104,5 @@ def histogram(values: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(_whole(tensor), dtype=torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(whole(tensor), dtype=torch.float32)
     return norm
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a sharded one; all ranks ask for it together."""
-    full = getattr(tensor, "full_tensor", None)
-    return full() if full is not None else tensor

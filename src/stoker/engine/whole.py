@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from stoker import distributed
+from stoker import distributed, tensors
 from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
-from torch.distributed.tensor import DTensor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -36,8 +35,7 @@ def _whole(step: Step, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if gather is not None:  # DeepSpeed's own way
         found: torch.Tensor = gather(tensor)
         return found
-    whole = tensor.detach()
-    return whole.full_tensor() if isinstance(whole, DTensor) else whole
+    return tensors.whole(tensor.detach())
 
 
 def _from_stages(held: Tensors, mesh: Mesh) -> Tensors:

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from stoker.data import called
 from stoker.data.documents import Document, Message
 from stoker.errors import BadInput
-from stoker.language import chat_template
+from stoker.language import chat_template, template_forms
+from stoker.language.template_forms import MARK, REFUSALS, Form, as_given
 
 Span = tuple[int, int]
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
@@ -28,13 +28,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*(?:<think>)?).*(</think>\s*)(.*)", re.DOTALL)
 """The opening tag is missing if the prompt for the answer already had it."""
 _LIKE_TOKENS = re.compile(r"<\|[^<>|\s]+\|>|</?\w+>|\[/?[A-Z_]+\]")
-_MARK = "5f3a9c"  # occurs in no conversation
 _DATE = datetime.datetime(2024, 7, 26)
 """Written by a template that writes today's date; Llama 3's has it as its default."""
 _NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
-
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""Errors of a template that does not support a conversation, raised by itself or by Python within it."""
 
 
 class Chat(NamedTuple):
@@ -105,11 +101,11 @@ def _checked(chat: Chat, tokenizer: Any) -> Chat:
     openers = {opener for m in chat.messages if not _is_silent(m) and (opener := _opener(m)) is not None}
     tried = _to_be_tried(tokenizer, chat) if had or openers else ("", "")
     thought = had & called.THOUGHT
-    unwritten = set(thought) if thought and not _writes_thoughts(*tried) else set()
-    if not all(_writes_inline(*tried, opener) for opener in openers):
+    unwritten = set(thought) if thought and not template_forms.writes_thoughts(*tried) else set()
+    if not all(template_forms.writes_inline(*tried, opener) for opener in openers):
         unwritten |= {"thoughts in content (before </think>)"}
     if "tool_calls" in had:
-        form = _form_of_calls(*tried)
+        form = template_forms.form_of_calls(*tried)
         if form is None:
             unwritten |= {"tool_calls"}
         elif not form.beside_words and any(m.content and _calls(m) for m in chat.messages):
@@ -129,96 +125,6 @@ def _at(chat: Chat) -> str:
     return f"{chat.where}: " if chat.where else ""
 
 
-class _Form(NamedTuple):
-    """How a template takes calls; most take them as documented by transformers."""
-
-    as_text: bool = False
-    """Whether arguments are a JSON string."""
-    beside_words: bool = True
-    """Whether calls are written next to content."""
-    several: bool = True
-    """Whether all calls of a message are written."""
-
-
-@functools.lru_cache(64)
-def _form_of_calls(template: str, special: str) -> _Form | None:
-    """The form in which a template writes calls, found by trying; None if it writes none.
-
-    Args:
-        special: the special tokens and values that the template gets, as a JSON object.
-    """
-    for form in (_Form(), _Form(as_text=True)):
-        text = _tried(template, special, "", form, calls=1)
-        if (
-            text.count(_MARK) >= len(("name", "argument")) and f"'a': '{_MARK}'" not in text
-        ):  # as JSON, not Python's form
-            beside = _tried(template, special, "d", form, calls=1).count(_MARK) >= len(("name", "argument"))
-            several = _tried(template, special, "", form, calls=2).count(_MARK) > text.count(_MARK)
-            return form._replace(beside_words=beside, several=several)
-    return None
-
-
-@functools.lru_cache(64)
-def _writes_thoughts(template: str, special: str) -> bool:
-    """Whether a template writes the reasoning before a last answer or before a call, found by trying."""
-    form = _form_of_calls(template, special) or _Form()
-    thought = json.dumps({"reasoning_content": _MARK})
-    plain = Chat((Message("user", "a"), Message("assistant", "b", thought)))
-    calling = (
-        Message("user", "a"),
-        Message("assistant", "", _call(1, thought)),
-        _TOLD,
-        Message("assistant", "c"),
-    )
-    chats = (plain, Chat(calling, json.dumps([_TOOL])))
-    least = (1, len(("name", "argument", "thought")))
-    return any(_try(template, special, c, form).count(_MARK) >= n for c, n in zip(chats, least, strict=True))
-
-
-@functools.lru_cache(64)
-def _writes_inline(template: str, special: str, opener: str) -> bool:
-    """Whether a template writes the thought that a last answer begins with, as far as it can be tried."""
-    answer = Message("assistant", f"{opener}\n{_MARK}\n</think>\n\nb")
-    text = _try(template, special, Chat((Message("user", "a"), answer)), _Form())
-    return _MARK in text or not text
-
-
-_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
-_TOLD = Message("tool", "b", json.dumps({"name": "f", "tool_call_id": "abcdefghi"}))
-
-
-def _call(count: int, more: str = "{}") -> str:
-    """A message with `count` calls, whose name and argument are marks, and other fields."""
-    function = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
-    calls = [{"id": "abcdefghi", "type": "function", "function": function}] * count
-    return json.dumps({**json.loads(more), "tool_calls": calls})
-
-
-def _tried(template: str, special: str, said: str, form: _Form, *, calls: int) -> str:
-    """What a template writes for a call and its answer; empty if it refuses them."""
-    told = (_TOLD,) * calls
-    messages = (
-        Message("user", "a"),
-        Message("assistant", said, _call(calls)),
-        *told,
-        Message("assistant", "c"),
-    )
-    return _try(template, special, Chat(messages, json.dumps([_TOOL])), form)
-
-
-def _try(template: str, special: str, chat: Chat, form: _Form) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    given = _as_given(chat, form)
-    try:
-        ((text,), _) = render_jinja_template(
-            [given["conversation"]], tools=given["tools"], chat_template=template, **json.loads(special)
-        )
-    except _REFUSALS:
-        return ""
-    return str(text)
-
-
 def template(tokenizer: Any, tools: str) -> str:
     """The template for a conversation, or one with tools; empty if there is none."""
     if not getattr(tokenizer, "chat_template", None):
@@ -229,8 +135,10 @@ def template(tokenizer: Any, tools: str) -> str:
 
 def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
     """A conversation as transformers takes it, with calls as its template takes them."""
-    form = _form_of_calls(*_to_be_tried(tokenizer, chat)) if any(map(_calls, chat.messages)) else None
-    return _as_given(chat, form or _Form())
+    form = Form()
+    if any(map(_calls, chat.messages)):
+        form = template_forms.form_of_calls(*_to_be_tried(tokenizer, chat)) or form
+    return as_given(chat.messages, chat.tools, form)
 
 
 def _to_be_tried(tokenizer: Any, chat: Chat) -> tuple[str, str]:
@@ -242,17 +150,6 @@ def _to_be_tried(tokenizer: Any, chat: Chat) -> tuple[str, str]:
 def _calls(message: Message) -> int:
     """The number of calls in a message."""
     return len(json.loads(message.more).get("tool_calls", ())) if message.more else 0
-
-
-def _as_given(chat: Chat, form: _Form) -> dict[str, Any]:
-    messages = []
-    for message in chat.messages:
-        made = {"role": message.role, "content": message.content, **json.loads(message.more or "{}")}
-        made.pop(called.SILENT, None)
-        for call in made.get("tool_calls", ()) if form.as_text else ():
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        messages.append(made)
-    return {"conversation": messages, "tools": json.loads(chat.tools) if chat.tools else None}
 
 
 def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False, today: bool = False) -> str:
@@ -271,7 +168,7 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False, today: b
             add_generation_prompt=to_be_answered,
             **_values(chat.values),
         )
-    except _REFUSALS as error:
+    except REFUSALS as error:
         roles = ", ".join(message.role for message in chat.messages)
         hint = "; change it, remove it, or give chat_template=FILE with a template that accepts it"
         raise BadInput(
@@ -406,7 +303,7 @@ def _end_of_words(tokenizer: Any, chat: Chat, text: str, number: int, end: int) 
     if immediately > end and not has_calls:
         return immediately
     try:
-        _, mark, after = render(tokenizer, chat.until(number + 1).with_marks(number)).rpartition(_MARK)
+        _, mark, after = render(tokenizer, chat.until(number + 1).with_marks(number)).rpartition(MARK)
     except BadInput:
         return immediately
     after = after.rstrip() if mark else ""
@@ -427,7 +324,7 @@ def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
 
 def _in_place_of(written: str, text: str) -> list[tuple[str, Span]]:
     """The parts of a text where another has marks for the first time; empty if the rest differs."""
-    marks = list(re.finditer(rf"[a-z]+-\d+(?:-\d+)?-{_MARK}", written))
+    marks = list(re.finditer(rf"[a-z]+-\d+(?:-\d+)?-{MARK}", written))
     if not marks:
         return []
     begin, tail = marks[0].start(), written[marks[-1].end() :]
@@ -447,7 +344,7 @@ def _in_place_of(written: str, text: str) -> list[tuple[str, Span]]:
 def _of_tools(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
     """The spans of tool output in a text, including the whitespace before it, as far as can be known."""
     others = [
-        m._replace(content=f"tool-{number}-{_MARK}") if m.role == "tool" else m
+        m._replace(content=f"tool-{number}-{MARK}") if m.role == "tool" else m
         for number, m in enumerate(chat.messages)
     ]
     written = render(tokenizer, chat._replace(messages=tuple(others)))
@@ -477,13 +374,13 @@ def _with_marks(message: Message, number: int) -> Message:
     """An assistant message with marks in place of its reasoning, content and calls."""
     more = json.loads(message.more or "{}")
     for name in more.keys() & called.THOUGHT:
-        more[name] = f"thought-{number}-{_MARK}"
+        more[name] = f"thought-{number}-{MARK}"
     for place, call in enumerate(more.get("tool_calls", ())):
-        call["function"]["name"] = f"call-{number}-{place}-{_MARK}"
-    said = f"answer-{number}-{_MARK}" if message.content or "tool_calls" not in more else ""
+        call["function"]["name"] = f"call-{number}-{place}-{MARK}"
+    said = f"answer-{number}-{MARK}" if message.content or "tool_calls" not in more else ""
     if _opener(message) is not None and (inline := _THOUGHT_INLINE.fullmatch(message.content)):
         begins, ends, answer = inline.groups()
-        said = f"{begins}thought-{number}-{_MARK}{ends}{said if answer else ''}"
+        said = f"{begins}thought-{number}-{MARK}{ends}{said if answer else ''}"
     return Message("assistant", said, json.dumps(more) if more else "")
 
 
@@ -516,7 +413,7 @@ def tokens_in_words(tokenizer: Any) -> list[str]:
 
 def _behind_what_is_said(tokenizer: Any) -> str:
     """What the chat template writes after an answer; empty without a template, or if it refuses."""
-    _, said, after = _of_one_turn(tokenizer).rpartition(_MARK)
+    _, said, after = _of_one_turn(tokenizer).rpartition(MARK)
     return after if said else ""
 
 
@@ -525,6 +422,6 @@ def _of_one_turn(tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return ""
     try:
-        return render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
+        return render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", MARK))))
     except BadInput:  # reported when there is a conversation
         return ""

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._validators import validate_repo_id
 from stoker import exports, object_store, storage
 from stoker.checkpoint import manifest
-from stoker.data import hub_datasets
-from stoker.data.tokens import once
+from stoker.data import cached, hub_datasets
 from stoker.errors import BadInput, nearest
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
@@ -155,23 +153,12 @@ def _of_checkpoint(seen: RunView, folder: Path) -> Path:
         target.mkdir()
         exports.make(seen, target, which=str(manifest.step_of(folder)))
 
-    return _kept(named, export)
+    return cached.once(_in_cache(named), export)
 
 
-def _kept(named: str, make: Callable[[Path], None]) -> Path:
-    """A model's folder in the cache, made if it is not there yet. Raises BadInput, Unreachable.
-
-    Args:
-        make: makes a folder of this path, and its files.
-    """
-    target = storage.cache_folder() / "models" / named
-
-    def fetch() -> None:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".model-") as scratch:
-            make(Path(scratch) / "model")
-            (Path(scratch) / "model").rename(target)
-
-    return once(target, fetch)
+def _in_cache(named: str) -> Path:
+    """Where a model's folder is kept in the cache."""
+    return storage.cache_folder() / "models" / named
 
 
 def _below(url: str, found: Iterable[str]) -> str:
@@ -261,7 +248,7 @@ def _from_store(url: str, what: str) -> Path:
         for key in found:
             store.get(key, target / key)
 
-    return _kept(named, download)
+    return cached.once(_in_cache(named), download)
 
 
 def check_tokenizer(reference: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from stoker.errors import BadInput
 from stoker.language import targets
 from stoker.language.loading import Quantised
+from stoker.tensors import like, local
 from stoker.world import World
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -30,7 +31,7 @@ def check() -> None:
         raise BadInput("quantisation=nf4 needs bitsandbytes: pip install 'stoker[quantisation]'")
 
 
-def convert(model: Any) -> None:
+def convert(model: Any, world: World) -> None:
     """Make a model on the meta device store the weights of its linear layers, except the head, in 4 bits.
 
     The experts of a mixture, many of whose weights are fused into one tensor, are not changed, with a
@@ -53,7 +54,7 @@ def convert(model: Any) -> None:
             f"is a multiple of {_BLOCK}"
         )
     left = sum(weight.nbytes for weight in targets.experts(model).values())
-    if left and World.current().rank == 0:
+    if left and world.rank == 0:
         log.warning(
             "quantisation=nf4: the experts of a %s are not linear layers and stay in %s: %.1f GiB",
             model.config.model_type, str(model.dtype).removeprefix("torch."), left / 2**30,
@@ -77,26 +78,26 @@ class Linear4bit(Quantised, nn.Linear):
 
     def _bytes(self, width: int) -> nn.Parameter:
         empty = torch.empty(self.out_features, width, dtype=torch.uint8, device="meta")
-        return nn.Parameter(empty, requires_grad=False)
+        return _frozen(empty)
 
     def plain(self) -> torch.Tensor:
         """See `Quantised`."""
         weight = self.weight
         if not isinstance(weight, DTensor):
             return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
-        local = torch.empty(len(weight.to_local()), self.in_features, dtype=self.dtype, device="meta")
+        own = torch.empty(len(weight.to_local()), self.in_features, dtype=self.dtype, device="meta")
         whole = torch.Size((self.out_features, self.in_features))
         return DTensor.from_local(
-            local, weight.device_mesh, weight.placements, run_check=False, shape=whole,
+            own, weight.device_mesh, weight.placements, run_check=False, shape=whole,
             stride=(self.in_features, 1),
         )  # fmt: skip
 
     def take(self, weight: torch.Tensor) -> None:
         """See `Quantised`."""
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        codes, scales = _quantise(local)
-        self.weight = _like(self.weight, codes.view(len(local), -1))
-        self.scales = _like(self.scales, scales.view(len(local), -1))
+        own = local(weight)
+        codes, scales = _quantise(own)
+        self.weight = _frozen(like(self.weight, codes.view(len(own), -1)))
+        self.scales = _frozen(like(self.scales, scales.view(len(own), -1)))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
@@ -124,13 +125,8 @@ class _Product(torch.autograd.Function):
         return gradient @ _dequantise(codes, scales, gradient.dtype), None, None, None
 
 
-def _like(old: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
-    made: torch.Tensor = local
-    if isinstance(old, DTensor):
-        made = DTensor.from_local(
-            local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-        )
-    return nn.Parameter(made, requires_grad=False)
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

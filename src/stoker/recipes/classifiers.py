@@ -1,4 +1,4 @@
-"""Loads a trained classifier of transformers, with a new last layer if its own is for other classes."""
+"""Loads a trained classifier, with a new last layer if its own is for other classes; and its loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from stoker.errors import BadInput
 from stoker.language import building, hub
 from stoker.user_run import Run
 from stoker.words import first_line, some
+from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("stoker")
@@ -48,6 +49,17 @@ def labels(classes: Sequence[str]) -> dict[str, Any]:
     return {
         "id2label": names, "label2id": {name: n for n, name in names.items()}, "problem_type": ONE_OF_SEVERAL,
     }  # fmt: skip
+
+
+def loss(smoothing: float) -> Callable[[Any, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]:
+    """The summed cross-entropy, in nats, and the number of samples."""
+
+    def of_batch(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        logits = output.logits.float()  # (batch, classes)
+        total = F.cross_entropy(logits, batch["labels"], label_smoothing=smoothing, reduction="sum")
+        return total, len(batch["labels"])
+
+    return of_batch
 
 
 def load(auto: Any, reference: str, folder: Path, classes: Sequence[str]) -> Loaded:

@@ -17,7 +17,6 @@ from stoker.engine.keys import Names
 from stoker.engine.options import Fsdp, Training
 from stoker.errors import BadInput
 from stoker.language.lora import Lora
-from stoker.recipes.llm import MEMORY
 from stoker.user_run import Run
 
 PRELOAD = (
@@ -104,8 +103,18 @@ def train(run: Run, config: Config) -> None:
     """Read and pack the data, distribute the model, predict every token once, and answer the prompts."""
     from stoker import distributed
     from stoker.data import sources, tokens
+    from stoker.engine import memory
     from stoker.engine.precision import DTYPES
-    from stoker.language import adapters, building, data, generation, objective, perplexity, quantised
+    from stoker.language import (
+        adapters,
+        building,
+        data,
+        data_messages,
+        generation,
+        objective,
+        perplexity,
+        quantised,
+    )
     from stoker.loop import Trainer, computed_in
 
     distributed.join(run.world, config.backend)
@@ -127,13 +136,13 @@ def train(run: Run, config: Config) -> None:
             found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
             packing=packing, values=config.chat_template_kwargs,
         )  # fmt: skip
-    data.say_evaluated(run, config.data, found)
+    data_messages.say_evaluated(run, config.data, found)
     prompts = data.prompts(
         found, language.tokenizer, config.prompts, positions=building.positions(language.config),
         values=config.chat_template_kwargs,
     )  # fmt: skip
     if config.quantisation == "nf4":
-        quantised.convert(language.model)
+        quantised.convert(language.model, run.world)
     evaluated = adapters.adapted(language, lora, compare=run.world.rank == 0).requires_grad_(False)
     called = objective.attach(evaluated)
     trainer = Trainer(
@@ -147,7 +156,7 @@ def train(run: Run, config: Config) -> None:
         collate=functools.partial(tokens.collate, trimmed=not packing),
     )  # fmt: skip
     generation.log_generations(trainer, language, prompts, config.generate_tokens)
-    run.table("memory", trainer.memory(), MEMORY)
+    run.table("memory", trainer.memory(), memory.COLUMNS)
 
 
 def _meant(config: Config, *, weights: bool = True) -> tuple[str, Lora]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
+from stoker.engine import keys
 from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput
@@ -101,8 +102,7 @@ class Config(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give only one of the two")
+        keys.check_length(self.max_steps, self.epochs)
 
     @property
     def length(self) -> Duration:
@@ -168,7 +168,7 @@ def train(run: Run, config: Config) -> None:
         made.model,
         optimizer=optimizers.asked_for(config, lr=config.lr, momentum=config.momentum),
         inputs=image_model.inputs,
-        loss=image_model.loss(config.label_smoothing),
+        loss=classifiers.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
         training=config,
         best=BEST_METRIC,

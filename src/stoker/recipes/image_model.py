@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,6 @@ def _check_size(reference: str, model: Any, processor: Processor) -> None:
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The argument for the model: (batch, channels, size, size)."""
     return {"pixel_values": batch["pixel_values"]}
-
-
-def loss(smoothing: float) -> Callable[[Any, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]:
-    """The summed cross-entropy, in nats, and the number of images."""
-
-    def of_batch(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        logits = output.logits.float()  # (batch, classes)
-        total = F.cross_entropy(logits, batch["labels"], label_smoothing=smoothing, reduction="sum")
-        return total, len(batch["labels"])
-
-    return of_batch
 
 
 def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:

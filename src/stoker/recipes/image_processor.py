@@ -6,7 +6,6 @@ each has its own settings for the same thing.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from stoker.data import augment
 from stoker.errors import BadInput
+from stoker.language import hub
 from stoker.words import first_line
 
 log = logging.getLogger("stoker")
@@ -49,7 +49,7 @@ def of_model(folder: Path) -> Processor:
 
     Raises BadInput for an image processor that does not load.
     """
-    shape = _read(folder / "config.json")
+    shape = hub.read_json(folder, "config.json", "model")
     channels = shape.get("num_channels") or len(PHOTOS.mean)
     if not (folder / FILE).is_file():
         size = shape.get("image_size")
@@ -84,11 +84,6 @@ def written(processor: Processor) -> dict[str, Any]:
         "image_processor_type": "CLIPImageProcessor", "size": edge, "do_center_crop": True, "crop_size": size,
         **common,
     }  # fmt: skip
-
-
-def _read(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
 
 
 def _plain(processor: Any, value: int | tuple[int, int, int], channels: int) -> NDArray[np.float32]:

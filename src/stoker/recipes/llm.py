@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.data.called import VALUES, check_values
 from stoker.duration import Duration
+from stoker.engine import keys
 from stoker.engine.keys import Betas, Length, Names, Patterns, Warmup, Weighted
 from stoker.engine.options import Training
 from stoker.errors import BadInput
@@ -174,8 +175,7 @@ class Config(Training):
             raise ValueError(
                 "prompts are given, but generate_tokens=0 makes no generations: omit one of the two"
             )
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give only one of the two")
+        keys.check_length(self.max_steps, self.epochs)
         if self.quantisation != "none" and (not self.lora.used or self.lora.dora):
             raise ValueError(
                 f"quantisation={self.quantisation} is for weights frozen under LoRA: "
@@ -287,10 +287,8 @@ def check_ranks(config: Config, ranks: int) -> None:
     if config.parallel == "pipeline":
         from stoker.language import shape
 
-        virtual = config.pipeline.stages_per_rank if config.pipeline.schedule == "interleaved" else 1
-        shape.check_stages(
-            config.model, stages=(config.pipeline.ranks or ranks) * virtual, tied=config.tie_embeddings
-        )
+        stages = (config.pipeline.ranks or ranks) * config.pipeline.stages_of_a_rank
+        shape.check_stages(config.model, stages=stages, tied=config.tie_embeddings)
 
 
 def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
@@ -310,12 +308,13 @@ def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
     from stoker.data import tokens
-    from stoker.engine import optimizers, schedule
+    from stoker.engine import memory, optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.language import (
         adapters,
         building,
         data,
+        data_messages,
         export,
         flops,
         generation,
@@ -329,7 +328,7 @@ def train(run: Run, config: Config) -> None:
     distributed.join(run.world, config.backend)
     found, language, rows = _read(run, config)
     packing = config.packing and language.packs
-    data.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
+    data_messages.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(
         found, language.tokenizer, config.prompts, positions=building.positions(language.config),
@@ -369,7 +368,7 @@ def train(run: Run, config: Config) -> None:
     def evaluate() -> None:
         perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
         generation.log_generations(trainer, language, prompts, config.generate_tokens)
-        run.table("memory", trainer.memory(), MEMORY)
+        run.table("memory", trainer.memory(), memory.COLUMNS)
 
     if trainer.steps_done == 0 and language.pretrained:
         perplexity.log(trainer, "base_test_perplexity", rows.test, **how)
@@ -439,7 +438,7 @@ def _as_trained(run: Run, language: Language, config: Config) -> Any:
     targets.freeze_what_no_text_goes_through(language.model)
     targets.train_only(language.model, config.train_only, grown=language.added_tokens > 0)
     if config.quantisation == "nf4":
-        quantised.convert(language.model)
+        quantised.convert(language.model, run.world)
     model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
     noise.add(model, config.neftune)
     targets.say(run, model)
@@ -455,9 +454,6 @@ def _called(model: Any, config: Config) -> Objective:
         raise BadInput(_NOT_IN_A_PIPELINE.format(called.routing.weight))
     kernels.use(model, config.kernels)
     return called
-
-
-MEMORY = ("rank", "weights, GiB", "gradients", "optimizer", "activations and others", "peak")
 
 
 def default_lr(lora: bool, pretrained: bool) -> float:

@@ -10,6 +10,7 @@ from stoker.checkpoint import manifest
 from stoker.errors import BadInput
 from stoker.run import view
 from stoker.user_run import Run
+from stoker.words import some
 
 
 def check_classes(run: Run, classes: Iterable[str]) -> None:
@@ -20,8 +21,8 @@ def check_classes(run: Run, classes: Iterable[str]) -> None:
     found = list(classes)
     _check(
         run, "classes", _digest(found),
-        f"data= has other classes than the run was trained on (now {_few(found)}), and its model's outputs "
-        "stand for those: resume it with the data it had, or train on this data as a new run",
+        f"data= has other classes than the run was trained on (now {some(found, 5)}), and its model's "
+        "outputs stand for those: resume it with the data it had, or train on this data as a new run",
     )  # fmt: skip
 
 
@@ -67,11 +68,6 @@ def _check(run: Run, name: str, value: str, otherwise: str) -> None:
         run.tag(**{tag: value})
 
     distributed.done_by_rank_zero(run.world, check)
-
-
-def _few(classes: list[str], most: int = 5) -> str:
-    more = f" and {len(classes) - most} more" if len(classes) > most else ""
-    return ", ".join(classes[:most]) + more
 
 
 def _digest(parts: Iterable[str]) -> str:

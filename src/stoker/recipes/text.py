@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
+from stoker.engine import keys
 from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput, nearest
@@ -103,8 +104,7 @@ class Config(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give only one of the two")
+        keys.check_length(self.max_steps, self.epochs)
 
     @property
     def is_new(self) -> bool:
@@ -178,7 +178,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine.random_state import seed_everything
     from stoker.language import hub
     from stoker.loop import Trainer
-    from stoker.recipes import exporting, resuming, text_model
+    from stoker.recipes import classifiers, exporting, resuming, text_model
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -214,7 +214,7 @@ def train(run: Run, config: Config) -> None:
         made.model,
         optimizer=optimizers.asked_for(config, lr=config.lr or (1e-3 if config.is_new else 5e-5)),
         inputs=text_model.inputs,
-        loss=text_model.loss(config.label_smoothing),
+        loss=classifiers.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
         training=config,
         best=BEST_METRIC,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from stoker.engine import flops, quiet  # noqa: F401 (the import of quiet is its
 from stoker.engine.metrics import Mean, Metric, Sum
 from stoker.errors import BadInput
 from stoker.language import building, hub
-from stoker.language.data import fingerprint
+from stoker.language.encoder import fingerprint
 from stoker.recipes import classifiers
 from stoker.recipes.text_shape import SIZES, Shape
 from stoker.user_run import Run
@@ -202,17 +202,6 @@ def forward_flops(made: Classifier, tokens: int) -> int:
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The arguments for the model, each (texts, tokens)."""
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
-def loss(smoothing: float) -> Callable[[Any, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]:
-    """The summed cross-entropy, in nats, and the number of texts."""
-
-    def of_batch(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        logits = output.logits.float()  # (texts, classes)
-        total = F.cross_entropy(logits, batch["labels"], label_smoothing=smoothing, reduction="sum")
-        return total, len(batch["labels"])
-
-    return of_batch
 
 
 def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
