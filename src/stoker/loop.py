@@ -406,9 +406,8 @@ class Trainer:
         return self._attempt.measure is not None or self._imagination is not None
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
-        if (
-            self.world.rank > 0 or self._only_steps or self.steps_done > self._total
-        ):  # the run is past this loop
+        is_past = self.steps_done > self._total
+        if self.world.rank > 0 or self._only_steps or is_past:
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
