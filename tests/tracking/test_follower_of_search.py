@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import pytest
 from stoker import storage
-from stoker.run.directory import SWEEP_LOCK, RunDirectory
+from stoker.run.directory import SWEEP, SWEEP_LOCK, RunDirectory
 from stoker.threads import begun
 from stoker.tracking import follower, ledger
 from stoker.tracking.shipping import SweepShipping
 from stoker.tracking.sink import Batch, Ending, SinkRun
-from synthetic_run import DEADLINE, Trainer, make_run, until
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
 
 class Tracker:
@@ -134,6 +134,23 @@ def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
     tracker.opens = lambda run: None
     until(lambda: trial.id in tracker.ended)
     assert follower.failing(trial) == {}
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+def test_a_sink_that_fails_does_not_keep_mlflow_from_the_end_of_the_search(
+    runs: Path, tracker: Tracker, seen: Callable[[Path], Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "tensorboard,mlflow")
+    (runs / "digits").mkdir()
+    (runs / "digits" / SWEEP).write_text('{"uid": "one", "space": {}}')
+    _trial(runs / "digits", 0)
+
+    def fail(run: RunDirectory) -> None:
+        raise ConnectionError("nobody is there")
+
+    tracker.opens = fail
+    assert not follower.follow_sweep(runs / "digits", patience=0.0)
+    assert [run.info.status for run in seen(runs).runs] == ["FINISHED", "FINISHED"]
 
 
 class _Runs:
