@@ -255,6 +255,17 @@ def test_a_running_trial_is_shipped_with_a_share_of_a_core_unless_a_user_waits(
     assert time.monotonic() - began > (0.0 if hurry else 0.9)
 
 
+def test_a_follower_that_a_user_waits_for_says_why_its_try_failed(folder: Path, tracker: Tracker) -> None:
+    trial = _trial(folder, 0)
+
+    def fail(run: RunDirectory) -> None:
+        raise ConnectionError("nobody is there")
+
+    tracker.opens = fail
+    assert not follower.follow(trial, "tensorboard", once=True, patience=0.0, hurry=True)
+    assert follower.failing(trial) == {"tensorboard": "ConnectionError: nobody is there"}
+
+
 def test_what_a_trainer_logs_before_its_end_is_shipped_with_the_end(folder: Path, tracker: Tracker) -> None:
     """A follower that was to ship what there was, and finds the trainer gone when it has."""
     trainer = Trainer(_new(folder, 0))

@@ -301,3 +301,46 @@ def test_a_key_that_wandb_login_has_kept_is_found(tmp_path: Path, monkeypatch: p
         assert (wandb_sink.key(), wandb_sink.mode()) == (f"of-{host}", "online")
     monkeypatch.setenv("WANDB_BASE_URL", "https://another.example")
     assert wandb_sink.mode() == "offline"
+
+
+@pytest.mark.parametrize(
+    ("setting", "mode"),
+    [("disabled", "disabled"), ("dryrun", "offline"), ("Offline", "offline"), ("run", "online"),
+     ("shared", "online"), ("", "online")],
+)  # fmt: skip
+def test_the_modes_of_wandb_are_its_own(setting: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", setting)
+    assert wandb_sink.mode() == mode
+
+
+def test_a_mode_that_wandb_login_or_its_command_has_kept_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert wandb_sink.mode() == "offline"
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")])
+def test_a_script_for_which_wandb_is_disabled_sends_and_writes_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    server = WandbServer()
+    monkeypatch.delenv("WANDB_MODE")
+    for key, content in {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, name: value}.items():
+        monkeypatch.setenv(key, content)
+    try:
+        script = "import stoker\nwith stoker.Run('e', 'a') as run: run.log(loss=1.0)"
+        ended = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        assert ended.stderr.count(f"{name}={value}: nothing goes to W&B") == 1
+        assert not (tmp_path / "runs" / "e" / "a" / "wandb").exists()
+        assert not (tmp_path / "runs" / "e" / "a" / "logs" / "follower.log").exists()
+        assert server.opened == []
+    finally:
+        server.close()

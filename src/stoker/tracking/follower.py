@@ -63,14 +63,30 @@ class SinkState:
 
 
 def enabled() -> tuple[str, ...]:
-    """The sinks named in STOKER_SINKS: `mlflow` by default, no sinks for `none`.
+    """The sinks named in STOKER_SINKS: `mlflow` by default, no sinks for `none`; not W&B if it is disabled.
 
     Raises BadInput for a sink that is unknown or not installed.
     """
     names = named()
     for name in names:
         check(name)
-    return names
+    return tuple(name for name in names if name != "wandb" or _disabling_wandb() is None)
+
+
+def say_what_is_disabled() -> None:
+    """Say so if a sink that STOKER_SINKS names is disabled."""
+    setting = _disabling_wandb()
+    if setting is not None and "wandb" in named():
+        log.warning("%s: nothing goes to W&B; `stoker sync` without it ships the run later", setting)
+
+
+def _disabling_wandb() -> str | None:
+    """The environment's setting that disables W&B, if there is one."""
+    if os.environ.get("WANDB_MODE", "").lower() == "disabled":
+        return "WANDB_MODE=disabled"
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"
+    return None
 
 
 def named() -> tuple[str, ...]:
@@ -292,8 +308,9 @@ class _Task:
                 failures = 0
             except Exception as error:
                 failures += 1
-                shipper.failed(error, report=failures >= _REPORTED_AFTER)
-                if self._out_of_patience():
+                gives_up = self._out_of_patience()
+                shipper.failed(error, report=failures >= _REPORTED_AFTER or (gives_up and self._hurry))
+                if gives_up:
                     return False
             self._sleep(_backoff(failures, alone=not alive), before)
         return False

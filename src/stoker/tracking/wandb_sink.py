@@ -28,6 +28,7 @@ import orjson
 import psutil
 import wandb
 from requests.utils import get_netrc_auth
+from stoker.errors import StokerError
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
 from stoker.tracking import identity, sink, wandb_files
@@ -68,6 +69,8 @@ class WandbSink:
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Create or continue the W&B run, and find out which points it has."""
+        if mode() == "disabled":
+            raise StokerError("W&B's settings file disables it: run `wandb enabled`, or change STOKER_SINKS")
         self._artifacts = set((mark or {}).get("artifacts", []))
         base = self._base(known)
         self._id = f"{base}-{edition}" if edition else base
@@ -211,11 +214,13 @@ class WandbSink:
 
 
 def mode() -> str:
-    """online or offline: set by WANDB_MODE, otherwise online if there is a key."""
-    asked = os.environ.get("WANDB_MODE", "").lower()
-    if asked in ("online", "offline"):
-        return asked
-    return "online" if key() else "offline"
+    """online, offline or disabled, as W&B's own settings say; if they don't, online if there is a key."""
+    settings = wandb.Settings()
+    settings.update_from_system_settings()
+    settings.update_from_env_vars({"WANDB_MODE": m.lower()} if (m := os.environ.get("WANDB_MODE")) else {})
+    if "mode" not in settings.model_fields_set:
+        return "online" if key() else "offline"
+    return "disabled" if settings._noop else "offline" if settings._offline else "online"
 
 
 def server() -> str:
