@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ _IDENTITY = "stoker.run"
 _EDITION = "stoker.edition"
 _REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
+_MISREAD = re.compile(r"[#?%;\\\x00-\x1f\x7f]")  # in names of files: in requests they have a meaning
 _SPELLED = {"@": "__at__", "%": "__percent__"}
 _SPELLINGS = re.compile("|".join(_SPELLED.values()))
 _MEANT = {spelling: character for character, spelling in _SPELLED.items()}
@@ -277,7 +279,7 @@ class MlflowSink:
 
     def _ship_media(self, event: Mapping[str, Any]) -> None:
         """Copy a media file to the artifacts; tables and figures also in a form that MLflow shows."""
-        folder, about = f"{event['kind']}s/{_path(event['name'])}", event["about"]
+        folder, about = f"{event['kind']}s/{_stored(_path(event['name']))}", event["about"]
         if event["file"] is None:
             self._mlflow.log_dict(self._run, about, f"{folder}/step-{event['step']:08d}.json")
             return
@@ -313,11 +315,21 @@ class MlflowSink:
             self._delete_tag(key(tag))
         for path, place in zip(paths, places, strict=True):
             if (root / path).is_file():
-                folder = None if len(place.parts) == 1 else str(place.parent)
-                self._mlflow.log_artifact(self._run, str(root / path), folder)
+                self._ship_file(root / path, place)
             else:
                 log.warning("artifact %s: %s is missing and was not shipped", name, root / path)
         return {}
+
+    def _ship_file(self, file: Path, place: PurePosixPath) -> None:
+        """Copy a file to its place in the artifacts: MLflow gives it the name that it has here."""
+        folder = None if len(place.parts) == 1 else str(place.parent)
+        if file.name == place.name:
+            self._mlflow.log_artifact(self._run, str(file), folder)
+            return
+        with tempfile.TemporaryDirectory() as there:
+            renamed = Path(there) / place.name
+            renamed.symlink_to(file)
+            self._mlflow.log_artifact(self._run, str(renamed), folder)
 
     def _delete_replaced(
         self, name: str, replaced: Sequence[Sequence[Mapping[str, Any]]], places: Sequence[PurePosixPath]
@@ -332,8 +344,7 @@ class MlflowSink:
             if not _is_too_large(files)
             for place in _places(name, [PurePosixPath(file["path"]) for file in files])
         }
-        # With one of these a request would name something else, which may be another artifact.
-        gone = {place for place in before - set(places) if not set("?#") & set(str(place))}
+        gone = before - set(places)
         if not gone or not self._can_delete:
             return
         folders = {folder for place in gone for folder in place.parents if folder.parts}
@@ -412,11 +423,26 @@ def _is_too_large(files: Sequence[Mapping[str, Any]]) -> bool:
 def _places(name: str, paths: Sequence[PurePosixPath]) -> list[PurePosixPath]:
     """Where each file of an artifact is in MLflow: below NAME; a single file of that name, at the top."""
     if len(paths) == 1 and paths[0].name == name:
-        return [PurePosixPath(name)]
+        return [_stored(PurePosixPath(name))]
     base = PurePosixPath(os.path.commonpath([path.parent for path in paths])) if paths else PurePosixPath()
     if name in base.parts:  # the given folder, even if all files are deeper
         base = PurePosixPath(*base.parts[: base.parts.index(name) + 1])
-    return [_path(name) / path.relative_to(base) for path in paths]
+    return [_stored(_path(name) / path.relative_to(base)) for path in paths]
+
+
+def _stored(place: PurePosixPath) -> PurePosixPath:
+    """A place in the artifacts without characters that MLflow's client or server reads as something else.
+
+    A name that had some gets a hash. MLflow's server undoes any quoting, so that does not help.
+    """
+    return PurePosixPath(*[_stored_part(part) for part in place.parts])
+
+
+def _stored_part(part: str) -> str:
+    cleaned = PurePosixPath(_MISREAD.sub("_", part))
+    if cleaned.name == part:
+        return part
+    return f"{cleaned.stem}-{hashlib.sha256(part.encode()).hexdigest()[:6]}{cleaned.suffix}"
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
