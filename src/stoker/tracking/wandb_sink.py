@@ -75,8 +75,8 @@ class WandbSink:
         base = self._base(known)
         self._id = f"{base}-{edition}" if edition else base
         if known is not None and known.startswith(base) and not known.endswith(edition):
-            self._mark_replaced(known, started)
-        self._run, online = self._begun(self._id, started), mode() == "online"
+            self._mark_replaced(known)
+        self._run, online = self._begun(self._id), mode() == "online"
         if online and self._run.resumed:
             self._present = set(_points_on_server(self._run))
         self._run.define_metric("*", step_metric=_STEP)
@@ -92,7 +92,7 @@ class WandbSink:
         is_copy = identity.is_anothers(identity.recorded(self._record), self._directory)
         return own if is_copy or (known or "").startswith(own) else uid
 
-    def _begun(self, run: str, started: float) -> Any:
+    def _begun(self, run: str) -> Any:
         """Create or continue the W&B run with this id; for an offline run, read which points it has."""
         online = mode() == "online"
         if not online:
@@ -102,7 +102,7 @@ class WandbSink:
             _wait_for_another_second(files)
         before = set(self._folders(run))
         try:
-            return self._initialised(run, started, online)
+            return self._initialised(run, online)
         except BaseException:
             _give_up(run)
             for folder in set(self._folders(run)) - before:
@@ -112,7 +112,7 @@ class WandbSink:
     def _folders(self, run: str) -> Iterator[Path]:
         return self._directory.path.glob(f"wandb/*run-*-{run}")
 
-    def _initialised(self, run: str, started: float, online: bool) -> Any:
+    def _initialised(self, run: str, online: bool) -> Any:
         return wandb.init(
             id=run,
             name=self._directory.id,
@@ -123,18 +123,18 @@ class WandbSink:
             mode="online" if online else "offline",
             resume="allow",
             reinit="create_new",  # another thread of this process may have its own run
-            settings=_settings(started),
+            settings=_settings(),
         )
 
     def _about(self) -> dict[str, Any]:
         return {"stoker": {"path": str(self._directory.path), **(self._record.get("code") or {})}}
 
-    def _mark_replaced(self, run: str, started: float) -> None:
+    def _mark_replaced(self, run: str) -> None:
         """Record in the config of a W&B run which one replaces it."""
         about = self._about()
         about["stoker"]["replaced_by"] = self._id
         with contextlib.suppress(wandb.Error):  # the run was deleted in W&B
-            replaced = self._begun(run, started)
+            replaced = self._begun(run)
             replaced.config.update(about, allow_val_change=True)
             replaced.finish()
 
@@ -243,12 +243,12 @@ def named(metric: str) -> str:
     return f"{metric}_" if metric.rstrip("_") in _TAKEN else metric
 
 
-def _settings(started: float) -> Any:
+def _settings() -> Any:
     """Settings that turn off everything that W&B collects by itself."""
     return wandb.Settings(
         silent=True, console="off", disable_git=True, disable_code=True, save_code=False,
         disable_job_creation=True, x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True,
-        x_save_requirements=False, x_start_time=started, init_timeout=_START_TIMEOUT,
+        x_save_requirements=False, init_timeout=_START_TIMEOUT,
         x_transaction_log_flush_interval=_FLUSH_SECONDS,
     )  # fmt: skip
 
