@@ -96,7 +96,8 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
     assert mlflow.artifacts() == ["report.html"]
     (state,) = follower.state(run)
     assert (state.pending, state.error) == (0, None)
-    assert state.where == f"http://127.0.0.1:{port}/#/experiments/1/runs/{mlflow.run.info.run_id}"
+    page = f"/#/experiments/1/runs/{mlflow.run.info.run_id}?workflowType=machine_learning"
+    assert state.where == f"http://127.0.0.1:{port}{page}"
     assert not store.database(tmp_path / "runs").exists()
 
 

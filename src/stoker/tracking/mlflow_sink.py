@@ -38,9 +38,12 @@ _LONGEST_TAG = 5000  # MLflow accepts 8000, some databases fewer
 _LONGEST_KEY = 250
 _LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is stored only as Parquet
 _NOTE = "mlflow.note.content"
+_OMITTED = "\n\n…\n\n"
 _PARENT = "mlflow.parentRunId"
 _IDENTITY = "stoker.run"
 _EDITION = "stoker.edition"
+_ENDED = "stoker.status"
+_ERROR = "stoker.error"
 _REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
 _MISREAD = re.compile(r"[#?%;\\\x00-\x1f\x7f]")  # in names of files: in requests they have a meaning
@@ -76,13 +79,15 @@ class MlflowSink:
         self._log_texts(self._params(), {**self._tags(), **({_PARENT: parent} if parent else {})})
         where = store.without_credentials(self._uri).rstrip("/")
         if where.startswith("http"):
-            return SinkRun(self._run, f"{where}/#/experiments/{experiment}/runs/{self._run}")
+            return SinkRun(self._run, store.page(where, f"/{experiment}/runs/{self._run}"))
         return SinkRun(self._run, f"{where} run {self._run}")
 
     def ship(self, batch: Batch) -> None:
         """Store points, media, artifacts, params, tags and notes."""
         if batch.attempt_started:
             self._mlflow.update_run(self._run, status="RUNNING")
+            self._mlflow.set_tag(self._run, _ENDED, view.RUNNING)
+            self._delete_tag(_ERROR)
         for chunk in _chunks(batch.points, _METRICS_PER_REQUEST):
             metrics = [Metric(self._named(p.metric), p.value, int(p.time * 1000), p.step) for p in chunk]
             self._mlflow.log_batch(self._run, metrics=metrics)
@@ -95,10 +100,12 @@ class MlflowSink:
         for name in batch.tags.keys() - kept.keys():
             self._delete_tag(key(name))
         if batch.notes:  # MLflow shows them as the run's description
-            self._mlflow.set_tag(self._run, _NOTE, "\n\n".join(batch.notes)[-_LONGEST_TAG:])
+            notes = _without_middle("\n\n".join(batch.notes), _LONGEST_TAG)
+            self._mlflow.set_tag(self._run, _NOTE, notes)
 
     def conclude(self, ending: Ending) -> None:
-        """Set the MLflow run's final status and end time."""
+        """Set the MLflow run's final status and end time, and, as tags, what MLflow has no status for."""
+        self._log_texts({}, {_ENDED: ending.status, **({_ERROR: ending.error} if ending.error else {})})
         status = _STATUS.get(ending.status, "KILLED")
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
 
@@ -195,7 +202,7 @@ class MlflowSink:
         made = self._mlflow.create_run(experiment, tags=tags, run_name=name)
         settings = {k: v for k, v in about.items() if k not in ("space", "tries", "format")}
         texts = {**settings, **{f"space.{k}": v for k, v in about["space"].items()}}
-        params = [Param(key(k), str(v)[:_LONGEST_PARAM]) for k, v in texts.items()]
+        params = [Param(key(k), _cut(str(v), _LONGEST_PARAM)) for k, v in texts.items()]
         self._mlflow.log_batch(made.info.run_id, params=params[:_TEXTS_PER_REQUEST])
         return str(made.info.run_id)
 
@@ -233,7 +240,7 @@ class MlflowSink:
         if not values:
             return {}, {}
         known = self._mlflow.get_run(self._run).data
-        texts = {name: str(value)[:_LONGEST_PARAM] for name, value in values.items()}
+        texts = {name: _cut(str(value), _LONGEST_PARAM) for name, value in values.items()}
         has_other = {
             name
             for name, text in texts.items()
@@ -260,12 +267,11 @@ class MlflowSink:
 
     def _log_texts(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         for chunk in _chunks(list(params.items()), _TEXTS_PER_REQUEST):
-            texts = [Param(key(name), value[:_LONGEST_PARAM]) for name, value in chunk]
+            texts = [Param(key(name), _cut(value, _LONGEST_PARAM)) for name, value in chunk]
             self._mlflow.log_batch(self._run, params=texts)
         for chunk in _chunks(list(tags.items()), _TEXTS_PER_REQUEST):
-            self._mlflow.log_batch(
-                self._run, tags=[RunTag(key(name), value[:_LONGEST_TAG]) for name, value in chunk]
-            )
+            cut = [RunTag(key(name), _cut(value, _LONGEST_TAG)) for name, value in chunk]
+            self._mlflow.log_batch(self._run, tags=cut)
 
     def _named(self, metric: str) -> str:
         """The name of a metric in MLflow; logs it once if it differs."""
@@ -405,6 +411,17 @@ def key(name: str) -> str:
     cleaned = _REFUSED.sub("_", name)
     mark = hashlib.sha256(name.encode()).hexdigest()[:6]
     return f"{str(_path(cleaned))[: _LONGEST_KEY - 7]}-{mark}"
+
+
+def _cut(text: str, longest: int) -> str:
+    """A text of at most so many characters; it ends with `…` if that is not all of it."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _without_middle(text: str, longest: int) -> str:
+    """The same, with `…` instead of the middle: what a run is for was noted first, what came of it last."""
+    half = (longest - len(_OMITTED)) // 2
+    return text if len(text) <= longest else text[:half] + _OMITTED + text[-half:]
 
 
 def _path(name: str) -> PurePosixPath:

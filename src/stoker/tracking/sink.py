@@ -45,10 +45,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: `status` as in `run.view`, and the `time`."""
+    """How a run ended: `status` as in `run.view`, the `time`, and the error, if it failed with one."""
 
     status: str
     time: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)

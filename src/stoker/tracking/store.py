@@ -96,6 +96,14 @@ def sqlite_uri(file: Path) -> str:
     return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
 
 
+def page(server: str, place: str = "") -> str:
+    """The page of MLflow's UI for its experiments, or for a `place` below them.
+
+    Without the parameter MLflow opens its pages for agents.
+    """
+    return f"{server}/#/experiments{place}?workflowType=machine_learning"
+
+
 def server_uri() -> str | None:
     """The store that the environment names instead of the embedded one, or None."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
