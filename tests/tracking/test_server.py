@@ -101,6 +101,38 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
     assert not store.database(tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("localhost:5601", "MLFLOW_TRACKING_URI=localhost:5601 lacks its scheme: set it to http://localhost:5601"),
+        ("./mlr", "MLFLOW_TRACKING_URI=./mlr is a folder"),
+        ("file:///tmp/mlr", "MLFLOW_TRACKING_URI=file:///tmp/mlr is a folder"),
+        ("http://me:secret@127.0.0.1:PORT", "http://127.0.0.1:PORT does not answer"),
+    ],
+)  # fmt: skip
+def test_a_script_of_a_moment_says_that_its_store_cannot_be_used(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("PORT", str(port)))
+    script = "import stoker\nwith stoker.Run('e', 'a') as run: run.log(loss=1.0)"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    (line,) = ended.stderr.splitlines()
+    assert said.replace("PORT", str(port)) in line
+    assert "`stoker sync a`" in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "http://127.0.0.1:5000", "sqlite:///a.db", "databricks", "databricks://me", "postgresql://a:5/b"],
+)
+def test_an_address_that_mlflow_may_know_is_not_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert store.unusable() is None
+
+
 def test_sync_ships_what_no_follower_did_and_ui_shows_it(
     tmp_path: Path, stoker: Any, start: Any, port: int
 ) -> None:
