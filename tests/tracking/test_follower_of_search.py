@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -134,6 +135,31 @@ def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
     tracker.opens = lambda run: None
     until(lambda: trial.id in tracker.ended)
     assert follower.failing(trial) == {}
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+def test_the_search_in_mlflow_began_with_it_and_has_the_best_trial(
+    runs: Path, seen: Callable[[Path], Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "mlflow")
+    folder = runs / "digits"
+    folder.mkdir()
+    about = {"uid": "one", "space": {"lr": "log(0.1, 1)"}, "metric": "loss", "goal": "min"}
+    storage.write_json(folder / SWEEP, about)
+    os.utime(folder / SWEEP, (1e9, 1e9))
+    for number, losses in enumerate([[2.0, 5.0], [6.0, 3.0], [1.0], [math.nan]]):
+        trainer = Trainer(_new(folder, number))
+        for step, loss in enumerate(losses, 1):
+            trainer.log(step, loss=loss)
+        trainer.end("failed" if number == 2 else "finished")
+    for _ in range(2):
+        assert follower.follow_sweep(folder)
+        (parent,) = (run for run in seen(runs).runs if "stoker.sweep.uid" in run.data.tags)
+        assert (parent.info.start_time, parent.info.status) == (1e12, "FINISHED")
+        assert parent.data.metrics == {"loss": 3.0}
+        assert len(seen(runs).client.get_metric_history(parent.info.run_id, "loss")) == 1
+        assert parent.data.tags["stoker.best"] == "trial-0001"
+        assert parent.data.tags["stoker.best.lr"] == "0.1"
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own

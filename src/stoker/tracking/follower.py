@@ -491,7 +491,7 @@ def _end_sweep(folder: Path) -> bool:
         from stoker.tracking.mlflow_sink import MlflowSink
 
         try:
-            MlflowSink(runs[0]).conclude_sweep()
+            MlflowSink(runs[0]).conclude_sweep(runs)
         except Exception as error:  # whatever MLflow's client raises
             log.warning("the end of the search: %s: %s", type(error).__name__, error)
             return False

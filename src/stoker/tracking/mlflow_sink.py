@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import tempfile
@@ -26,7 +27,7 @@ from stoker.errors import StokerError
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
 from stoker.tracking import identity, store
-from stoker.tracking.sink import Batch, Ending, SinkRun
+from stoker.tracking.sink import Batch, Ending, Point, SinkRun
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ _IDENTITY = "stoker.run"
 _EDITION = "stoker.edition"
 _ENDED = "stoker.status"
 _ERROR = "stoker.error"
+_BEST = "stoker.best"
 _REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
 _MISREAD = re.compile(r"[#?%;\\\x00-\x1f\x7f]")  # in names of files: in requests they have a meaning
@@ -109,12 +111,22 @@ class MlflowSink:
         status = _STATUS.get(ending.status, "KILLED")
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
 
-    def conclude_sweep(self) -> None:
-        """End the MLflow run of the search that this run is a trial of."""
+    def conclude_sweep(self, trials: Sequence[RunDirectory]) -> None:
+        """End the MLflow run of the search that this run is a trial of; it gets the best trial's value."""
         self._client = self._connected()
         parent = self._sweep(self._experiment())
-        if parent is not None:
-            self._mlflow.set_terminated(parent)
+        if parent is None:
+            return
+        about = storage.read_json(self._directory.path.parent / SWEEP)
+        best = _best(trials, str(about.get("metric")), str(about.get("goal")))
+        if best is not None:
+            trial, point = best
+            config = trial.record()["config"]
+            found = {f"{_BEST}.{name}": config.get(name) for name in about["space"]}
+            tags = [RunTag(key(k), _cut(str(v), _LONGEST_TAG)) for k, v in {_BEST: trial.id, **found}.items()]
+            metric = Metric(key(point.metric), point.value, int(point.time * 1000), 0)
+            self._mlflow.log_batch(parent, metrics=[metric], tags=tags[:_TEXTS_PER_REQUEST])
+        self._mlflow.set_terminated(parent)
 
     def close(self) -> None:
         """There is nothing to release."""
@@ -189,7 +201,8 @@ class MlflowSink:
 
         Another search can have the same name: one whose folder was deleted, or one on the same server.
         """
-        about = storage.read_json(self._directory.path.parent / SWEEP)
+        file = self._directory.path.parent / SWEEP
+        about = storage.read_json(file)
         if not about:
             return None
         name = self._directory.experiment
@@ -199,7 +212,8 @@ class MlflowSink:
             if run.info.status != "RUNNING":
                 self._mlflow.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)
-        made = self._mlflow.create_run(experiment, tags=tags, run_name=name)
+        began = int(file.stat().st_mtime * 1000)  # it is written once
+        made = self._mlflow.create_run(experiment, start_time=began, tags=tags, run_name=name)
         settings = {k: v for k, v in about.items() if k not in ("space", "tries", "format")}
         texts = {**settings, **{f"space.{k}": v for k, v in about["space"].items()}}
         params = [Param(key(k), _cut(str(v), _LONGEST_PARAM)) for k, v in texts.items()]
@@ -368,6 +382,19 @@ class MlflowSink:
                 "MLflow cannot delete artifacts (%s): files of artifacts that were replaced stay beside the "
                 "new ones, first %s of %s", error, min(gone), name,
             )  # fmt: skip
+
+
+def _best(trials: Sequence[RunDirectory], metric: str, goal: str) -> tuple[RunDirectory, Point] | None:
+    """The finished trial with the best newest value of the objective; None with several objectives."""
+    sign = {"min": 1.0, "max": -1.0}.get(goal)
+    found: list[tuple[float, RunDirectory, Point]] = []
+    for trial in trials if sign else ():
+        seen = view.load(trial)
+        series = seen.points.get(metric)
+        if seen.status == view.FINISHED and series and math.isfinite(value := float(series.y[-1])):
+            newest = Point(metric, int(series.x[-1]), value, float(series.time[-1]))
+            found.append(((sign or 1.0) * value, trial, newest))
+    return min(found, key=lambda one: one[0])[1:] if found else None
 
 
 def plotly_page(figure: str) -> str:
