@@ -236,6 +236,34 @@ def test_mlflow_says_why_a_run_ended_and_no_longer_once_it_goes_on(
         assert "stoker.error" not in mlflow.run.data.tags
 
 
+def test_mlflow_has_who_began_a_run_its_script_and_its_inputs_once(
+    runs: Path, finish: Any, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ada")
+    run = RunDirectory(runs / "digits" / "a")
+    run.create({"uid": "a", "id": "a", "experiment": "digits", "config": {}, "command": ["train.py", "1"]})
+    storage.write_json(
+        run.provenance / "data.json", {"images": {"path": "/data", "fingerprint": f"sha256:{'c' * 64}"}}
+    )
+    files = [{"path": "weights", "size": 1, "sha256": "d" * 64}]
+    for _ in range(2):
+        trainer = Trainer(run)
+        made_by = {"experiment": "llm", "id": "first", "uid": "b"}
+        trainer.journal.append("used", name="model", run=made_by, files=files)
+        trainer.journal.append("used", name="file", run=None, files=files)
+        trainer.end("finished")
+        finish(run)
+        mlflow = seen(runs).run
+        assert mlflow.info.user_id == mlflow.data.tags["mlflow.user"] == "ada"
+        assert mlflow.data.tags["mlflow.source.name"] == "train.py"
+        inputs = {one.dataset.name: one.dataset for one in mlflow.inputs.dataset_inputs}
+        assert len(mlflow.inputs.dataset_inputs) == len(inputs) == 3
+        assert inputs["images"].digest == "c" * 36
+        assert {name: orjson.loads(one.source) for name, one in inputs.items()} == {
+            "images": {"uri": "/data"}, "model": {"uri": "llm/first:model"}, "file": {"uri": "file"},
+        }  # fmt: skip
+
+
 def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach(
     runs: Path, spawn: Any, seen: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from stoker.cli import ui
 from stoker.run import artifacts
 from stoker.tracking import follower, store
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
@@ -99,6 +100,18 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
     page = f"/#/experiments/1/runs/{mlflow.run.info.run_id}?workflowType=machine_learning"
     assert state.where == f"http://127.0.0.1:{port}{page}"
     assert not store.database(tmp_path / "runs").exists()
+
+
+def test_ui_says_that_it_does_not_serve_the_server_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    page = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
+    shown = f"{page} shows {tmp_path / 'mlflow.db'}"
+    assert ui._shows("http://127.0.0.1:5000", tmp_path / "mlflow.db") == shown
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@there")
+    elsewhere = ", but not what is tracked at http://there (MLFLOW_TRACKING_URI)"
+    assert ui._shows("http://127.0.0.1:5000", tmp_path / "mlflow.db") == shown + elsewhere
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,15 @@ def ui(
         url = f"http://{_HOST}:{port}"
         _wait_until_it_answers(server, url, output)
         found = {"url": url, "store": str(database)}
-        answer(json, found, f"{store.page(url)} shows {database}; press Ctrl-C to stop")
+        answer(json, found, f"{_shows(url, database)}; press Ctrl-C to stop")
         if server.wait() != 0:
             raise StokerError(f"the MLflow server exited: {_last_line(output)}")
+
+
+def _shows(url: str, database: Path) -> str:
+    elsewhere = store.without_credentials(store.server_uri() or "")
+    rest = f", but not what is tracked at {elsewhere} (MLFLOW_TRACKING_URI)" if elsewhere else ""
+    return f"{store.page(url)} shows {database}{rest}"
 
 
 def _check_free(port: int) -> None:

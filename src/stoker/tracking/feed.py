@@ -184,8 +184,10 @@ def _add_other(event: Event, batch: Batch) -> None:
         batch.tags.update(event["tags"])
     elif kind == "params":
         batch.params.update(event["values"])
-    elif kind == "used" and event["run"] is not None:
-        batch.tags[f"stoker.used.{event['name']}"] = f"{event['run']['experiment']}/{event['run']['id']}"
+    elif kind == "used":
+        batch.used.append(event)
+        if event["run"] is not None:
+            batch.tags[f"stoker.used.{event['name']}"] = f"{event['run']['experiment']}/{event['run']['id']}"
     elif kind == "begun_from":
         batch.tags["stoker.begun_from"] = f"step {event['step']} of another run's checkpoint"
 

@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 
 import orjson
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking.context.default_context import DefaultRunContext
+from mlflow.utils.mlflow_tags import MLFLOW_USER
 from stoker import storage
 from stoker.errors import StokerError
 from stoker.run import media, view
@@ -39,6 +41,7 @@ _LONGEST_TAG = 5000  # MLflow accepts 8000, some databases fewer
 _LONGEST_KEY = 250
 _LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is stored only as Parquet
 _NOTE = "mlflow.note.content"
+_LONGEST_DIGEST = 36
 _OMITTED = "\n\n…\n\n"
 _PARENT = "mlflow.parentRunId"
 _IDENTITY = "stoker.run"
@@ -79,6 +82,7 @@ class MlflowSink:
         experiment, self._run = self._located(known, edition) or self._found_or_made(started, edition)
         parent = self._sweep(experiment)
         self._log_texts(self._params(), {**self._tags(), **({_PARENT: parent} if parent else {})})
+        self._log_data()
         where = store.without_credentials(self._uri).rstrip("/")
         if where.startswith("http"):
             return SinkRun(self._run, store.page(where, f"/{experiment}/runs/{self._run}"))
@@ -101,6 +105,8 @@ class MlflowSink:
         self._log_texts(params, {**kept, **changed, **{k: v for place in places for k, v in place.items()}})
         for name in batch.tags.keys() - kept.keys():
             self._delete_tag(key(name))
+        if batch.used:
+            self._mlflow.log_inputs(self._run, [_used(event) for event in batch.used])
         if batch.notes:  # MLflow shows them as the run's description
             notes = _without_middle("\n\n".join(batch.notes), _LONGEST_TAG)
             self._mlflow.set_tag(self._run, _NOTE, notes)
@@ -108,6 +114,7 @@ class MlflowSink:
     def conclude(self, ending: Ending) -> None:
         """Set the MLflow run's final status and end time, and, as tags, what MLflow has no status for."""
         self._log_texts({}, {_ENDED: ending.status, **({_ERROR: ending.error} if ending.error else {})})
+        self._log_data()
         status = _STATUS.get(ending.status, "KILLED")
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
 
@@ -186,7 +193,7 @@ class MlflowSink:
         return experiment, run
 
     def _made(self, experiment: str, started: float, edition: str) -> str:
-        tags = {_IDENTITY: self._identity, **({_EDITION: edition} if edition else {})}
+        tags = {_IDENTITY: self._identity, **_user(), **({_EDITION: edition} if edition else {})}
         made = self._mlflow.create_run(
             experiment, start_time=int(started * 1000), tags=tags, run_name=self._directory.id
         )
@@ -213,7 +220,7 @@ class MlflowSink:
                 self._mlflow.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)
         began = int(file.stat().st_mtime * 1000)  # it is written once
-        made = self._mlflow.create_run(experiment, start_time=began, tags=tags, run_name=name)
+        made = self._mlflow.create_run(experiment, start_time=began, tags={**tags, **_user()}, run_name=name)
         settings = {k: v for k, v in about.items() if k not in ("space", "tries", "format")}
         texts = {**settings, **{f"space.{k}": v for k, v in about["space"].items()}}
         params = [Param(key(k), _cut(str(v), _LONGEST_PARAM)) for k, v in texts.items()]
@@ -270,7 +277,7 @@ class MlflowSink:
         tags = {
             "mlflow.runName": self._directory.id,
             "mlflow.source.type": "LOCAL",
-            "mlflow.source.name": recipe.get("reference") or recipe.get("name"),
+            "mlflow.source.name": recipe.get("reference") or recipe.get("name") or _script(self._record),
             "mlflow.source.git.commit": code.get("commit"),
             "mlflow.source.git.branch": code.get("branch"),
             "mlflow.source.git.repoURL": code.get("remote"),
@@ -286,6 +293,13 @@ class MlflowSink:
         for chunk in _chunks(list(tags.items()), _TEXTS_PER_REQUEST):
             cut = [RunTag(key(name), _cut(value, _LONGEST_TAG)) for name, value in chunk]
             self._mlflow.log_batch(self._run, tags=cut)
+
+    def _log_data(self) -> None:
+        """The data that the run has recorded so far, as inputs; MLflow stores each once."""
+        recorded = storage.read_json(self._directory.provenance / "data.json").items()
+        inputs = [_input(name, data.get("fingerprint", ""), data.get("path", name)) for name, data in recorded]
+        if inputs:
+            self._mlflow.log_inputs(self._run, inputs)
 
     def _named(self, metric: str) -> str:
         """The name of a metric in MLflow; logs it once if it differs."""
@@ -382,6 +396,28 @@ class MlflowSink:
                 "MLflow cannot delete artifacts (%s): files of artifacts that were replaced stay beside the "
                 "new ones, first %s of %s", error, min(gone), name,
             )  # fmt: skip
+
+
+def _user() -> dict[str, str]:
+    """Who creates a run, as MLflow's own client finds it."""
+    return {MLFLOW_USER: str(DefaultRunContext().tags()[MLFLOW_USER])}
+
+
+def _script(record: Mapping[str, Any]) -> str | None:
+    return next(iter(record.get("command") or ()), None)
+
+
+def _used(event: Mapping[str, Any]) -> DatasetInput:
+    """An artifact that the run uses as an input, identified by the checksums of its files."""
+    made_by, files = event["run"], sorted((file["path"], file["sha256"]) for file in event["files"])
+    source = f"{made_by['experiment']}/{made_by['id']}:{event['name']}" if made_by else event["name"]
+    return _input(event["name"], hashlib.sha256(orjson.dumps(files)).hexdigest(), source)
+
+
+def _input(name: str, fingerprint: str, source: str) -> DatasetInput:
+    digest = str(fingerprint).rpartition(":")[2][:_LONGEST_DIGEST] or "unknown"
+    where = orjson.dumps({"uri": str(source)}).decode()
+    return DatasetInput(Dataset(_cut(name, _LONGEST_KEY), digest, "local", where))
 
 
 def _best(trials: Sequence[RunDirectory], metric: str, goal: str) -> tuple[RunDirectory, Point] | None:

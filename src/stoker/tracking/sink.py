@@ -36,6 +36,8 @@ class Batch:
     params: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """All notes of the run, the newest last, if there is a new one; otherwise empty."""
+    used: list[dict[str, Any]] = field(default_factory=list)
+    """`used` events: name, the run that made it (or None), files."""
     attempt_started: bool = False
 
     @property
