@@ -297,7 +297,7 @@ class MlflowSink:
     def _log_data(self) -> None:
         """The data that the run has recorded so far, as inputs; MLflow stores each once."""
         recorded = storage.read_json(self._directory.provenance / "data.json").items()
-        inputs = [_input(name, data.get("fingerprint", ""), data.get("path", name)) for name, data in recorded]
+        inputs = [_input(name, one.get("fingerprint", ""), one.get("path", name)) for name, one in recorded]
         if inputs:
             self._mlflow.log_inputs(self._run, inputs)
 
