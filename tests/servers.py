@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -130,6 +132,77 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
                 return
         except OSError:
             time.sleep(0.1)
+
+
+class WandbServer:
+    """As much of a W&B server as its client needs to open a run and send its history.
+
+    `refusal`: the status with which it answers everything, or None. It keeps no run from one opening to the
+    next: what was sent of each is in `opened`, `rows` and `exits`.
+    """
+
+    def __init__(self) -> None:
+        self.refusal: int | None = None
+        self.refused = 0
+        self.opened: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.exits: list[int] = []
+        standing = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    sent = gzip.decompress(sent)
+                status, answer = standing._answer(self.path, sent)
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_PUT = do_POST  # noqa: N815 - names of http.server's
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _answer(self, path: str, sent: bytes) -> tuple[int, Any]:
+        if self.refusal is not None:
+            self.refused += path == "/graphql"
+            return self.refusal, {}
+        if path.endswith("/file_stream"):
+            said = json.loads(sent)
+            history = said.get("files", {}).get("wandb-history.jsonl", {"content": []})
+            self.rows += [json.loads(line) for line in history["content"]]
+            self.exits += [said["exitcode"]] if said.get("complete") else []
+        if path != "/graphql":
+            return 200, {}
+        said = json.loads(sent)
+        return 200, {"data": self._data(said["query"], said.get("variables") or {})}
+
+    def _data(self, query: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if "mutation UpsertBucket" in query:
+            self.opened.append(asked["name"])
+            project = {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": asked["name"], "displayName": asked["displayName"]}
+            return {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}
+        if "mutation CreateRunFiles" in query:
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in asked["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        if "viewer" in query:
+            return {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}"}}
+        return {}
 
 
 class Proxy:

@@ -523,6 +523,28 @@ def test_a_tag_that_is_set_to_none_is_removed(open_run: Open) -> None:
     assert _seen(run).tags == {"size": "3"}
 
 
+def test_texts_with_half_of_a_surrogate_pair_are_kept_without_it(open_run: Open) -> None:
+    half = "a\ud800b"
+    with open_run(config={"path": half}) as run:
+        run.tag(t=half)
+        run.note(half)
+        run.params(p=half)
+        run.text("said", half)
+        run.table("cells", [{"column": half, half: 1}])
+        run.image("black", np.zeros((4, 4)), caption=half)
+        with pytest.raises(ValueError, match="not a valid metric name"):
+            run.log({half: 1.0})
+        run.log(loss=1.0)
+    seen = _seen(run)
+    assert (seen.tags, seen.params, [text for _, text in seen.notes]) == ({"t": "a?b"}, {"p": "a?b"}, ["a?b"])
+    assert run.directory.record()["config"]["path"] == "a?b"
+    assert [one.about.get("caption") for one in seen.media if one.kind == "image"] == ["a?b"]
+    (table,) = (one for one in seen.media if one.kind == "table")
+    assert media.read_table((run.directory.path / table.file["path"]).read_bytes()) == (
+        ["column", "a?b"], [["a?b", 1]],
+    )  # fmt: skip
+
+
 class _Mode(enum.Enum):
     FAST = "fast"
 

@@ -606,6 +606,7 @@ class Attempt:
         """There is something to ship and to look after."""
         jobs = [Job(_SYNC_SECONDS, self._sync)]
         if self.world.rank == 0:
+            follower.say_what_is_disabled()
             self._shipping.begin()
             self._uploads.begin()
             jobs += [

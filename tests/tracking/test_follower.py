@@ -187,10 +187,14 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
         assert data.params["found_out"] == "5"
         assert len(data.params) == 154
         assert [name for name in data.tags if name.startswith("stoker.params.")] == ["stoker.params.lr"]
-        assert data.params["long"] == "x" * 6000
+        assert data.params["long"] == "x" * 5999 + "…"
+        assert data.tags["note"] == "y" * 4999 + "…"
         assert data.tags["fingerprint.data"] == "abc"
         notes = data.tags["mlflow.note.content"]
-        assert (len(notes), notes.lstrip("z")) == (5000, "\n\ntwo\n\nparagraphs\n\nthe newest")
+        assert notes.startswith("zzz")
+        assert "z\n\n…\n\nz" in notes
+        assert notes.endswith("z\n\ntwo\n\nparagraphs\n\nthe newest")
+        assert len(notes) <= 5000
         assert data.tags["mlflow.source.git.commit"] == "c0ffee"
         assert data.tags["mlflow.source.name"] == "examples/own_loop.py"
         assert data.tags["mlflow.runName"] == "a"
@@ -208,6 +212,56 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
         assert orjson.loads(Path(table).read_bytes()) == {"columns": ["prompt"], "data": [["a"], [None]]}
         ledger.file_of(run, "mlflow").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["my runs"]
+
+
+def test_mlflow_says_why_a_run_ended_and_no_longer_once_it_goes_on(
+    runs: Path, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    trainer = Trainer(run)
+    trainer.journal.append("begun_from", step=7)
+    trainer.journal.append("attempt_ended", status="failed", error="of rank 0")
+    trainer.die()
+    journal.note_failure(run.journal, trainer.number, "rank 1: " + "x" * 9000)
+    finish(run)
+    tags = seen(runs).run.data.tags
+    assert tags["stoker.status"] == "failed"
+    assert tags["stoker.error"] == "rank 1: " + "x" * 4991 + "…"
+    assert tags["stoker.begun_from"] == "step 7 of another run's checkpoint"
+    for status in ("preempted", "stopped"):
+        Trainer(run).end(status)
+        finish(run)
+        mlflow = seen(runs)
+        assert (mlflow.status, mlflow.run.data.tags["stoker.status"]) == ("KILLED", status)
+        assert "stoker.error" not in mlflow.run.data.tags
+
+
+def test_mlflow_has_who_began_a_run_its_script_and_its_inputs_once(
+    runs: Path, finish: Any, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ada")
+    run = RunDirectory(runs / "digits" / "a")
+    run.create({"uid": "a", "id": "a", "experiment": "digits", "config": {}, "command": ["train.py", "1"]})
+    storage.write_json(
+        run.provenance / "data.json", {"images": {"path": "/data", "fingerprint": f"sha256:{'c' * 64}"}}
+    )
+    files = [{"path": "weights", "size": 1, "sha256": "d" * 64}]
+    for _ in range(2):
+        trainer = Trainer(run)
+        made_by = {"experiment": "llm", "id": "first", "uid": "b"}
+        trainer.journal.append("used", name="model", run=made_by, files=files)
+        trainer.journal.append("used", name="file", run=None, files=files)
+        trainer.end("finished")
+        finish(run)
+        mlflow = seen(runs).run
+        assert mlflow.info.user_id == mlflow.data.tags["mlflow.user"] == "ada"
+        assert mlflow.data.tags["mlflow.source.name"] == "train.py"
+        inputs = {one.dataset.name: one.dataset for one in mlflow.inputs.dataset_inputs}
+        assert len(mlflow.inputs.dataset_inputs) == len(inputs) == 3
+        assert inputs["images"].digest == "c" * 36
+        assert {name: orjson.loads(one.source) for name, one in inputs.items()} == {
+            "images": {"uri": "/data"}, "model": {"uri": "llm/first:model"}, "file": {"uri": "file"},
+        }  # fmt: skip
 
 
 def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -15,12 +16,12 @@ from typing import Any, cast
 
 import pytest
 from stoker import storage
-from stoker.run.directory import SWEEP_LOCK, RunDirectory
+from stoker.run.directory import SWEEP, SWEEP_LOCK, RunDirectory
 from stoker.threads import begun
 from stoker.tracking import follower, ledger
 from stoker.tracking.shipping import SweepShipping
 from stoker.tracking.sink import Batch, Ending, SinkRun
-from synthetic_run import DEADLINE, Trainer, make_run, until
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
 
 class Tracker:
@@ -136,6 +137,48 @@ def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
     assert follower.failing(trial) == {}
 
 
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+def test_the_search_in_mlflow_began_with_it_and_has_the_best_trial(
+    runs: Path, seen: Callable[[Path], Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "mlflow")
+    folder = runs / "digits"
+    folder.mkdir()
+    about = {"uid": "one", "space": {"lr": "log(0.1, 1)"}, "metric": "loss", "goal": "min"}
+    storage.write_json(folder / SWEEP, about)
+    os.utime(folder / SWEEP, (1e9, 1e9))
+    for number, losses in enumerate([[2.0, 5.0], [6.0, 3.0], [1.0], [math.nan]]):
+        trainer = Trainer(_new(folder, number))
+        for step, loss in enumerate(losses, 1):
+            trainer.log(step, loss=loss)
+        trainer.end("failed" if number == 2 else "finished")
+    for _ in range(2):
+        assert follower.follow_sweep(folder)
+        (parent,) = (run for run in seen(runs).runs if "stoker.sweep.uid" in run.data.tags)
+        assert (parent.info.start_time, parent.info.status) == (1e12, "FINISHED")
+        assert parent.data.metrics == {"loss": 3.0}
+        assert len(seen(runs).client.get_metric_history(parent.info.run_id, "loss")) == 1
+        assert parent.data.tags["stoker.best"] == "trial-0001"
+        assert parent.data.tags["stoker.best.lr"] == "0.1"
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+def test_a_sink_that_fails_does_not_keep_mlflow_from_the_end_of_the_search(
+    runs: Path, tracker: Tracker, seen: Callable[[Path], Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "tensorboard,mlflow")
+    (runs / "digits").mkdir()
+    (runs / "digits" / SWEEP).write_text('{"uid": "one", "space": {}}')
+    _trial(runs / "digits", 0)
+
+    def fail(run: RunDirectory) -> None:
+        raise ConnectionError("nobody is there")
+
+    tracker.opens = fail
+    assert not follower.follow_sweep(runs / "digits", patience=0.0)
+    assert [run.info.status for run in seen(runs).runs] == ["FINISHED", "FINISHED"]
+
+
 class _Runs:
     """A process that has not ended."""
 
@@ -236,6 +279,17 @@ def test_a_running_trial_is_shipped_with_a_share_of_a_core_unless_a_user_waits(
     began = time.monotonic()
     assert follower.follow(trainer.directory, "tensorboard", once=True, hurry=hurry)
     assert time.monotonic() - began > (0.0 if hurry else 0.9)
+
+
+def test_a_follower_that_a_user_waits_for_says_why_its_try_failed(folder: Path, tracker: Tracker) -> None:
+    trial = _trial(folder, 0)
+
+    def fail(run: RunDirectory) -> None:
+        raise ConnectionError("nobody is there")
+
+    tracker.opens = fail
+    assert not follower.follow(trial, "tensorboard", once=True, patience=0.0, hurry=True)
+    assert follower.failing(trial) == {"tensorboard": "ConnectionError: nobody is there"}
 
 
 def test_what_a_trainer_logs_before_its_end_is_shipped_with_the_end(folder: Path, tracker: Tracker) -> None:

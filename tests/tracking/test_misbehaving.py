@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -165,6 +166,47 @@ def test_replaced_artifacts_are_deleted_over_http_if_the_server_allows_it(
     assert Path(same).read_text() == "['new', 'same']"
     said = (run.logs / "follower.log").read_text()
     assert said.count("MLflow cannot delete artifacts") == bool(kept)
+
+
+@pytest.mark.parametrize("is_server", [True, False], ids=["server", "embedded"])
+def test_artifacts_of_any_name_arrive_and_are_replaced(
+    tmp_path: Path, server: str, stoker: Any, monkeypatch: pytest.MonkeyPatch, is_server: bool
+) -> None:
+    runs = tmp_path / "runs"
+    monkeypatch.setenv("STOKER_SINKS", "mlflow")
+    if is_server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    run = make_run(runs, experiment="any-name")
+    names = ["x#1.txt", "x#2.txt", "p%20q.txt", "p q.txt", "p%2520q.txt", "a?b", "a;b", "a%b", "größe.txt"]
+    folder = tmp_path / "sub?dir"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(name)
+    for given in [folder, *(folder / name for name in names)]:
+        _ship_artifact(run, given)
+    assert stoker("sync", run.id).code == 0
+    seen = Seen(server if is_server else store.embedded_uri(runs), run.experiment)
+    inside = f"sub_dir-{_mark('sub?dir')}"
+    for places in (seen.artifacts(inside), [place for place in seen.artifacts() if place != inside]):
+        files = [seen.client.download_artifacts(seen.run.info.run_id, place) for place in places]
+        assert sorted(Path(file).read_text() for file in files) == sorted(names)
+
+    for name in names[1:]:
+        (folder / name).unlink()
+    _ship_artifact(run, folder)
+    assert stoker("sync", run.id).code == 0
+    assert seen.artifacts(inside) == [f"{inside}/x_1-{_mark('x#1.txt')}.txt"]
+
+
+def _mark(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:6]
+
+
+def _ship_artifact(run: RunDirectory, given: Path) -> None:
+    files = artifacts.describe(run, artifacts.bring_in(run, given, given.name))
+    trainer = Trainer(run)
+    trainer.journal.append("artifact", name=given.name, kind="file", files=files)
+    trainer.end("finished")
 
 
 def test_a_full_disk_under_sqlite_stops_nothing_and_room_completes_it(

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from stoker.cli import ui
 from stoker.run import artifacts
 from stoker.tracking import follower, store
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
@@ -96,8 +97,53 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
     assert mlflow.artifacts() == ["report.html"]
     (state,) = follower.state(run)
     assert (state.pending, state.error) == (0, None)
-    assert state.where == f"http://127.0.0.1:{port}/#/experiments/1/runs/{mlflow.run.info.run_id}"
+    page = f"/#/experiments/1/runs/{mlflow.run.info.run_id}?workflowType=machine_learning"
+    assert state.where == f"http://127.0.0.1:{port}{page}"
     assert not store.database(tmp_path / "runs").exists()
+
+
+def test_ui_says_that_it_does_not_serve_the_server_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    page = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
+    shown = f"{page} shows {tmp_path / 'mlflow.db'}"
+    assert ui._shows("http://127.0.0.1:5000", tmp_path / "mlflow.db") == shown
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@there")
+    elsewhere = ", but not what is tracked at http://there (MLFLOW_TRACKING_URI)"
+    assert ui._shows("http://127.0.0.1:5000", tmp_path / "mlflow.db") == shown + elsewhere
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("localhost:5601", "MLFLOW_TRACKING_URI=localhost:5601 lacks its scheme: set it to http://localhost:5601"),
+        ("./mlr", "MLFLOW_TRACKING_URI=./mlr is a folder"),
+        ("file:///tmp/mlr", "MLFLOW_TRACKING_URI=file:///tmp/mlr is a folder"),
+        ("http://me:secret@127.0.0.1:PORT", "http://127.0.0.1:PORT does not answer"),
+    ],
+)  # fmt: skip
+def test_a_script_of_a_moment_says_that_its_store_cannot_be_used(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("PORT", str(port)))
+    script = "import stoker\nwith stoker.Run('e', 'a') as run: run.log(loss=1.0)"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    (line,) = ended.stderr.splitlines()
+    assert said.replace("PORT", str(port)) in line
+    assert "`stoker sync a`" in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "http://127.0.0.1:5000", "sqlite:///a.db", "databricks", "databricks://me", "postgresql://a:5/b"],
+)
+def test_an_address_that_mlflow_may_know_is_not_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert store.unusable() is None
 
 
 def test_sync_ships_what_no_follower_did_and_ui_shows_it(

@@ -198,6 +198,7 @@ def begun(made: Prepared, places: Places, deadline: float | None) -> Iterator[tu
 def _shipped(folder: Path) -> Iterator[SweepShipping]:
     """Keep a process running that ships the trials of a search to the trackers, if there are any."""
     shipping = SweepShipping(folder, follower.enabled())
+    follower.say_what_is_disabled()
     shipping.begin()
     looking = Periodic([Job(_SINKS_SECONDS, shipping.look_after)])
     try:

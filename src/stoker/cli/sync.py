@@ -45,7 +45,8 @@ def sync(
         _restore(found, again)
     copied = _upload(found)
     if not follower.enabled() and (rebuild or not copied):
-        raise BadInput("STOKER_SINKS=none turns off every sink: unset it to ship this run")
+        follower.say_what_is_disabled()
+        raise BadInput("STOKER_SINKS turns off every sink: set it to those to ship this run to")
     replaced = follower.rebuild(found) if rebuild else {}
     before = {sink.name: sink.pending for sink in follower.state(found)}
     code = _ship(found)
@@ -132,6 +133,7 @@ def _anew(sink: str, replaced: dict[str, str | None]) -> str:
 
 
 def _explain(found: RunDirectory, sinks: list[SinkState]) -> str:
-    failing = [f"{sink.name} ({sink.where}) lacks {sink.pending} events: {sink.error}"
+    unknown = f"it has not answered; see {found.logs / 'follower.log'}"
+    failing = [f"{sink.name} ({sink.where}) lacks {sink.pending} events: {sink.error or unknown}"
                for sink in sinks if sink.pending]  # fmt: skip
     return "; ".join(failing) or f"the follower failed: see {found.logs / 'follower.log'}"

@@ -23,7 +23,6 @@ from stoker.run import finding
 from stoker.tracking import store
 
 _HOST = "127.0.0.1"
-_PAGE = "#/experiments?workflowType=machine_learning"  # by default MLflow opens its pages for agents
 _START_TIMEOUT = 120.0  # seconds
 _STOP_TIMEOUT = 10.0
 
@@ -47,9 +46,15 @@ def ui(
         url = f"http://{_HOST}:{port}"
         _wait_until_it_answers(server, url, output)
         found = {"url": url, "store": str(database)}
-        answer(json, found, f"{url}/{_PAGE} shows {database}; press Ctrl-C to stop")
+        answer(json, found, f"{_shows(url, database)}; press Ctrl-C to stop")
         if server.wait() != 0:
             raise StokerError(f"the MLflow server exited: {_last_line(output)}")
+
+
+def _shows(url: str, database: Path) -> str:
+    elsewhere = store.without_credentials(store.server_uri() or "")
+    rest = f", but not what is tracked at {elsewhere} (MLFLOW_TRACKING_URI)" if elsewhere else ""
+    return f"{store.page(url)} shows {database}{rest}"
 
 
 def _check_free(port: int) -> None:

@@ -77,6 +77,8 @@ def _wandb(runs: str) -> Finding:
     from stoker.tracking import wandb_sink
 
     name = f"wandb {version('wandb')}"
+    if wandb_sink.mode() == "disabled":
+        return ok(f"{name}, disabled by its settings: no run goes there")
     if wandb_sink.mode() == "online":
         return _wandb_server(name, wandb_sink.server().rstrip("/"), wandb_sink.key())
     if wandb_sink.key() or os.environ.get("WANDB_MODE"):

@@ -21,6 +21,7 @@ from typing import Any
 
 import orjson
 from stoker import redaction
+from stoker.run.values import encodable
 
 Event = dict[str, Any]
 
@@ -59,7 +60,12 @@ class JournalWriter:
         if kind not in _OF_NUMBERS:
             fields = redaction.tree(fields)
         event = {"type": kind, "time": time.time(), **fields}
-        self._write(orjson.dumps(event, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+        options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+        try:
+            line = orjson.dumps(event, option=options)
+        except TypeError:
+            line = orjson.dumps(encodable(event), option=options)
+        self._write(line)
 
     def append_values(self, step: int, values: Mapping[str, float]) -> None:
         """Write finite metric values, as `append` does but faster."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stoker import redaction, storage
 from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
+from stoker.run.values import encodable
 
 FOLDERS = {"table": "tables", "figure": "figures", "image": "images", "text": "texts"}
 """The folder of each kind, below the run's artifacts."""
@@ -62,7 +63,10 @@ def table(rows: Any, columns: Sequence[str] | None) -> Encoded:
     import pyarrow as pa
     from pyarrow import parquet
 
-    found = _without_secrets(_arrow(rows, columns))
+    try:
+        found = _without_secrets(_arrow(rows, columns))
+    except UnicodeEncodeError:
+        found = _without_secrets(_arrow(encodable(rows), encodable(columns)))
     sink = pa.BufferOutputStream()
     parquet.write_table(found, sink, compression="zstd")
     about = {"columns": found.column_names, "rows": found.num_rows}

@@ -22,7 +22,7 @@ def recorded(values: Mapping[str, Any], what: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
         try:
-            found |= orjson.loads(orjson.dumps({key: _plain(value)}))
+            found |= orjson.loads(orjson.dumps(encodable({key: _plain(value)})))
         except TypeError as error:
             raise TypeError(
                 f"{what}: {key!r} is {value!r}, of a type that cannot be recorded ({error}): keys must be "
@@ -30,6 +30,15 @@ def recorded(values: Mapping[str, Any], what: str) -> dict[str, Any]:
                 "dicts of these"
             ) from None
     return found
+
+
+def encodable(value: Any) -> Any:
+    """A value in whose texts `?` stands for what UTF-8 has no code for: half of a surrogate pair."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, Mapping):
+        return {encodable(key): encodable(inner) for key, inner in value.items()}
+    return [encodable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ BATCH_EVENTS = 500
 SYSTEM = "system/"
 """Prefix of the names of machine metrics, whose steps are sample numbers."""
 
-_SHIPPED = {"metrics", "system", "media", "artifact", "used", "tags", "params", "note", "attempt_started"}
+_SHIPPED = {"metrics", "system", "media", "artifact", "used", "tags", "params", "note", "attempt_started",
+            "begun_from"}  # fmt: skip
 
 
 class Feed:
@@ -45,7 +47,10 @@ class Feed:
         self._artifacts: dict[str, list[dict[str, Any]]] = {}
         self._samples = 0
         self._reductions: dict[int, Reduction] = {}
+        self._attempt = 0
         self._ending: Ending | None = None
+        self._errors: dict[int, str | None] = {}
+        """Of attempts, as their launchers recorded it; they know more than rank 0."""
         self._last_event = 0.0
         for event in journal.read(folder, self.cursor, until=cursor):
             self._add(event, Batch())
@@ -62,7 +67,8 @@ class Feed:
 
     def ending(self) -> Ending:
         """How the run ended, once its process is gone: killed, unless the journal says otherwise."""
-        return self._ending or Ending(view.KILLED, self._last_event)
+        ending = self._ending or Ending(view.KILLED, self._last_event)
+        return replace(ending, error=self._errors.get(self._attempt, ending.error))
 
     def _add(self, event: Event, batch: Batch) -> None:
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # reported by the view
@@ -84,11 +90,13 @@ class Feed:
                 self._notes.append((event["time"], event["text"]))
                 batch.notes = [text for _, text in sorted(self._notes)]
             elif kind == "attempt_started":
-                self._ending = None
+                self._attempt, self._ending = event["attempt"], None
                 batch.attempt_started = True
                 batch.tags.update(_drift(event))
             elif kind == "attempt_ended":
-                self._ending = Ending(event["status"], event["time"])
+                self._ending = Ending(event["status"], event["time"], event.get("error"))
+            elif kind == "attempt_failed":
+                self._errors[event["of"]] = event["error"]
             elif kind == "artifact":
                 self._add_artifact(event, batch)
             else:
@@ -176,8 +184,12 @@ def _add_other(event: Event, batch: Batch) -> None:
         batch.tags.update(event["tags"])
     elif kind == "params":
         batch.params.update(event["values"])
-    elif kind == "used" and event["run"] is not None:
-        batch.tags[f"stoker.used.{event['name']}"] = f"{event['run']['experiment']}/{event['run']['id']}"
+    elif kind == "used":
+        batch.used.append(event)
+        if event["run"] is not None:
+            batch.tags[f"stoker.used.{event['name']}"] = f"{event['run']['experiment']}/{event['run']['id']}"
+    elif kind == "begun_from":
+        batch.tags["stoker.begun_from"] = f"step {event['step']} of another run's checkpoint"
 
 
 def _drift(event: Event) -> dict[str, str | None]:

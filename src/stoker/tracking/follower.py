@@ -23,8 +23,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +63,30 @@ class SinkState:
 
 
 def enabled() -> tuple[str, ...]:
-    """The sinks named in STOKER_SINKS: `mlflow` by default, no sinks for `none`.
+    """The sinks named in STOKER_SINKS: `mlflow` by default, no sinks for `none`; not W&B if it is disabled.
 
     Raises BadInput for a sink that is unknown or not installed.
     """
     names = named()
     for name in names:
         check(name)
-    return names
+    return tuple(name for name in names if name != "wandb" or _disabling_wandb() is None)
+
+
+def say_what_is_disabled() -> None:
+    """Say so if a sink that STOKER_SINKS names is disabled."""
+    setting = _disabling_wandb()
+    if setting is not None and "wandb" in named():
+        log.warning("%s: nothing goes to W&B; `stoker sync` without it ships the run later", setting)
+
+
+def _disabling_wandb() -> str | None:
+    """The environment's setting that disables W&B, if there is one."""
+    if os.environ.get("WANDB_MODE", "").lower() == "disabled":
+        return "WANDB_MODE=disabled"
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"
+    return None
 
 
 def named() -> tuple[str, ...]:
@@ -167,26 +182,50 @@ def follow(
     once: bool = False,
     patience: float = PATIENCE,
     hurry: bool = False,
-    failures: int = 0,
 ) -> bool:
     """Ship a run to a sink; returns whether all of it was shipped.
 
     Continues until the trainer is gone, or with `once` until everything in the journal now is
     shipped. After that, a failing sink is retried for `patience` seconds. With `hurry`, which is for a
-    user who waits, the sink may use more than its share of a core. `failures` is how often in a row this
-    failed before.
+    user who waits, the sink may use more than its share of a core.
     """
     goal = feed.end(directory.journal) if once else None
-    task = _Task(directory, name, goal, patience, hurry, failures)
-    lock = task.take_turn()
-    if lock is None:
-        return task.complete()
-    shipper = Shipper(directory, ledger.file_of(directory, name), _SINKS[name])
-    try:
-        return task.ship(shipper)
-    finally:
-        shipper.close()
-        os.close(lock)
+    with contextlib.closing(_Hold(directory, name)) as hold:
+        return hold.ship(_Task(directory, name, goal, patience, hurry))
+
+
+class _Hold:
+    """A run's sink in this follower's hands: no other ships to it, and it stays open, until `close`."""
+
+    def __init__(self, directory: RunDirectory, name: str) -> None:
+        self._directory, self._name = directory, name
+        self._lock: int | None = None
+        self._shipper: Shipper | None = None
+
+    @property
+    def concluded(self) -> bool:
+        """Whether the sink was told how the run ended."""
+        return self._shipper is not None and self._shipper.concluded
+
+    def ship(self, task: _Task) -> bool:
+        """Ship what the task says; returns whether all of it was shipped."""
+        if self._lock is None:
+            self._lock = task.take_turn()
+            if self._lock is None:
+                return task.complete()
+        if self._shipper is None:
+            file = ledger.file_of(self._directory, self._name)
+            self._shipper = Shipper(self._directory, file, _SINKS[self._name])
+        return task.ship(self._shipper)
+
+    def close(self) -> None:
+        """Close the sink, and leave it to other followers."""
+        shipper, self._shipper = self._shipper, None
+        lock, self._lock = self._lock, None
+        if shipper is not None:
+            shipper.close()
+        if lock is not None:
+            os.close(lock)
 
 
 @dataclass(frozen=True)
@@ -269,8 +308,9 @@ class _Task:
                 failures = 0
             except Exception as error:
                 failures += 1
-                shipper.failed(error, report=failures >= _REPORTED_AFTER)
-                if self._out_of_patience():
+                gives_up = self._out_of_patience()
+                shipper.failed(error, report=failures >= _REPORTED_AFTER or (gives_up and self._hurry))
+                if gives_up:
                     return False
             self._sleep(_backoff(failures, alone=not alive), before)
         return False
@@ -361,39 +401,61 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
     which a sink fails has its turn with increasing delays; after the search, for `patience` seconds.
     """
     over_since: float | None = None
-    attempts: defaultdict[tuple[str, str], _Attempts] = defaultdict(_Attempts)
-    while True:
-        over = not storage.is_locked(folder / SWEEP_LOCK)  # checked first: nothing is added after its end
-        runs = _runs(folder)
-        training = any(run.trained_here for run in runs)  # checked before what they logged
-        behind = [run for run in runs if _is_behind(run)]
-        for run in behind:
-            due = {name: attempts[run.id, name] for name in enabled()}
-            _ship_trial(run, {name: tried for name, tried in due.items() if tried.due(alone=over)})
-        if over and not training and not behind:
-            return _end_sweep(folder)
-        over_since = (over_since or time.monotonic()) if over else None
-        if over_since is not None and time.monotonic() - over_since > patience:
-            return False
-        time.sleep(INTERVAL)
+    turns: dict[tuple[str, str], _Turns] = {}
+    with contextlib.ExitStack() as held:
+        while True:
+            over = not storage.is_locked(folder / SWEEP_LOCK)  # checked first: nothing is added after its end
+            runs = _runs(folder)
+            training = any(run.trained_here for run in runs)  # checked before what they logged
+            behind = [run for run in runs if _is_behind(run)]
+            for run in behind:
+                for name in enabled():
+                    if (run.id, name) not in turns:
+                        turns[run.id, name] = held.enter_context(contextlib.closing(_Turns(run, name)))
+                due = [turns[run.id, name] for name in enabled()]
+                _ship_trial([turn for turn in due if turn.due(alone=over)])
+            if over and not training and not behind:
+                return _end_sweep(folder)
+            over_since = (over_since or time.monotonic()) if over else None
+            if over_since is not None and time.monotonic() - over_since > patience:
+                _end_sweep(folder)  # the sink that fails may be another
+                return False
+            time.sleep(INTERVAL)
 
 
-@dataclass
-class _Attempts:
-    """The attempts to ship a trial to a sink."""
+class _Turns:
+    """A trial's turns of being shipped to a sink.
 
-    failures: int = 0
-    """In a row."""
-    newest: float = 0.0
+    The sink stays open from one to the next while the trial lives: to open it again can take seconds, and
+    W&B makes another folder of files each time.
+    """
+
+    def __init__(self, run: RunDirectory, name: str) -> None:
+        self.run, self._name = run, name
+        self._hold = _Hold(run, name)
+        self._failures = 0  # in a row
+        self._newest = 0.0
 
     def due(self, *, alone: bool) -> bool:
         """Whether it is time for another; see `_backoff`."""
-        waits = _backoff(self.failures, alone=alone) if self.failures else 0.0
-        return time.monotonic() - self.newest >= waits
+        waits = _backoff(self._failures, alone=alone) if self._failures else 0.0
+        return time.monotonic() - self._newest >= waits
 
-    def note(self, shipped: bool) -> None:
-        self.failures = 0 if shipped else self.failures + 1
-        self.newest = time.monotonic()
+    def take(self) -> None:
+        """Ship the trial as far as it is now."""
+        shipped = False
+        try:
+            goal = feed.end(self.run.journal)
+            shipped = self._hold.ship(_Task(self.run, self._name, goal, 0.0, failures=self._failures))
+        finally:
+            if not shipped or self._hold.concluded:
+                self.close()
+            self._failures = 0 if shipped else self._failures + 1
+            self._newest = time.monotonic()
+
+    def close(self) -> None:
+        """Close the sink."""
+        self._hold.close()
 
 
 def _runs(folder: Path) -> list[RunDirectory]:
@@ -410,29 +472,29 @@ def _is_behind(run: RunDirectory) -> bool:
         return run.exists()
 
 
-def _ship_trial(run: RunDirectory, due: Mapping[str, _Attempts]) -> None:
-    """Ship a trial as far as it is now to the sinks whose turn it is. An error is logged and noted.
+def _ship_trial(due: Sequence[_Turns]) -> None:
+    """Ship a trial as far as it is now to the sinks whose turn it is. An error is logged.
 
     A trial that failed before its first metric is removed, which can happen at any moment in here.
     """
     with ThreadPoolExecutor(max(len(due), 1)) as pool:
-        shipping = {
-            name: pool.submit(follow, run, name, once=True, patience=0.0, failures=tried.failures)
-            for name, tried in due.items()
-        }
-    for name, shipped in shipping.items():
+        shipping = [(turn.run, pool.submit(turn.take)) for turn in due]
+    for run, shipped in shipping:
         error = shipped.exception()
         if error is not None and run.exists():
             log.warning("%s: %s: %s", run.id, type(error).__name__, error)
-        due[name].note(error is None and shipped.result())
 
 
 def _end_sweep(folder: Path) -> bool:
-    """Tell MLflow that a search is over for now."""
+    """Tell MLflow that a search is over for now; returns whether it could be told."""
     if "mlflow" in enabled() and (runs := _runs(folder)):
         from stoker.tracking.mlflow_sink import MlflowSink
 
-        MlflowSink(runs[0]).conclude_sweep()
+        try:
+            MlflowSink(runs[0]).conclude_sweep(runs)
+        except Exception as error:  # whatever MLflow's client raises
+            log.warning("the end of the search: %s: %s", type(error).__name__, error)
+            return False
     return True
 
 

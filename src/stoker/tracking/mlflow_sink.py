@@ -9,23 +9,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import orjson
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking.context.default_context import DefaultRunContext
+from mlflow.utils.mlflow_tags import MLFLOW_USER
 from stoker import storage
 from stoker.errors import StokerError
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
 from stoker.tracking import identity, store
-from stoker.tracking.sink import Batch, Ending, SinkRun
+from stoker.tracking.sink import Batch, Ending, Point, SinkRun
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +41,17 @@ _LONGEST_TAG = 5000  # MLflow accepts 8000, some databases fewer
 _LONGEST_KEY = 250
 _LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is stored only as Parquet
 _NOTE = "mlflow.note.content"
+_LONGEST_DIGEST = 36
+_OMITTED = "\n\n…\n\n"
 _PARENT = "mlflow.parentRunId"
 _IDENTITY = "stoker.run"
 _EDITION = "stoker.edition"
+_ENDED = "stoker.status"
+_ERROR = "stoker.error"
+_BEST = "stoker.best"
 _REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
+_MISREAD = re.compile(r"[#?%;\\\x00-\x1f\x7f]")  # in names of files: in requests they have a meaning
 _SPELLED = {"@": "__at__", "%": "__percent__"}
 _SPELLINGS = re.compile("|".join(_SPELLED.values()))
 _MEANT = {spelling: character for character, spelling in _SPELLED.items()}
@@ -72,15 +82,18 @@ class MlflowSink:
         experiment, self._run = self._located(known, edition) or self._found_or_made(started, edition)
         parent = self._sweep(experiment)
         self._log_texts(self._params(), {**self._tags(), **({_PARENT: parent} if parent else {})})
+        self._log_data()
         where = store.without_credentials(self._uri).rstrip("/")
         if where.startswith("http"):
-            return SinkRun(self._run, f"{where}/#/experiments/{experiment}/runs/{self._run}")
+            return SinkRun(self._run, store.page(where, f"/{experiment}/runs/{self._run}"))
         return SinkRun(self._run, f"{where} run {self._run}")
 
     def ship(self, batch: Batch) -> None:
         """Store points, media, artifacts, params, tags and notes."""
         if batch.attempt_started:
             self._mlflow.update_run(self._run, status="RUNNING")
+            self._mlflow.set_tag(self._run, _ENDED, view.RUNNING)
+            self._delete_tag(_ERROR)
         for chunk in _chunks(batch.points, _METRICS_PER_REQUEST):
             metrics = [Metric(self._named(p.metric), p.value, int(p.time * 1000), p.step) for p in chunk]
             self._mlflow.log_batch(self._run, metrics=metrics)
@@ -92,20 +105,35 @@ class MlflowSink:
         self._log_texts(params, {**kept, **changed, **{k: v for place in places for k, v in place.items()}})
         for name in batch.tags.keys() - kept.keys():
             self._delete_tag(key(name))
+        if batch.used:
+            self._mlflow.log_inputs(self._run, [_used(event) for event in batch.used])
         if batch.notes:  # MLflow shows them as the run's description
-            self._mlflow.set_tag(self._run, _NOTE, "\n\n".join(batch.notes)[-_LONGEST_TAG:])
+            notes = _without_middle("\n\n".join(batch.notes), _LONGEST_TAG)
+            self._mlflow.set_tag(self._run, _NOTE, notes)
 
     def conclude(self, ending: Ending) -> None:
-        """Set the MLflow run's final status and end time."""
+        """Set the MLflow run's final status and end time, and, as tags, what MLflow has no status for."""
+        self._log_texts({}, {_ENDED: ending.status, **({_ERROR: ending.error} if ending.error else {})})
+        self._log_data()
         status = _STATUS.get(ending.status, "KILLED")
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
 
-    def conclude_sweep(self) -> None:
-        """End the MLflow run of the search that this run is a trial of."""
+    def conclude_sweep(self, trials: Sequence[RunDirectory]) -> None:
+        """End the MLflow run of the search that this run is a trial of; it gets the best trial's value."""
         self._client = self._connected()
         parent = self._sweep(self._experiment())
-        if parent is not None:
-            self._mlflow.set_terminated(parent)
+        if parent is None:
+            return
+        about = storage.read_json(self._directory.path.parent / SWEEP)
+        best = _best(trials, str(about.get("metric")), str(about.get("goal")))
+        if best is not None:
+            trial, point = best
+            config = trial.record()["config"]
+            found = {f"{_BEST}.{name}": config.get(name) for name in about["space"]}
+            tags = [RunTag(key(k), _cut(str(v), _LONGEST_TAG)) for k, v in {_BEST: trial.id, **found}.items()]
+            metric = Metric(key(point.metric), point.value, int(point.time * 1000), 0)
+            self._mlflow.log_batch(parent, metrics=[metric], tags=tags[:_TEXTS_PER_REQUEST])
+        self._mlflow.set_terminated(parent)
 
     def close(self) -> None:
         """There is nothing to release."""
@@ -165,7 +193,7 @@ class MlflowSink:
         return experiment, run
 
     def _made(self, experiment: str, started: float, edition: str) -> str:
-        tags = {_IDENTITY: self._identity, **({_EDITION: edition} if edition else {})}
+        tags = {_IDENTITY: self._identity, **_user(), **({_EDITION: edition} if edition else {})}
         made = self._mlflow.create_run(
             experiment, start_time=int(started * 1000), tags=tags, run_name=self._directory.id
         )
@@ -180,7 +208,8 @@ class MlflowSink:
 
         Another search can have the same name: one whose folder was deleted, or one on the same server.
         """
-        about = storage.read_json(self._directory.path.parent / SWEEP)
+        file = self._directory.path.parent / SWEEP
+        about = storage.read_json(file)
         if not about:
             return None
         name = self._directory.experiment
@@ -190,10 +219,11 @@ class MlflowSink:
             if run.info.status != "RUNNING":
                 self._mlflow.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)
-        made = self._mlflow.create_run(experiment, tags=tags, run_name=name)
+        began = int(file.stat().st_mtime * 1000)  # it is written once
+        made = self._mlflow.create_run(experiment, start_time=began, tags={**tags, **_user()}, run_name=name)
         settings = {k: v for k, v in about.items() if k not in ("space", "tries", "format")}
         texts = {**settings, **{f"space.{k}": v for k, v in about["space"].items()}}
-        params = [Param(key(k), str(v)[:_LONGEST_PARAM]) for k, v in texts.items()]
+        params = [Param(key(k), _cut(str(v), _LONGEST_PARAM)) for k, v in texts.items()]
         self._mlflow.log_batch(made.info.run_id, params=params[:_TEXTS_PER_REQUEST])
         return str(made.info.run_id)
 
@@ -231,7 +261,7 @@ class MlflowSink:
         if not values:
             return {}, {}
         known = self._mlflow.get_run(self._run).data
-        texts = {name: str(value)[:_LONGEST_PARAM] for name, value in values.items()}
+        texts = {name: _cut(str(value), _LONGEST_PARAM) for name, value in values.items()}
         has_other = {
             name
             for name, text in texts.items()
@@ -247,7 +277,7 @@ class MlflowSink:
         tags = {
             "mlflow.runName": self._directory.id,
             "mlflow.source.type": "LOCAL",
-            "mlflow.source.name": recipe.get("reference") or recipe.get("name"),
+            "mlflow.source.name": recipe.get("reference") or recipe.get("name") or _script(self._record),
             "mlflow.source.git.commit": code.get("commit"),
             "mlflow.source.git.branch": code.get("branch"),
             "mlflow.source.git.repoURL": code.get("remote"),
@@ -258,12 +288,18 @@ class MlflowSink:
 
     def _log_texts(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         for chunk in _chunks(list(params.items()), _TEXTS_PER_REQUEST):
-            texts = [Param(key(name), value[:_LONGEST_PARAM]) for name, value in chunk]
+            texts = [Param(key(name), _cut(value, _LONGEST_PARAM)) for name, value in chunk]
             self._mlflow.log_batch(self._run, params=texts)
         for chunk in _chunks(list(tags.items()), _TEXTS_PER_REQUEST):
-            self._mlflow.log_batch(
-                self._run, tags=[RunTag(key(name), value[:_LONGEST_TAG]) for name, value in chunk]
-            )
+            cut = [RunTag(key(name), _cut(value, _LONGEST_TAG)) for name, value in chunk]
+            self._mlflow.log_batch(self._run, tags=cut)
+
+    def _log_data(self) -> None:
+        """The data that the run has recorded so far, as inputs; MLflow stores each once."""
+        recorded = storage.read_json(self._directory.provenance / "data.json").items()
+        inputs = [_input(name, one.get("fingerprint", ""), one.get("path", name)) for name, one in recorded]
+        if inputs:
+            self._mlflow.log_inputs(self._run, inputs)
 
     def _named(self, metric: str) -> str:
         """The name of a metric in MLflow; logs it once if it differs."""
@@ -277,7 +313,7 @@ class MlflowSink:
 
     def _ship_media(self, event: Mapping[str, Any]) -> None:
         """Copy a media file to the artifacts; tables and figures also in a form that MLflow shows."""
-        folder, about = f"{event['kind']}s/{_path(event['name'])}", event["about"]
+        folder, about = f"{event['kind']}s/{_stored(_path(event['name']))}", event["about"]
         if event["file"] is None:
             self._mlflow.log_dict(self._run, about, f"{folder}/step-{event['step']:08d}.json")
             return
@@ -313,11 +349,21 @@ class MlflowSink:
             self._delete_tag(key(tag))
         for path, place in zip(paths, places, strict=True):
             if (root / path).is_file():
-                folder = None if len(place.parts) == 1 else str(place.parent)
-                self._mlflow.log_artifact(self._run, str(root / path), folder)
+                self._ship_file(root / path, place)
             else:
                 log.warning("artifact %s: %s is missing and was not shipped", name, root / path)
         return {}
+
+    def _ship_file(self, file: Path, place: PurePosixPath) -> None:
+        """Copy a file to its place in the artifacts: MLflow gives it the name that it has here."""
+        folder = None if len(place.parts) == 1 else str(place.parent)
+        if file.name == place.name:
+            self._mlflow.log_artifact(self._run, str(file), folder)
+            return
+        with tempfile.TemporaryDirectory() as there:
+            renamed = Path(there) / place.name
+            renamed.symlink_to(file)
+            self._mlflow.log_artifact(self._run, str(renamed), folder)
 
     def _delete_replaced(
         self, name: str, replaced: Sequence[Sequence[Mapping[str, Any]]], places: Sequence[PurePosixPath]
@@ -332,8 +378,7 @@ class MlflowSink:
             if not _is_too_large(files)
             for place in _places(name, [PurePosixPath(file["path"]) for file in files])
         }
-        # With one of these a request would name something else, which may be another artifact.
-        gone = {place for place in before - set(places) if not set("?#") & set(str(place))}
+        gone = before - set(places)
         if not gone or not self._can_delete:
             return
         folders = {folder for place in gone for folder in place.parents if folder.parts}
@@ -351,6 +396,41 @@ class MlflowSink:
                 "MLflow cannot delete artifacts (%s): files of artifacts that were replaced stay beside the "
                 "new ones, first %s of %s", error, min(gone), name,
             )  # fmt: skip
+
+
+def _user() -> dict[str, str]:
+    """Who creates a run, as MLflow's own client finds it."""
+    return {MLFLOW_USER: str(DefaultRunContext().tags()[MLFLOW_USER])}
+
+
+def _script(record: Mapping[str, Any]) -> str | None:
+    return next(iter(record.get("command") or ()), None)
+
+
+def _used(event: Mapping[str, Any]) -> DatasetInput:
+    """An artifact that the run uses as an input, identified by the checksums of its files."""
+    made_by, files = event["run"], sorted((file["path"], file["sha256"]) for file in event["files"])
+    source = f"{made_by['experiment']}/{made_by['id']}:{event['name']}" if made_by else event["name"]
+    return _input(event["name"], hashlib.sha256(orjson.dumps(files)).hexdigest(), source)
+
+
+def _input(name: str, fingerprint: str, source: str) -> DatasetInput:
+    digest = str(fingerprint).rpartition(":")[2][:_LONGEST_DIGEST] or "unknown"
+    where = orjson.dumps({"uri": str(source)}).decode()
+    return DatasetInput(Dataset(_cut(name, _LONGEST_KEY), digest, "local", where))
+
+
+def _best(trials: Sequence[RunDirectory], metric: str, goal: str) -> tuple[RunDirectory, Point] | None:
+    """The finished trial with the best newest value of the objective; None with several objectives."""
+    sign = {"min": 1.0, "max": -1.0}.get(goal)
+    found: list[tuple[float, RunDirectory, Point]] = []
+    for trial in trials if sign else ():
+        seen = view.load(trial)
+        series = seen.points.get(metric)
+        if seen.status == view.FINISHED and series and math.isfinite(value := float(series.y[-1])):
+            newest = Point(metric, int(series.x[-1]), value, float(series.time[-1]))
+            found.append(((sign or 1.0) * value, trial, newest))
+    return min(found, key=lambda one: one[0])[1:] if found else None
 
 
 def plotly_page(figure: str) -> str:
@@ -396,6 +476,17 @@ def key(name: str) -> str:
     return f"{str(_path(cleaned))[: _LONGEST_KEY - 7]}-{mark}"
 
 
+def _cut(text: str, longest: int) -> str:
+    """A text of at most so many characters; it ends with `…` if that is not all of it."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _without_middle(text: str, longest: int) -> str:
+    """The same, with `…` instead of the middle: what a run is for was noted first, what came of it last."""
+    half = (longest - len(_OMITTED)) // 2
+    return text if len(text) <= longest else text[:half] + _OMITTED + text[-half:]
+
+
 def _path(name: str) -> PurePosixPath:
     """A name as a relative path without `..`."""
     return PurePosixPath(*[part for part in name.split("/") if part not in ("", ".", "..")] or ["_"])
@@ -412,11 +503,26 @@ def _is_too_large(files: Sequence[Mapping[str, Any]]) -> bool:
 def _places(name: str, paths: Sequence[PurePosixPath]) -> list[PurePosixPath]:
     """Where each file of an artifact is in MLflow: below NAME; a single file of that name, at the top."""
     if len(paths) == 1 and paths[0].name == name:
-        return [PurePosixPath(name)]
+        return [_stored(PurePosixPath(name))]
     base = PurePosixPath(os.path.commonpath([path.parent for path in paths])) if paths else PurePosixPath()
     if name in base.parts:  # the given folder, even if all files are deeper
         base = PurePosixPath(*base.parts[: base.parts.index(name) + 1])
-    return [_path(name) / path.relative_to(base) for path in paths]
+    return [_stored(_path(name) / path.relative_to(base)) for path in paths]
+
+
+def _stored(place: PurePosixPath) -> PurePosixPath:
+    """A place in the artifacts without characters that MLflow's client or server reads as something else.
+
+    A name that had some gets a hash. MLflow's server undoes any quoting, so that does not help.
+    """
+    return PurePosixPath(*[_stored_part(part) for part in place.parts])
+
+
+def _stored_part(part: str) -> str:
+    cleaned = PurePosixPath(_MISREAD.sub("_", part))
+    if cleaned.name == part:
+        return part
+    return f"{cleaned.stem}-{hashlib.sha256(part.encode()).hexdigest()[:6]}{cleaned.suffix}"
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -69,6 +69,11 @@ class Shipper:
                     storage.sync_file(folder / name)
                     storage.sync_directory(folder)
 
+    @property
+    def concluded(self) -> bool:
+        """Whether the sink was told how the run ended, and nothing was shipped after that."""
+        return self._ledger.concluded
+
     def conclude(self) -> None:
         """Tell the sink how the run ended. Raises whatever the sink raises."""
         sink, source = self._opened()

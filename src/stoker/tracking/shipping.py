@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stoker.run.directory import RunDirectory
-from stoker.tracking import follower
+from stoker.tracking import follower, ledger, store
 from stoker.tracking.follower import SinkState
 
 log = logging.getLogger("stoker")
@@ -28,11 +28,14 @@ class _Shipping:
     def __init__(self, spawn: Callable[[], subprocess.Popen[bytes]], sinks: Sequence[str]) -> None:
         self._spawn, self._sinks = spawn, sinks
         self._warned: set[str] = set()
+        self._rest = "the search continues, and the rest is shipped later"
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
 
     def begin(self) -> None:
         """Start a follower."""
+        if "mlflow" in self._sinks and (reason := store.unusable()) is not None:
+            self._warn_once("mlflow", reason, self._rest)
         if self._sinks:
             self._process, self._begun = self._spawn(), time.monotonic()
 
@@ -63,6 +66,19 @@ class Shipping(_Shipping):
     def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
         super().__init__(lambda: follower.spawn(run), sinks)
         self._run = run
+        self._rest = f"training continues, and `stoker sync {run.id}` or the next start ships the rest"
+
+    def finish(self) -> None:
+        """Make sure, before the run ends, that a follower ships the rest; say so if it has no chance to.
+
+        A short run ends before its follower has found that out.
+        """
+        super().finish()
+        nothing_yet = not ledger.load(ledger.file_of(self._run, "mlflow")).offsets
+        if self._process is not None and "mlflow" in self._sinks and nothing_yet:
+            reason = store.unanswered()
+            if reason is not None:
+                self._warn_once("mlflow", reason, f"`stoker sync {self._run.id}` ships it later")
 
     def wait(self, timeout: float) -> list[SinkState]:
         """Wait at most `timeout` seconds for the follower of a closed run; returns each sink's state."""
@@ -75,8 +91,7 @@ class Shipping(_Shipping):
 
     def _warn(self) -> None:
         for name, error in follower.failing(self._run).items():
-            rest = f"training continues, and `stoker sync {self._run.id}` or the next start ships the rest"
-            self._warn_once(name, error, rest)
+            self._warn_once(name, error, self._rest)
 
 
 class SweepShipping(_Shipping):
@@ -101,4 +116,4 @@ class SweepShipping(_Shipping):
         super()._look(pause)
         if self._process is not None:
             for name, error in follower.failing_in(self._folder).items():
-                self._warn_once(name, error, "the search continues, and the rest is shipped later")
+                self._warn_once(name, error, self._rest)

@@ -36,6 +36,8 @@ class Batch:
     params: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """All notes of the run, the newest last, if there is a new one; otherwise empty."""
+    used: list[dict[str, Any]] = field(default_factory=list)
+    """`used` events: name, the run that made it (or None), files."""
     attempt_started: bool = False
 
     @property
@@ -45,10 +47,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: `status` as in `run.view`, and the `time`."""
+    """How a run ended: `status` as in `run.view`, the `time`, and the error, if it failed with one."""
 
     status: str
     time: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)

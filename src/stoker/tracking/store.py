@@ -10,10 +10,11 @@ import contextlib
 import itertools
 import os
 import re
+import socket
 import sqlite3
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.request import getproxies, proxy_bypass, url2pathname
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -37,6 +38,7 @@ _PLACES = (
 """The tables and columns of MLflow's database that hold the locations of artifacts."""
 _PATIENCE = 30.0  # seconds, for the database while another process writes to it
 
+_HOST_AND_PORT = re.compile(r"(?!(databricks|uc)\b)[\w.-]+:\d+(/|$)")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 
 
@@ -96,9 +98,44 @@ def sqlite_uri(file: Path) -> str:
     return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
 
 
+def page(server: str, place: str = "") -> str:
+    """The page of MLflow's UI for its experiments, or for a `place` below them.
+
+    Without the parameter MLflow opens its pages for agents.
+    """
+    return f"{server}/#/experiments{place}?workflowType=machine_learning"
+
+
 def server_uri() -> str | None:
     """The store that the environment names instead of the embedded one, or None."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def unusable() -> str | None:
+    """Why MLflow cannot use the store that the environment names, as far as its address tells."""
+    uri = server_uri() or ""
+    shown = f"MLFLOW_TRACKING_URI={without_credentials(uri)}"
+    if _HOST_AND_PORT.match(uri):
+        return f"{shown} lacks its scheme: set it to http://{without_credentials(uri)}, or https://"
+    is_folder = uri.startswith("file:") or (uri and ":" not in uri and uri not in ("databricks", "uc"))
+    if is_folder and not os.environ.get("MLFLOW_ALLOW_FILE_STORE"):
+        return f"{shown} is a folder, in which MLflow no longer stores runs: use sqlite:///FILE"
+    return None
+
+
+def unanswered(timeout: float = 1.0) -> str | None:
+    """Why the MLflow server that the environment names does not answer, as far as a connection tells."""
+    server = urlsplit(server_uri() or "")
+    if server.scheme not in ("http", "https") or server.hostname is None:
+        return None
+    if server.scheme in getproxies() and not proxy_bypass(server.hostname):
+        return None
+    try:
+        port = server.port or (443 if server.scheme == "https" else 80)
+        socket.create_connection((server.hostname, port), timeout).close()
+    except (OSError, ValueError) as error:
+        return f"{without_credentials(server.geturl())} does not answer: {error}"
+    return None
 
 
 def without_credentials(text: str) -> str:

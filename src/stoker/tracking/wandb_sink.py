@@ -15,19 +15,27 @@ import itertools
 import logging
 import os
 import re
+import shutil
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psutil
 import wandb
 from requests.utils import get_netrc_auth
+from stoker.errors import StokerError
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
 from stoker.tracking import identity, sink, wandb_files
 from stoker.tracking.feed import SYSTEM
 from stoker.tracking.sink import Batch, Ending, Point, SinkRun
+from wandb.sdk import wandb_setup
+from wandb.sdk.interface.interface_sock import InterfaceSock
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +44,15 @@ _LARGEST_TABLE = 10_000  # rows that W&B shows
 _WRITER_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0  # for which W&B buffers an offline run; by default 15
 _START_TIMEOUT = 30.0
+_GIVE_UP_TIMEOUT = 10.0
 _BEFORE = "https://api.wandb.ai"  # the name under which older versions of W&B store the same key
 _STEP = "step"
 _SAMPLE = f"{SYSTEM}sample"
 _ITS_OWN = {"_step", "_runtime", "_timestamp", "_wandb"}  # what W&B adds to each row by itself
 _TAKEN = {*_ITS_OWN, _STEP, _SAMPLE}
-_REFUSED = re.compile(r"[^\w.\-]")
+_REFUSED = re.compile(r"[^\w.\-]|^(wandb-|job$)", re.ASCII)  # in names and kinds of artifacts
+_LONGEST_NAME = 80
+_HELD = (bool, int, float, str, date, Decimal)  # types of cells that W&B's tables hold
 _EXIT_CODES = {view.FINISHED: 0}  # all others are 1
 
 
@@ -58,12 +69,14 @@ class WandbSink:
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Create or continue the W&B run, and find out which points it has."""
+        if mode() == "disabled":
+            raise StokerError("W&B's settings file disables it: run `wandb enabled`, or change STOKER_SINKS")
         self._artifacts = set((mark or {}).get("artifacts", []))
         base = self._base(known)
         self._id = f"{base}-{edition}" if edition else base
         if known is not None and known.startswith(base) and not known.endswith(edition):
-            self._mark_replaced(known, started)
-        self._run, online = self._begun(self._id, started), mode() == "online"
+            self._mark_replaced(known)
+        self._run, online = self._begun(self._id), mode() == "online"
         if online and self._run.resumed:
             self._present = set(_points_on_server(self._run))
         self._run.define_metric("*", step_metric=_STEP)
@@ -79,7 +92,7 @@ class WandbSink:
         is_copy = identity.is_anothers(identity.recorded(self._record), self._directory)
         return own if is_copy or (known or "").startswith(own) else uid
 
-    def _begun(self, run: str, started: float) -> Any:
+    def _begun(self, run: str) -> Any:
         """Create or continue the W&B run with this id; for an offline run, read which points it has."""
         online = mode() == "online"
         if not online:
@@ -87,6 +100,19 @@ class WandbSink:
             _wait_for_its_writer(files)
             self._present = set(_points_in(files))
             _wait_for_another_second(files)
+        before = set(self._folders(run))
+        try:
+            return self._initialised(run, online)
+        except BaseException:
+            _give_up(run)
+            for folder in set(self._folders(run)) - before:
+                shutil.rmtree(folder, ignore_errors=True)  # nothing is in it yet
+            raise
+
+    def _folders(self, run: str) -> Iterator[Path]:
+        return self._directory.path.glob(f"wandb/*run-*-{run}")
+
+    def _initialised(self, run: str, online: bool) -> Any:
         return wandb.init(
             id=run,
             name=self._directory.id,
@@ -97,18 +123,18 @@ class WandbSink:
             mode="online" if online else "offline",
             resume="allow",
             reinit="create_new",  # another thread of this process may have its own run
-            settings=_settings(started),
+            settings=_settings(),
         )
 
     def _about(self) -> dict[str, Any]:
         return {"stoker": {"path": str(self._directory.path), **(self._record.get("code") or {})}}
 
-    def _mark_replaced(self, run: str, started: float) -> None:
+    def _mark_replaced(self, run: str) -> None:
         """Record in the config of a W&B run which one replaces it."""
         about = self._about()
         about["stoker"]["replaced_by"] = self._id
         with contextlib.suppress(wandb.Error):  # the run was deleted in W&B
-            replaced = self._begun(run, started)
+            replaced = self._begun(run)
             replaced.config.update(about, allow_val_change=True)
             replaced.finish()
 
@@ -124,9 +150,14 @@ class WandbSink:
             self._run.log(row)
         for event in batch.media:
             if self._is_new(sink.key(event), event["step"]):
-                self._ship_media(event)
+                with _unless_refused(f"{sink.key(event)} of step {event['step']}"):
+                    self._ship_media(event)
         for name, event in batch.artifacts.items():
-            self._ship_artifact(name, event)
+            made = f"{name}:{event['time']}"
+            if made not in self._artifacts:
+                with _unless_refused(f"the artifact {name}"):
+                    self._ship_artifact(name, event)
+                self._artifacts.add(made)
         return {"artifacts": sorted(self._artifacts)}
 
     def conclude(self, ending: Ending) -> None:
@@ -138,8 +169,10 @@ class WandbSink:
         run.finish(exit_code=_EXIT_CODES.get(ending.status, 1))
 
     def close(self) -> None:
-        """Drop the W&B run without finishing it; `conclude` does that."""
-        self._run = None
+        """Have W&B close the run, which is not over; `conclude` ends it."""
+        run, self._run = self._run, None
+        if run is not None:
+            _leave(run)
 
     def _is_new(self, name: str, step: int) -> bool:
         """Whether W&B does not have this point yet. Marks it as present."""
@@ -165,16 +198,11 @@ class WandbSink:
 
     def _ship_artifact(self, name: str, event: Mapping[str, Any]) -> None:
         files = [(file, self._directory.path / file["path"]) for file in event["files"]]
-        identity = f"{name}:{event['time']}"
-        if identity in self._artifacts:
-            return
         if sum(file["size"] for file, _ in files) > LARGEST_ARTIFACT:
             place = os.path.commonpath([path for _, path in files])
             self._run.summary[f"stoker/artifacts/{name}"] = place
         else:
-            made = wandb.Artifact(
-                f"{_REFUSED.sub('_', name)[:80]}-{self._id[:8]}", _REFUSED.sub("_", event["kind"])
-            )
+            made = wandb.Artifact(f"{_accepted(name)}-{self._id[:8]}", _accepted(event["kind"]))
             base = self._directory.path / str(event.get("path") or "")
             for _, path in files:
                 if path.is_file():
@@ -183,15 +211,16 @@ class WandbSink:
                     )
                     made.add_file(str(path), name=str(inside))
             self._run.log_artifact(made)
-        self._artifacts.add(identity)
 
 
 def mode() -> str:
-    """online or offline: set by WANDB_MODE, otherwise online if there is a key."""
-    asked = os.environ.get("WANDB_MODE", "").lower()
-    if asked in ("online", "offline"):
-        return asked
-    return "online" if key() else "offline"
+    """online, offline or disabled, as W&B's own settings say; if they don't, online if there is a key."""
+    settings = wandb.Settings()
+    settings.update_from_system_settings()
+    settings.update_from_env_vars({"WANDB_MODE": m.lower()} if (m := os.environ.get("WANDB_MODE")) else {})
+    if "mode" not in settings.model_fields_set:
+        return "online" if key() else "offline"
+    return "disabled" if settings._noop else "offline" if settings._offline else "online"
 
 
 def server() -> str:
@@ -214,14 +243,69 @@ def named(metric: str) -> str:
     return f"{metric}_" if metric.rstrip("_") in _TAKEN else metric
 
 
-def _settings(started: float) -> Any:
+def _settings() -> Any:
     """Settings that turn off everything that W&B collects by itself."""
     return wandb.Settings(
         silent=True, console="off", disable_git=True, disable_code=True, save_code=False,
         disable_job_creation=True, x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True,
-        x_save_requirements=False, x_start_time=started, init_timeout=_START_TIMEOUT,
+        x_save_requirements=False, init_timeout=_START_TIMEOUT,
         x_transaction_log_flush_interval=_FLUSH_SECONDS,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _unless_refused(what: str) -> Iterator[None]:
+    """Say so if W&B's client refuses something for what it is: the rest is shipped all the same."""
+    try:
+        yield
+    except (TypeError, ValueError, wandb.errors.UsageError) as error:
+        log.warning("W&B refuses %s, which is not shipped: %s", what, textwrap.shorten(str(error), 300))
+
+
+def _accepted(name: str) -> str:
+    """A name or kind of an artifact as W&B accepts it: with a hash if it is not the same."""
+    accepted = _REFUSED.sub("_", name)[:_LONGEST_NAME]
+    return name if accepted == name else f"{accepted}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _cell(value: Any) -> Any:
+    """A cell of a table as W&B holds it: else as text. It wants one type of all dicts of a column."""
+    if isinstance(value, list) and all(item is None or isinstance(item, _HELD) for item in value):
+        return value
+    if isinstance(value, dict | list):
+        return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    return value if value is None or isinstance(value, _HELD) else str(value)
+
+
+def _leave(run: Any) -> None:
+    """Have W&B's own process write what it has of a run, and close it, but not end it.
+
+    W&B has no call for that. This is `finish` without the message that says how the run ended. A run that
+    is only dropped could not be opened again by this process, and would end as finished with it.
+    """
+    checker = run._run_status_checker
+    if checker is not None:
+        checker.stop()
+    run._atexit_cleanup_called = True
+    run.finish()
+
+
+def _give_up(run: str) -> None:
+    """Have W&B's own process forget a run that it could not open, or else W&B start another process.
+
+    Without this W&B says from then on that the run is in use.
+    """
+    service = wandb_setup.singleton().ensure_service()
+    try:
+        run_there = InterfaceSock(service._asyncer, service._client, stream_id=run)
+        run_there.deliver_exit(1).wait_or(timeout=_GIVE_UP_TIMEOUT)
+        run_there.join()
+        service.inform_finish(run_id=run)
+    except Exception:  # it is gone, or says nothing
+        if service.owns_service:
+            service._proc._process.kill()
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
 
 
 def _rows(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
@@ -288,7 +372,9 @@ def _shown(directory: RunDirectory, event: Mapping[str, Any]) -> Any:
         return None
     if event["kind"] == "table":
         columns, rows = media.read_table(file.read_bytes())
-        return wandb.Table(columns=columns, data=rows[:_LARGEST_TABLE])
+        return wandb.Table(
+            columns=columns, data=[[_cell(cell) for cell in row] for row in rows[:_LARGEST_TABLE]]
+        )
     if event["kind"] == "text":
         return wandb.Table(columns=["text"], data=[[file.read_text(encoding="utf-8")]])
     if file.suffix == ".png":
