@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -175,6 +176,59 @@ def by_name(
             losses.append(trainer.step(batch).item())
             run.log(loss=losses[-1])
         return losses, trainer.state_dict()
+
+
+class Averaging(torch.optim.SGD):
+    """Counts its steps in numbers that are not tensors, and takes ever smaller ones."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                p.data.add_(p.data, alpha=-0.01 / self.state[p]["count"])
+
+
+OPTIMIZERS: dict[str, Any] = {
+    **{
+        name: getattr(torch.optim, name)
+        for name in (
+            "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop",
+        )
+    },
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+    "Averaging": Averaging,
+}  # fmt: skip
+"""Those that DeepSpeed can use, which flattens all weights."""
+
+
+def with_optimizers(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, list[float]]:
+    """The losses of a tiny model up to a step with each optimizer; runs that are there go on.
+
+    The optimizer has two groups, of which one has a smaller rate.
+    """
+    warnings.simplefilter("ignore")
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        if name == "Rprop" and settings.get("parallel") == "fsdp":
+            continue  # torch's does not support sharded parameters
+        seed_everything(0)
+        with Run("test", name, runs=folder) as run:
+            trainer = Trainer(
+                run, nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)),
+                optimizer=lambda ps, make=make: make(
+                    [{"params": ps[:1], "lr": 0.01}, {"params": ps[1:]}], lr=0.05
+                ),
+                loss=lambda out, b: ((out - b[0].sum(1, keepdim=True)).square().sum(), len(out)),
+                inputs=lambda b: (b[0],), training=Training(**{"precision": "fp32", **built(settings)}),
+            )  # fmt: skip
+            losses = []
+            for batch in trainer.steps(trainer.loader(TensorDataset(x), batch_size=8), max_steps=steps):
+                losses.append(trainer.step(batch).item())
+                run.log(loss=losses[-1])
+            found[name] = losses
+    return found
 
 
 def built(settings: dict[str, Any]) -> dict[str, Any]:

@@ -163,6 +163,20 @@ def test_every_optimizer_has_the_curve_of_one_process_and_goes_on_under_another_
         _assert_same((begun[0] + rest[0], rest[1]), alone, losses=1e-5, weights=1e-4)
 
 
+def test_what_an_optimizer_counts_goes_on_under_every_strategy(tmp_path: Path) -> None:
+    """Such as the products of NAdam and the rates of ASGD, which are one number for each weight."""
+    run = strategies_run.with_optimizers
+    alone = ranks.run(run, 1, tmp_path, tmp_path / "alone", {}, 10)[0]
+    found: dict[str, list[float]] = {name: [] for name in alone}
+    legs = ("single", "zero-1", "fsdp", "zero-3", "single")
+    for number, leg in enumerate(legs, start=1):
+        size, settings = STRATEGIES.get(leg, (1, {}))
+        for name, losses in ranks.run(run, size, tmp_path, tmp_path / "a", settings, 2 * number)[0].items():
+            found[name] += losses
+    for name, losses in alone.items():
+        assert found[name] == pytest.approx(losses, rel=1e-4), name
+
+
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [

@@ -8,6 +8,7 @@ through the loss scale, which DeepSpeed lets a caller set.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import warnings
@@ -27,7 +28,7 @@ from stoker.engine.step import (
     build_optimizers,
     running_statistics,
 )
-from stoker.errors import BadInput
+from stoker.errors import BadInput, StokerError
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -68,10 +69,20 @@ class DeepSpeedStep:
                 config=config(training, setting, parameters),
                 dist_init_required=False,
             )
+        if isinstance(made, torch.optim.Adagrad):
+            self._regroup(made)
         self.model = model
         self.norm: torch.Tensor | float | None = None
         self.optimizers = {"main": self._optimizer}
         self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
+
+    def _regroup(self, made: torch.optim.Optimizer) -> None:
+        """Give Adagrad its groups back: DeepSpeed builds another, whose one group has the default rates."""
+        if self.stage > 0:
+            self._optimizer.optimizer.param_groups = made.param_groups
+        if self.stage in (1, 2):
+            self._optimizer._link_all_hp_params()
+            self._optimizer._create_optimizer_mapping()
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`."""
@@ -158,16 +169,31 @@ class DeepSpeedStep:
     # -- what is saved: full tensors under the parameters' names, as in every strategy ----------
 
     def capture(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
-        """Full parameters, optimizer state (`name.key`) and the step count, on the CPU of all ranks."""
+        """Full parameters and optimizer state (`name.key`), tensors and others, on the CPU of all ranks.
+
+        Raises StokerError if the optimizer state has something else than tensors and single values.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        state = {}
+        tensors, values = Tensors(), dict[str, Any]()
         if self._keys():
             self._link_state()
         for name, p in self._trained():
             for key in self._keys():
-                state[f"{name}.{key}"] = self._whole(p, lambda p, k=key: safe_get_full_optimizer_state(p, k))
-        return self.whole_weights(), state, {"step": self._count()}
+                get = functools.partial(safe_get_full_optimizer_state, optim_state_key=key)
+                tensors[f"{name}.{key}"] = self._whole(p, get)
+        for held, names in self._held():
+            for key, value in held.items():
+                if isinstance(value, torch.Tensor) and value.dim() == 0:
+                    tensors.update({f"{name}.{key}": value.detach().cpu().clone() for name in names})
+                elif isinstance(value, _SINGLE):
+                    values.update({f"{name}.{key}": value for name in names})
+                elif not isinstance(value, torch.Tensor):
+                    raise StokerError(
+                        f"parallel=deepspeed cannot save the {type(value).__name__} that "
+                        f"{type(self._optimizer.optimizer).__name__} keeps as {key}: use parallel=fsdp"
+                    )
+        return self.whole_weights(), tensors, values
 
     def whole_weights(self) -> Tensors:
         """The full trained parameters in float32, on the CPU of all ranks."""
@@ -177,25 +203,43 @@ class DeepSpeedStep:
 
     def restore_weights(self, parameters: Tensors) -> None:
         """Restore what `whole_weights` returned, on every rank."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, p in self._trained():
-            safe_set_full_fp32_param(p, parameters[name].to(self._setting.mesh.device))
+            self._set(p, parameters[name])
             self.use(p, parameters[name])
 
-    def restore_state(self, state: Tensors) -> None:
-        """Restore the optimizer state that `capture` returned, with step counts (`name.step`)."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimizer state that `capture` returned, tensors and others.
 
-        device = self._setting.mesh.device
+        Under other strategies each parameter has its own state, and none if it never had a gradient. Here the
+        parameters of a group share what is not as large as they are, such as step counts.
+        """
+        if not state:
+            return
         self._begin_state()
         for name, p in self._trained():
             for key in self._keys():
-                safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(device), key)
-        count = next((t for name, t in state.items() if name.endswith(".step")), None)
-        for held in self._optimizer.optimizer.state.values():
-            if "step" in held and count is not None:
-                held["step"] = torch.as_tensor(float(count)).to(held["step"])
+                if f"{name}.{key}" in state:
+                    self._set(p, state[f"{name}.{key}"], key)
+        for held, names in self._held():
+            for key, now in held.items():
+                found = next((state[f"{name}.{key}"] for name in names if f"{name}.{key}" in state), now)
+                if not isinstance(now, torch.Tensor):
+                    held[key] = found
+                elif now.dim() == 0:
+                    held[key] = found.detach().to(now, copy=True)
+
+    def _set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+        """Set this rank's part of a weight in float32, or of the optimizer's state of it."""
+        value = value.to(self._setting.mesh.device)
+        if self.stage < 3:
+            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+            return
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        begin = size * self._optimizer._get_param_partition_rank(parameter)
+        part = value.flatten()[begin : begin + size]
+        # DeepSpeed's way to set a whole value fails if the ranks' parts are not all full.
+        part = nn.functional.pad(part, (0, size - part.numel()))
+        self._optimizer.set_local_hp_param(part, parameter, key)
 
     def _begin_state(self) -> None:
         """Allocate the optimizer state with steps that change nothing."""
@@ -223,6 +267,14 @@ class DeepSpeedStep:
         flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         return list(flat)
 
+    def _held(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """The optimizer state of each of this rank's partitions, and the names of its group's parameters."""
+        zero, found = self._optimizer, []
+        for number, partition in enumerate(self._partitions()):
+            group = number if self.stage < 3 else zero.sub_group_to_group_id[number]
+            found.append((zero.optimizer.state.get(partition, {}), self._names[group]))
+        return found
+
     def use(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Make the forward pass use a value: it has its own copy of the float32 weights."""
         with self._gathered(parameter):
@@ -237,12 +289,9 @@ class DeepSpeedStep:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def _keys(self) -> list[str]:
-        held: dict[str, Any] = next(iter(self._optimizer.optimizer.state.values()), {})
+        """The keys of the state that is as large as the weights."""
+        held = next((held for held, _ in self._held()), {})
         return [k for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
-
-    def _count(self) -> float:
-        held: dict[str, Any] = next(iter(self._optimizer.optimizer.state.values()), {})
-        return float(held.get("step", 0))
 
     def _whole(self, parameter: nn.Parameter, get: Any) -> torch.Tensor:
         found: torch.Tensor | None = get(parameter)
@@ -288,6 +337,7 @@ def partition(
         deepspeed.zero.Init(module=model, config_dict_or_path=settings)
 
 
+_SINGLE = (type(None), bool, int, float, str)
 _BUCKET = 500_000_000  # elements, DeepSpeed's default; it allocates as much memory whatever the model's size
 
 
