@@ -254,6 +254,38 @@ def gradient(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, tor
     return {name: before[name] - tensor for name, tensor in after.items()}
 
 
+def in_half_precision(
+    folder: Path, name: str, settings: dict[str, Any], *, normalised: bool
+) -> tuple[list[float], set[torch.dtype]]:
+    """The losses of three steps in bf16, and the dtypes of the sums that the loss returns.
+
+    `normalised`: the model has a BatchNorm.
+    """
+    warnings.simplefilter("ignore")
+    seed_everything(0)
+    norm = nn.BatchNorm1d(16) if normalised else nn.Identity()
+    made = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(64, 4, generator=made), torch.randint(0, 8, (64,), generator=made))
+    seen = set()
+
+    def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+        total = F.cross_entropy(output, batch[1], reduction="sum")
+        seen.add(total.dtype)
+        return total, len(output)
+
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, nn.Sequential(nn.Linear(4, 16), norm, nn.ReLU(), nn.Linear(16, 8)),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1), inputs=lambda b: (b[0],), loss=loss,
+            training=Training(**{"precision": "bf16", **built(settings)}),
+        )  # fmt: skip
+        losses = [
+            trainer.step(batch).item()
+            for batch in trainer.steps(trainer.loader(data, batch_size=32, shuffle=False), max_steps=3)
+        ]
+    return losses, seen
+
+
 def with_a_bad_gradient(folder: Path, name: str, settings: dict[str, Any]) -> list[float]:
     """The losses of six steps. In the third the loss is finite; the last rank's gradient is not."""
     warnings.simplefilter("ignore")

@@ -204,6 +204,27 @@ FEW = [("single", "fp16"), ("ddp", "bf16"), ("fsdp", "fp16"), ("pipeline-x-fsdp"
 ON_A_CPU = EVERY if SOAK else FEW
 
 
+@pytest.mark.parametrize("name", ["single", "fsdp", "zero-0", "zero-2", "zero-3"])
+def test_a_loss_is_computed_in_float32_whatever_casts_the_forward_pass(name: str, tmp_path: Path) -> None:
+    """The same one too: rounded to bf16 it would be off by up to 2**-9 of itself."""
+    size, settings = STRATEGIES.get(name, (1, {}))
+    run = strategies_run.in_half_precision
+    losses, seen = ranks.run(run, size, tmp_path, tmp_path, "a", settings, normalised=False)[0]
+    assert seen == {torch.float32}
+    expected, _ = ranks.run(run, 1, tmp_path, tmp_path, "alone", {}, normalised=False)[0]
+    assert losses == pytest.approx(expected, rel=5e-4)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero-1", "zero-2", "zero-3"])
+def test_batch_norm_in_bf16_is_the_same_under_every_strategy(name: str, tmp_path: Path) -> None:
+    size, settings = STRATEGIES[name]
+    run, settings = strategies_run.in_half_precision, {**settings, "micro_batch": 8}
+    losses, _ = ranks.run(run, size, tmp_path, tmp_path, "a", settings, normalised=True)[0]
+    ddp = {"parallel": "ddp", "micro_batch": 8}
+    expected, _ = ranks.run(run, 2, tmp_path, tmp_path, "ddp", ddp, normalised=True)[0]
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(("name", "precision"), ON_A_CPU)
 def test_half_precision_stays_near_the_curve_of_fp32(

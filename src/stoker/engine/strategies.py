@@ -16,7 +16,7 @@ from stoker.engine import activation, blocks, device, memory, options, precision
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
-from stoker.engine.step import OptimizerFactory, PlainStep, Setting, Step, build_optimizers
+from stoker.engine.step import OptimizerFactory, PlainStep, Setting, Step, build_optimizers, has_batch_norm
 from stoker.errors import BadInput
 from stoker.world import World
 from torch import nn
@@ -140,13 +140,14 @@ def pipeline(given: Layout) -> Step:
 
 def deepspeed(given: Layout) -> Step:
     """DeepSpeed's ZeRO."""
-    from stoker.engine.zero import DeepSpeedStep, partition
+    from stoker.engine.zero import DeepSpeedStep, Originals, partition
 
     _check_real(given.model, "DeepSpeed")
+    originals: Originals = {}
     if options.zero_stage(given.training.deepspeed) == 3:
-        partition(given.model, given.blocks, given.training, given.setting, given.load)
+        partition(given.model, given.blocks, given.training, given.setting, given.load, originals)
     given.load(given.model, given.setting.mesh.device, "")
-    return DeepSpeedStep(given.model, given.training, given.setting, given.make)
+    return DeepSpeedStep(given.model, given.training, given.setting, given.make, originals)
 
 
 _STRATEGIES: dict[str, Callable[[Layout], Step]] = {
@@ -175,8 +176,7 @@ def shard(
     """FSDP2 by block, then the rest of each root (default: the model). Returns whether FSDP casts."""
     mesh = setting.mesh
     _check_real(model, "FSDP")
-    # BatchNorm needs its parameters and statistics in one dtype: then autocast does the casting.
-    casts = setting.precision != "fp32" and not any(_is_batch_norm(m) for m in model.modules())
+    casts = setting.precision != "fp32" and not has_batch_norm(model)  # with one, autocast does the casting
     dtype = DTYPES[setting.precision] if casts else None
     options: dict[str, Any] = {
         "mesh": mesh.data_axes,
@@ -248,7 +248,7 @@ def warn_of_batch_norm(model: nn.Module, *, batch_size: int, share: int, trainin
         batch_size: samples of a global batch.
         share: those of them that this rank processes.
     """
-    if training.sync_batchnorm or not any(_is_batch_norm(m) for m in model.modules()):
+    if training.sync_batchnorm or not has_batch_norm(model):
         return
     micro = share if training.micro_batch in (None, "auto") else min(share, int(training.micro_batch))
     if micro < share or micro < min(batch_size, _FEW):
@@ -260,7 +260,3 @@ def warn_of_batch_norm(model: nn.Module, *, batch_size: int, share: int, trainin
 
 
 _FEW = 16
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

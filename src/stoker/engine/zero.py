@@ -13,6 +13,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from stoker.engine.step import (
     apply,
     average_statistics,
     build_optimizers,
+    has_batch_norm,
     running_statistics,
 )
 from stoker.errors import BadInput, StokerError
@@ -35,8 +37,24 @@ from torch.utils import _pytree as pytree
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Original:
+    """A frozen parameter before it was cast."""
+
+    dtype: torch.dtype
+    values: torch.Tensor | None
+    """On the CPU of rank 0; None if the cast lost nothing."""
+
+
+Originals = dict[nn.Parameter, Original]
+
+
 class DeepSpeedStep:
-    """A model that DeepSpeed trains; see `Step`."""
+    """A model that DeepSpeed trains; see `Step`.
+
+    Args:
+        originals: of frozen parameters that were cast already.
+    """
 
     def __init__(
         self,
@@ -44,6 +62,7 @@ class DeepSpeedStep:
         training: Training,
         setting: Setting,
         make: OptimizerFactory | Mapping[str, OptimizerFactory],
+        originals: Originals,
     ) -> None:
         if isinstance(make, Mapping):
             raise BadInput("parallel=deepspeed takes one optimizer for the model, not one per submodule")
@@ -61,12 +80,14 @@ class DeepSpeedStep:
         ]  # DeepSpeed flattens each group
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
-        parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
+        self._casts, self._originals = _casts(model, training, setting), originals
+        if self._casts:
+            _cast(model, setting, originals)
         with _no_stray_output():
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=made,
-                config=config(training, setting, parameters),
+                config=config(training, setting, model),
                 dist_init_required=False,
             )
         if isinstance(made, torch.optim.Adagrad):
@@ -105,7 +126,7 @@ class DeepSpeedStep:
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """See `Step`."""
-        return self._setting.autocast() if self.stage == 0 else contextlib.nullcontext()
+        return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
@@ -132,15 +153,15 @@ class DeepSpeedStep:
             self._optimizer.zero_grad()
 
     def _call(self, batch: Any) -> Any:
-        if self.stage == 0:
+        if not self._casts:
             with self._setting.autocast():
                 return self._setting.call(self._engine, batch)
         dtype = DTYPES[self._setting.precision]
-        inputs = self._setting.inputs(batch)
-        if dtype != torch.float32:
-            inputs = pytree.tree_map_only(
-                torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs
-            )
+        inputs = pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: t.to(dtype) if t.is_floating_point() else t,
+            self._setting.inputs(batch),
+        )
         return self._engine(**inputs) if isinstance(inputs, Mapping) else self._engine(*inputs)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -156,7 +177,10 @@ class DeepSpeedStep:
                 self.use(self.model.get_parameter(name), value)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A full parameter or buffer on the CPU; float32 if it is trained. All ranks call it."""
+        """A full parameter or buffer on the CPU; float32 if it is trained. All ranks call it.
+
+        On rank 0 a frozen parameter is the original one.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         if not isinstance(tensor, nn.Parameter):
@@ -164,7 +188,14 @@ class DeepSpeedStep:
         if tensor.requires_grad and self.stage > 0:
             return self._whole(tensor, safe_get_full_fp32_param)
         with self._gathered(tensor):
-            return tensor.detach().cpu().clone()
+            now = tensor.detach().cpu().clone()
+        original = self._originals.get(tensor)
+        if original is None:
+            return now
+        kept = original.values
+        if kept is not None and torch.equal(kept.to(now.dtype), now):  # nothing has changed it since
+            return kept
+        return now.to(original.dtype)
 
     # -- what is saved: full tensors under the parameters' names, as in every strategy ----------
 
@@ -315,26 +346,52 @@ def partition(
     training: Training,
     setting: Setting,
     load: Callable[[nn.Module, torch.device, str], None],
+    originals: Originals,
 ) -> None:
     """Partition a model on the meta device among the ranks as it is loaded, block by block (stage 3).
 
     So no rank ever holds more than one full block and its own part. A model that is already in memory is
     left to DeepSpeed's `initialize`.
+
+    Args:
+        originals: receives those of frozen parameters.
     """
     if not any(p.is_meta for p in model.parameters()):
         return
     _quieten()
     import deepspeed
 
-    parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
-    settings = config(training, setting, parameters)
+    settings, casts = config(training, setting, model), _casts(model, training, setting)
     with _no_stray_output():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        for name, block in blocks:
-            load(model, setting.mesh.device, f"{name}.")
-            deepspeed.zero.Init(module=block, config_dict_or_path=settings)
-        load(model, setting.mesh.device, "")
-        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+        for name, part in [*((f"{name}.", block) for name, block in blocks), ("", model)]:
+            load(model, setting.mesh.device, name)
+            if casts:
+                _cast(part, setting, originals)
+            deepspeed.zero.Init(module=part, config_dict_or_path=settings)
+
+
+def _casts(model: nn.Module, training: Training, setting: Setting) -> bool:
+    """Whether the weights of the forward pass have the run's precision. If not, autocast does the casting."""
+    halved = setting.precision != "fp32" and options.zero_stage(training.deepspeed) > 0
+    return halved and not has_batch_norm(model)
+
+
+def _cast(module: nn.Module, setting: Setting, originals: Originals) -> None:
+    """Cast weights to the run's precision, but for those that are partitioned already.
+
+    Of those that are trained DeepSpeed keeps float32 copies from there on. Of a frozen one the original is
+    kept if the cast loses something, as it is what is exported.
+    """
+    dtype = DTYPES[setting.precision]
+    for p in module.parameters():
+        if hasattr(p, "ds_id") or p.dtype == dtype or p.dtype not in (*DTYPES.values(), torch.float64):
+            continue
+        cast = p.data.to(dtype)
+        if not p.requires_grad:
+            lossy = setting.mesh.world.rank == 0 and not torch.equal(cast.to(p.dtype), p.data)
+            originals[p] = Original(p.dtype, p.detach().cpu().clone() if lossy else None)
+        p.data = cast
 
 
 _SINGLE = (type(None), bool, int, float, str)
@@ -355,13 +412,10 @@ def _check_optimizer(made: torch.optim.Optimizer) -> None:
         )
 
 
-def config(training: Training, setting: Setting, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's file, with everything missing or "auto" filled in.
-
-    Args:
-        parameters: the number of trained parameters.
-    """
-    bucket = min(_BUCKET, parameters)
+def config(training: Training, setting: Setting, model: nn.Module) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's file, with everything missing or "auto" filled in."""
+    bucket = min(_BUCKET, sum(_shape(p).numel() for p in model.parameters() if p.requires_grad))
+    halved = setting.precision if _casts(model, training, setting) else "fp32"
     chosen = training.deepspeed
     zero: dict[str, Any] = {"stage": options.zero_stage(chosen), "reduce_bucket_size": bucket}
     if chosen.offload_optimizer:
@@ -379,14 +433,13 @@ def config(training: Training, setting: Setting, parameters: int) -> dict[str, A
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
-        # At stage 0 weights stay in float32 under autocast, as with DDP.
-        "bf16": {"enabled": setting.precision == "bf16" and zero["stage"] > 0},
-        "fp16": {"enabled": setting.precision == "fp16" and zero["stage"] > 0, "loss_scale": 1.0},
     }
     given = options.read_deepspeed(chosen.config)
     for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"):
         given.pop(key, None)  # checked against the run's own: see `options.with_deepspeed_file`
-    return _merged(made, given)
+    # Whatever the file says: it may only repeat the run's precision, which is not always DeepSpeed's.
+    own = {"bf16": {"enabled": halved == "bf16"}, "fp16": {"enabled": halved == "fp16", "loss_scale": 1.0}}
+    return _merged(_merged(made, given), own)
 
 
 def _merged(ours: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
