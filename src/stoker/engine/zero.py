@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from stoker import words
 from stoker.engine import gradients, options, quiet
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
@@ -410,6 +411,30 @@ def _check_optimizer(made: torch.optim.Optimizer) -> None:
             "parallel=deepspeed cannot save an optimizer with 8-bit states: use parallel=fsdp, or "
             "optimizer=adamw"
         )
+
+
+def check_file(training: Training, setting: Setting, model: nn.Module) -> None:
+    """Raises BadInput if DeepSpeed refuses what the user's file sets, before any weight is loaded."""
+    file = training.deepspeed.config
+    if file is None:
+        return
+    _quieten()
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        with _no_stray_output():
+            deepspeed.init_distributed(dist_init_required=False, verbose=False)
+            DeepSpeedConfig(config(training, setting, model))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        given = options.read_deepspeed(file)
+        section = [s for s, held in given.items() if place and isinstance(held, dict) and place[0] in held]
+        raise BadInput(f"{file}: {'.'.join([*section[:1], *place])}: {first['msg']}") from error
+    except Exception as error:  # DeepSpeed's own checks raise errors of many kinds
+        raise BadInput(f"{file}: DeepSpeed refuses it: {words.first_line(error)}") from error
 
 
 def config(training: Training, setting: Setting, model: nn.Module) -> dict[str, Any]:
