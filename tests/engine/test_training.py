@@ -609,6 +609,7 @@ def test_what_a_deepspeed_file_sets_twice_is_refused(
             'zero_optimization.stage is "abc": must be 0, 1, 2 or 3',
         ),
         ({"bf16": True}, "bf16 is true: must be an object"),
+        ({"activation_checkpointing": 3}, "activation_checkpointing is 3: must be an object"),
         ({"bf16": {"enabled": "yes"}}, 'bf16.enabled is "yes": must be true or false'),
         ({"train_micro_batch_size_per_gpu": "x"}, ": must be a whole number above 0"),
         ({"gradient_clipping": -1}, "gradient_clipping is -1: must be a number (0 for no clipping)"),

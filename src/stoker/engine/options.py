@@ -410,16 +410,21 @@ _OBJECT = (_is_object, "an object")
 _OF_DEEPSPEED: dict[str, tuple[Callable[[Any], bool], str]] = {  # sections before what is in them
     "zero_optimization": _OBJECT,
     "zero_optimization.stage": (lambda v: type(v) is int and 0 <= v <= 3, "0, 1, 2 or 3"),
-    "bf16": _OBJECT,
-    "fp16": _OBJECT,
-    "torch_autocast": _OBJECT,
+    **dict.fromkeys(
+        (
+            "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "compile", "csv_monitor",
+            "data_efficiency", "data_types", "flops_profiler", "fp16", "tensorboard", "torch_autocast",
+            "wandb",
+        ),
+        _OBJECT,
+    ),
     "bf16.enabled": (lambda v: isinstance(v, bool), "true or false"),
     "fp16.enabled": (lambda v: isinstance(v, bool), "true or false"),
     "train_batch_size": _COUNT,
     "train_micro_batch_size_per_gpu": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "gradient_clipping": (lambda v: type(v) in (int, float) and v >= 0, "a number (0 for no clipping)"),
-}
+}  # fmt: skip
 
 
 def with_deepspeed_file(training: Training) -> Training:
