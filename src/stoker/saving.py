@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from stoker import distributed, words
 from stoker.attempt import Attempt
-from stoker.checkpoint import copies, frozen, manifest, state, store
+from stoker.checkpoint import copies, frozen, manifest, state, store, trees
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
 from stoker.checkpoint.stateful import Registered
@@ -139,15 +139,15 @@ class Saved:
         zero = self._zero
         if zero is None or zero.stage == 0:
             return state.capture(self.step.model, self.step.optimizers, self.built, kept)
-        parameters, held, counts = zero.capture()
+        parameters, held, others = zero.capture()
         buffers = state.saved_buffers(self.step.model)
         frozen = {n: zero.whole(p) for n, p in self.step.model.named_parameters() if n in kept}
         tensors = {f"model.{n}": t for n, t in {**parameters, **frozen, **buffers}.items()}
         tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})
-        tensors.update({f"optimizer.main.{n}.step": torch.tensor(counts["step"]) for n in parameters})
         groups = zero.groups()
         kind = state.kind_of(self.step.optimizers["main"])
-        main = {"kind": kind, "state": {}, "groups": groups}
+        single = {name: trees.apart(value)[0] for name, value in others.items()}
+        main = {"kind": kind, "state": single, "groups": groups}
         values = {"optimizers": {"main": main}, "built": dict(self.built)}
         return (tensors if self.world.rank == 0 else {}), values
 
@@ -175,7 +175,8 @@ class Saved:
             return tensors, values, whole
         tensors, values = state.load_whole(checkpoint, self.world)
         state.compare_optimizers(values, self.step.optimizers)
-        zero.restore_state(state.inside(tensors, "optimizer.main."))
+        single = {n: trees.together(v, {}) for n, v in values["optimizers"]["main"]["state"].items()}
+        zero.restore_state({**single, **state.inside(tensors, "optimizer.main.")})
         averaged = state.inside(tensors, "ema.")
         if self.ema is not None and averaged:
             zero.restore_weights(averaged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -177,6 +178,59 @@ def by_name(
         return losses, trainer.state_dict()
 
 
+class Averaging(torch.optim.SGD):
+    """Counts its steps in numbers that are not tensors, and takes ever smaller ones."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                p.data.add_(p.data, alpha=-0.01 / self.state[p]["count"])
+
+
+OPTIMIZERS: dict[str, Any] = {
+    **{
+        name: getattr(torch.optim, name)
+        for name in (
+            "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop",
+        )
+    },
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+    "Averaging": Averaging,
+}  # fmt: skip
+"""Those that DeepSpeed can use, which flattens all weights."""
+
+
+def with_optimizers(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, list[float]]:
+    """The losses of a tiny model up to a step with each optimizer; runs that are there go on.
+
+    The optimizer has two groups, of which one has a smaller rate.
+    """
+    warnings.simplefilter("ignore")
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        if name == "Rprop" and settings.get("parallel") == "fsdp":
+            continue  # torch's does not support sharded parameters
+        seed_everything(0)
+        with Run("test", name, runs=folder) as run:
+            trainer = Trainer(
+                run, nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)),
+                optimizer=lambda ps, make=make: make(
+                    [{"params": ps[:1], "lr": 0.01}, {"params": ps[1:]}], lr=0.05
+                ),
+                loss=lambda out, b: ((out - b[0].sum(1, keepdim=True)).square().sum(), len(out)),
+                inputs=lambda b: (b[0],), training=Training(**{"precision": "fp32", **built(settings)}),
+            )  # fmt: skip
+            losses = []
+            for batch in trainer.steps(trainer.loader(TensorDataset(x), batch_size=8), max_steps=steps):
+                losses.append(trainer.step(batch).item())
+                run.log(loss=losses[-1])
+            found[name] = losses
+    return found
+
+
 def built(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with their groups as dataclasses, and durations."""
     groups = {"ddp": options.Ddp, "fsdp": options.Fsdp, "pipeline": options.Pipeline,
@@ -198,6 +252,38 @@ def gradient(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, tor
             trainer.step(batch)
         after = trainer.state_dict()
     return {name: before[name] - tensor for name, tensor in after.items()}
+
+
+def in_half_precision(
+    folder: Path, name: str, settings: dict[str, Any], *, normalised: bool
+) -> tuple[list[float], set[torch.dtype]]:
+    """The losses of three steps in bf16, and the dtypes of the sums that the loss returns.
+
+    `normalised`: the model has a BatchNorm.
+    """
+    warnings.simplefilter("ignore")
+    seed_everything(0)
+    norm = nn.BatchNorm1d(16) if normalised else nn.Identity()
+    made = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(64, 4, generator=made), torch.randint(0, 8, (64,), generator=made))
+    seen = set()
+
+    def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+        total = F.cross_entropy(output, batch[1], reduction="sum")
+        seen.add(total.dtype)
+        return total, len(output)
+
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, nn.Sequential(nn.Linear(4, 16), norm, nn.ReLU(), nn.Linear(16, 8)),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1), inputs=lambda b: (b[0],), loss=loss,
+            training=Training(**{"precision": "bf16", **built(settings)}),
+        )  # fmt: skip
+        losses = [
+            trainer.step(batch).item()
+            for batch in trainer.steps(trainer.loader(data, batch_size=32, shuffle=False), max_steps=3)
+        ]
+    return losses, seen
 
 
 def with_a_bad_gradient(folder: Path, name: str, settings: dict[str, Any]) -> list[float]:

@@ -163,6 +163,20 @@ def test_every_optimizer_has_the_curve_of_one_process_and_goes_on_under_another_
         _assert_same((begun[0] + rest[0], rest[1]), alone, losses=1e-5, weights=1e-4)
 
 
+def test_what_an_optimizer_counts_goes_on_under_every_strategy(tmp_path: Path) -> None:
+    """Such as the products of NAdam and the rates of ASGD, which are one number for each weight."""
+    run = strategies_run.with_optimizers
+    alone = ranks.run(run, 1, tmp_path, tmp_path / "alone", {}, 10)[0]
+    found: dict[str, list[float]] = {name: [] for name in alone}
+    legs = ("single", "zero-1", "fsdp", "zero-3", "single")
+    for number, leg in enumerate(legs, start=1):
+        size, settings = STRATEGIES.get(leg, (1, {}))
+        for name, losses in ranks.run(run, size, tmp_path, tmp_path / "a", settings, 2 * number)[0].items():
+            found[name] += losses
+    for name, losses in alone.items():
+        assert found[name] == pytest.approx(losses, rel=1e-4), name
+
+
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [
@@ -188,6 +202,27 @@ HALVED = ("single", "ddp", "fsdp", "1f1b", "pipeline-x-fsdp", "zero-0")
 EVERY = [(name, p) for name in HALVED for p in HALF] + [(f"zero-{n}", "bf16") for n in (1, 2, 3)]
 FEW = [("single", "fp16"), ("ddp", "bf16"), ("fsdp", "fp16"), ("pipeline-x-fsdp", "bf16"), ("zero-2", "bf16")]
 ON_A_CPU = EVERY if SOAK else FEW
+
+
+@pytest.mark.parametrize("name", ["single", "fsdp", "zero-0", "zero-2", "zero-3"])
+def test_a_loss_is_computed_in_float32_whatever_casts_the_forward_pass(name: str, tmp_path: Path) -> None:
+    """The same one too: rounded to bf16 it would be off by up to 2**-9 of itself."""
+    size, settings = STRATEGIES.get(name, (1, {}))
+    run = strategies_run.in_half_precision
+    losses, seen = ranks.run(run, size, tmp_path, tmp_path, "a", settings, normalised=False)[0]
+    assert seen == {torch.float32}
+    expected, _ = ranks.run(run, 1, tmp_path, tmp_path, "alone", {}, normalised=False)[0]
+    assert losses == pytest.approx(expected, rel=5e-4)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero-1", "zero-2", "zero-3"])
+def test_batch_norm_in_bf16_is_the_same_under_every_strategy(name: str, tmp_path: Path) -> None:
+    size, settings = STRATEGIES[name]
+    run, settings = strategies_run.in_half_precision, {**settings, "micro_batch": 8}
+    losses, _ = ranks.run(run, size, tmp_path, tmp_path, "a", settings, normalised=True)[0]
+    ddp = {"parallel": "ddp", "micro_batch": 8}
+    expected, _ = ranks.run(run, 2, tmp_path, tmp_path, "ddp", ddp, normalised=True)[0]
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.soak

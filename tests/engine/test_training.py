@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -584,6 +585,9 @@ def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
         ({"gradient_clipping": 0}, {"clip_norm": 1.0}, 'use clip_norm=none, or "auto" in the file'),
         ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": 2}, "set twice: micro_batch=2"),
         ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "set twice: precision=bf16"),
+        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "bf16.enabled to false: use precision=fp32"),
+        ({"bfloat16": {"enabled": True}}, {"precision": "fp32"}, "set twice: precision=fp32"),
+        ({"torch_autocast": {"enabled": True}}, {"precision": "bf16"}, "enables torch_autocast"),
         ({"optimizer": {"type": "Adam"}}, {}, "sets the optimizer, and so does the run"),
         ({"scheduler": {"type": "WarmupLR"}}, {}, "sets the scheduler, and so does the run"),
     ],
@@ -605,15 +609,70 @@ def test_what_a_deepspeed_file_sets_twice_is_refused(
             'zero_optimization.stage is "abc": must be 0, 1, 2 or 3',
         ),
         ({"bf16": True}, "bf16 is true: must be an object"),
+        ({"activation_checkpointing": 3}, "activation_checkpointing is 3: must be an object"),
         ({"bf16": {"enabled": "yes"}}, 'bf16.enabled is "yes": must be true or false'),
         ({"train_micro_batch_size_per_gpu": "x"}, ": must be a whole number above 0"),
         ({"gradient_clipping": -1}, "gradient_clipping is -1: must be a number (0 for no clipping)"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "enables both bf16 and fp16"),
+        ({"bf16": {}, "bfloat16": {}}, "has both bf16 and bfloat16"),
+        ({"zero_optimisation": {}}, "does not know 'zero_optimisation'; did you mean 'zero_optimization'?"),
     ],
 )
 def test_a_mistake_in_a_deepspeed_file_is_named(content: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=re.escape(said)):
         options.with_deepspeed_file(Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "precision"),
+    [
+        ({"bf16": "auto", "fp16": "auto", "zero_optimization": "auto"}, "auto"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, "auto"),
+        ({"bf16": {"enabled": False}}, "fp32"),
+        ({"bfloat16": {"enabled": True}, "fp16": {"enabled": False}}, "bf16"),
+    ],
+)
+def test_a_deepspeed_file_sets_the_precision_or_leaves_it(
+    content: dict[str, Any], precision: str, tmp_path: Path
+) -> None:
+    training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content))
+    assert options.with_deepspeed_file(training).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param needs stage 3, but the stage is 2"),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs stage 1, 2 or 3"),
+        ({"stage": 2, "offload_param": {"device": "none"}}, ""),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, ""),
+    ],
+)
+def test_what_no_stage_offloads_is_refused_in_a_deepspeed_file_too(
+    content: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, zero_optimization=content))
+    with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
+        options.check(training, ranks=2, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"zero_optimization": {"ofload_optimizer": {}}},
+            r"ds.json: zero_optimization.ofload_optimizer: Extra inputs are not permitted",
+        ),
+        ({"zero_optimization": {"mics_shard_size": 2}}, r"ds.json: DeepSpeed refuses it: MiCS"),
+        ({"bf16": {"bf16_optimizer_states": True}}, r"ds.json: DeepSpeed refuses it: bf16_optimizer_states"),
+    ],
+)
+def test_what_deepspeed_itself_refuses_is_bad_input(
+    open_run: Callable[..., Run], content: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    training = Training(parallel="deepspeed", precision="fp32", deepspeed=_file(tmp_path, **content))
+    with open_run() as run, pytest.raises(BadInput, match=said):
+        Trainer(run, torch.nn.Linear(2, 1), optimizer=torch.optim.SGD, training=training)
 
 
 def test_a_deepspeed_file_may_switch_clipping_off(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def built(
     targets.freeze_what_no_text_goes_through(language.model)
     if kind == "qlora":
         quantised.convert(language.model, World.current())
-    model = adapters.adapted(language, lora or KINDS[kind])
+    for name, p in language.model.named_parameters():
+        p.requires_grad_(p.requires_grad and (kind != "head" or "lm_head" in name))
+    model = adapters.adapted(language, lora or KINDS.get(kind, Lora()))
     return model, dataclasses.replace(language, load=adapters.loading(language.load))
 
 
@@ -70,7 +72,7 @@ def trainer(
     lora: Lora | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> tuple[Any, Trainer]:
-    model, language = built(folder, kind, lora, DTYPES[precision])
+    model, language = built(folder, kind, lora, DTYPES["fp32" if kind == "head" else precision])
     called = objective.attach(model)
     settings = dict(STRATEGIES[strategy])
     if strategy == "zero3":
@@ -97,6 +99,22 @@ def fill(
         held = memory.held([*made.model.parameters(), *made.model.buffers()])
         whole = made.state_dict()
     return {bare_name(name): tensor for name, tensor in whole.items() if "lora_" not in name}, held, reads
+
+
+def train_the_head(folder: Path, runs: Path, strategy: str) -> tuple[dict[str, torch.Tensor], torch.dtype]:
+    """The weights after a step in bf16 in which only the head was trained, and what a layer computes in."""
+    import families
+
+    warnings.simplefilter("ignore")
+    rows = [{name: tensor[0] for name, tensor in families.documents().items()} for _ in range(4)]
+    seen = []
+    with Run("test", f"{strategy}-head", runs=runs) as run:
+        _, made = trainer(run, folder, strategy, "head", precision="bf16")
+        layer = made.model.model.layers[0].mlp.up_proj
+        layer.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+        for batch in made.steps(made.loader(rows, batch_size=4), max_steps=1):
+            made.step(batch)
+        return made.state_dict(), seen[0]
 
 
 def watched_reads() -> list[int]:

@@ -73,6 +73,20 @@ def test_under_every_strategy_the_weights_are_those_of_the_files(
             assert held <= whole / size * 1.1
 
 
+@pytest.mark.parametrize(("strategy", "size"), [("single", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2)])
+def test_what_is_not_trained_keeps_its_values_in_bf16_too(
+    strategy: str, size: int, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    (found, computed_in), *_ = ranks.run(
+        loading_run.train_the_head, size, tmp_path, saved["llama"], tmp_path, strategy
+    )
+    assert computed_in == torch.bfloat16
+    plain = AutoModelForCausalLM.from_pretrained(saved["llama"], dtype=torch.float32).state_dict()
+    assert found.keys() == plain.keys()
+    moved = {name for name in plain if not torch.equal(found[name], plain[name])}
+    assert moved == {"lm_head.weight"}
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mixtral"])
 def test_tied_transposed_and_fused_weights_are_sharded_too(
     family: str, saved: dict[str, Path], tmp_path: Path

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
-from stoker.errors import BadInput, BadWorldSize
+from stoker.errors import BadInput, BadWorldSize, nearest
 from stoker.words import counted
 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "pipeline", "deepspeed"]
@@ -327,10 +327,19 @@ def _check_deepspeed(training: Training) -> None:
         raise BadInput("parallel=deepspeed needs deepspeed: pip install 'stoker[deepspeed]'")
     chosen = training.deepspeed
     stage = zero_stage(chosen)
-    if chosen.offload_parameters and stage != 3:
-        raise BadInput(f"deepspeed.offload_parameters needs stage 3, but the stage is {stage}")
-    if chosen.offload_optimizer and stage == 0:
-        raise BadInput("deepspeed.offload_optimizer needs stage 1, 2 or 3, but the stage is 0")
+    by_file = read_deepspeed(chosen.config).get("zero_optimization", {})
+    for key, section, asked, least, needs in (
+        ("offload_parameters", "offload_param", chosen.offload_parameters, 3, "3"),
+        ("offload_optimizer", "offload_optimizer", chosen.offload_optimizer, 1, "1, 2 or 3"),
+    ):
+        if stage < least and (asked or _offloads(by_file, section)):
+            said = f"deepspeed.{key}" if asked else f"{chosen.config}: zero_optimization.{section}"
+            raise BadInput(f"{said} needs stage {needs}, but the stage is {stage}")
+
+
+def _offloads(zero: Mapping[str, Any], section: str) -> bool:
+    held = zero.get(section)
+    return isinstance(held, dict) and held.get("device") not in (None, "none", "auto")
 
 
 def _divides(key: str, part: int | None, ranks: int, least: int = 1) -> None:
@@ -361,12 +370,36 @@ def read_deepspeed(file: Path | None) -> dict[str, Any]:
         raise BadInput(f"deepspeed.config={file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise BadInput(f"deepspeed.config={file} contains a {type(content).__name__}: must be an object")
+    if "bfloat16" in content:  # what DeepSpeed called it once
+        if "bf16" in content:
+            raise BadInput(f"{file} has both bf16 and bfloat16, which are the same: keep only bf16")
+        content["bf16"] = content.pop("bfloat16")
+    unknown = next((key for key in content if key not in _READ_BY_DEEPSPEED), None)
+    if unknown is not None:
+        raise BadInput(f"{file}: DeepSpeed does not know {unknown!r}{nearest(unknown, _READ_BY_DEEPSPEED)}")
+    content = {key: value for key, value in content.items() if value != "auto"}
     for key, (fits, what) in _OF_DEEPSPEED.items():
         section, _, inner = key.rpartition(".")
         holder = content.get(section, {}) if section else content
         if inner in holder and holder[inner] != "auto" and not fits(holder[inner]):
             raise BadInput(f"{file}: {key} is {json.dumps(holder[inner])}: must be {what}")
     return content
+
+
+_READ_BY_DEEPSPEED = (
+    "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "compile", "csv_monitor", "data_efficiency", "data_types",
+    "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state",
+    "expert_parallel", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_allreduce_op",
+    "gradient_clipping", "gradient_predivide_factor", "hybrid_engine", "log_level",
+    "managed_gradient_accumulation", "memory_breakdown", "optimizer", "pipeline", "prescale_gradients",
+    "scheduler", "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print",
+    "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size",
+    "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+"""The keys of a DeepSpeed file. It ignores others in silence."""
 
 
 def _is_count(value: Any) -> bool:
@@ -382,15 +415,21 @@ _OBJECT = (_is_object, "an object")
 _OF_DEEPSPEED: dict[str, tuple[Callable[[Any], bool], str]] = {  # sections before what is in them
     "zero_optimization": _OBJECT,
     "zero_optimization.stage": (lambda v: type(v) is int and 0 <= v <= 3, "0, 1, 2 or 3"),
-    "bf16": _OBJECT,
-    "fp16": _OBJECT,
+    **dict.fromkeys(
+        (
+            "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "compile", "csv_monitor",
+            "data_efficiency", "data_types", "flops_profiler", "fp16", "tensorboard", "torch_autocast",
+            "wandb",
+        ),
+        _OBJECT,
+    ),
     "bf16.enabled": (lambda v: isinstance(v, bool), "true or false"),
     "fp16.enabled": (lambda v: isinstance(v, bool), "true or false"),
     "train_batch_size": _COUNT,
     "train_micro_batch_size_per_gpu": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "gradient_clipping": (lambda v: type(v) in (int, float) and v >= 0, "a number (0 for no clipping)"),
-}
+}  # fmt: skip
 
 
 def with_deepspeed_file(training: Training) -> Training:
@@ -407,9 +446,11 @@ def with_deepspeed_file(training: Training) -> Training:
             raise BadInput(
                 f"{file} sets the {section}, and so does the run: remove this section from the file"
             )
-    half = [p for p in ("bf16", "fp16") if given.get(p, {}).get("enabled") is True]
-    if len(half) > 1:
-        raise BadInput(f"{file} enables both bf16 and fp16: keep only one")
+    if given.get("torch_autocast", {}).get("enabled") is True:
+        raise BadInput(
+            f"{file} enables torch_autocast, but precision=bf16 or fp16 decides what a run is computed in: "
+            "remove this section from the file"
+        )
     clip_norm = given.get("gradient_clipping", "auto") or None  # 0 is DeepSpeed's word for none
     said: dict[str, tuple[str, Any, Any]] = {
         "clip_norm": ("gradient_clipping", clip_norm, training.clip_norm),
@@ -418,7 +459,7 @@ def with_deepspeed_file(training: Training) -> Training:
             given.get("train_micro_batch_size_per_gpu", "auto"),
             training.micro_batch,
         ),
-        "precision": ("its precision", half[0] if half else "auto", training.precision),
+        "precision": ("its precision", _precision_by(file, given, training.precision), training.precision),
     }
     changes: dict[str, Any] = {}
     for key, (theirs, value, ours) in said.items():
@@ -434,6 +475,28 @@ def with_deepspeed_file(training: Training) -> Training:
             )
         changes[key] = value
     return replace(training, **changes)
+
+
+def _precision_by(file: Path, given: Mapping[str, Any], ours: Precision) -> Precision:
+    """What a DeepSpeed file sets the precision to; auto if nothing.
+
+    Raises BadInput if it sets both, or switches off the run's own.
+    """
+    enabled = {p: given.get(p, {}).get("enabled") for p in _HALF}
+    half = [p for p in _HALF if enabled[p] is True]
+    if len(half) > 1:
+        raise BadInput(f"{file} enables both bf16 and fp16: keep only one")
+    if half:
+        return half[0]
+    if ours in enabled and enabled[ours] is False:
+        raise BadInput(
+            f"set twice: precision={ours}, but {file} sets {ours}.enabled to false: "
+            'use precision=fp32, or "auto" in the file'
+        )
+    return "fp32" if ours == "auto" and enabled["bf16"] is False else "auto"
+
+
+_HALF: tuple[Literal["bf16"], Literal["fp16"]] = ("bf16", "fp16")
 
 
 def check_deepspeed_batch(training: Training, *, batch_size: int, ranks: int, parts: int) -> None:

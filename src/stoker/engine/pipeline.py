@@ -143,8 +143,7 @@ class PipelineStep:
         self.model.zero_grad(set_to_none=True)
 
     def _loss(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        with self._setting.autocast():
-            loss_sum, weight = self._setting.loss_of(self._stages[-1].whole(output), self.part(number))
+        loss_sum, weight = self._setting.loss_of(self._stages[-1].whole(output), self.part(number))
         self._collected.append((loss_sum.detach(), weight))
         return loss_sum * self._setting.scale.factor
 

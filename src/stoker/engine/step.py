@@ -102,9 +102,14 @@ class Setting:
             raise
 
     def loss_of(self, output: Any, batch: Any) -> tuple[torch.Tensor, Weight]:
-        """The summed loss of a micro-batch and its weight. Raises TypeError if `loss` returns otherwise."""
+        """The summed loss of a micro-batch and its weight, under autocast whatever casts the forward pass.
+
+        A sum over a batch overflows in fp16, and is rounded in bf16. Raises TypeError if `loss` returns
+        something else.
+        """
         assert self.loss is not None
-        found = self.loss(output, batch)
+        with self.autocast():
+            found = self.loss(output, batch)
         if isinstance(found, tuple | list) and len(found) == 2 and _is_scalar(found[0]):
             return found[0], found[1]
         said = " and ".join(map(_said, found)) if isinstance(found, tuple | list) else _said(found)

@@ -136,13 +136,15 @@ def pipeline(given: Layout) -> Step:
 
 def deepspeed(given: Layout) -> Step:
     """DeepSpeed's ZeRO."""
-    from stoker.engine.zero import DeepSpeedStep, partition
+    from stoker.engine.zero import DeepSpeedStep, Originals, check_file, partition
 
     _check_real(given.model, "DeepSpeed")
+    check_file(given.training, given.setting, given.model)
+    originals: Originals = {}
     if options.zero_stage(given.training.deepspeed) == 3:
-        partition(given.model, given.blocks, given.training, given.setting, given.load)
+        partition(given.model, given.blocks, given.training, given.setting, given.load, originals)
     given.load(given.model, given.setting.mesh.device, "")
-    return DeepSpeedStep(given.model, given.training, given.setting, given.make)
+    return DeepSpeedStep(given.model, given.training, given.setting, given.make, originals)
 
 
 _STRATEGIES: dict[str, Callable[[Layout], Step]] = {

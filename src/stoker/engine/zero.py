@@ -8,14 +8,17 @@ through the loss scale, which DeepSpeed lets a caller set.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from stoker.engine import gradients, options, quiet
+from stoker import words
+from stoker.engine import blocks, gradients, options, quiet
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
@@ -27,15 +30,31 @@ from stoker.engine.step import (
     build_optimizers,
     running_statistics,
 )
-from stoker.errors import BadInput
+from stoker.errors import BadInput, StokerError
 from torch import nn
 from torch.utils import _pytree as pytree
 
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Original:
+    """A frozen parameter before it was cast."""
+
+    dtype: torch.dtype
+    values: torch.Tensor | None
+    """On the CPU of rank 0; None if the cast lost nothing."""
+
+
+Originals = dict[nn.Parameter, Original]
+
+
 class DeepSpeedStep:
-    """A model that DeepSpeed trains; see `Step`."""
+    """A model that DeepSpeed trains; see `Step`.
+
+    Args:
+        originals: of frozen parameters that were cast already.
+    """
 
     def __init__(
         self,
@@ -43,6 +62,7 @@ class DeepSpeedStep:
         training: Training,
         setting: Setting,
         make: OptimizerFactory | Mapping[str, OptimizerFactory],
+        originals: Originals,
     ) -> None:
         if isinstance(make, Mapping):
             raise BadInput("parallel=deepspeed takes one optimizer for the model, not one per submodule")
@@ -60,18 +80,30 @@ class DeepSpeedStep:
         ]  # DeepSpeed flattens each group
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
-        parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
+        self._casts, self._originals = _casts(model, training, setting), originals
+        if self._casts:
+            _cast(model, setting, originals)
         with _no_stray_output():
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=made,
-                config=config(training, setting, parameters),
+                config=config(training, setting, model),
                 dist_init_required=False,
             )
+        if isinstance(made, torch.optim.Adagrad):
+            self._regroup(made)
         self.model = model
         self.norm: torch.Tensor | float | None = None
         self.optimizers = {"main": self._optimizer}
         self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
+
+    def _regroup(self, made: torch.optim.Optimizer) -> None:
+        """Give Adagrad its groups back: DeepSpeed builds another, whose one group has the default rates."""
+        if self.stage > 0:
+            self._optimizer.optimizer.param_groups = made.param_groups
+        if self.stage in (1, 2):
+            self._optimizer._link_all_hp_params()
+            self._optimizer._create_optimizer_mapping()
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`."""
@@ -94,7 +126,7 @@ class DeepSpeedStep:
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """See `Step`."""
-        return self._setting.autocast() if self.stage == 0 else contextlib.nullcontext()
+        return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
@@ -121,15 +153,15 @@ class DeepSpeedStep:
             self._optimizer.zero_grad()
 
     def _call(self, batch: Any) -> Any:
-        if self.stage == 0:
+        if not self._casts:
             with self._setting.autocast():
                 return self._setting.call(self._engine, batch)
         dtype = DTYPES[self._setting.precision]
-        inputs = self._setting.inputs(batch)
-        if dtype != torch.float32:
-            inputs = pytree.tree_map_only(
-                torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs
-            )
+        inputs = pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: t.to(dtype) if t.is_floating_point() else t,
+            self._setting.inputs(batch),
+        )
         return self._engine(**inputs) if isinstance(inputs, Mapping) else self._engine(*inputs)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -145,7 +177,10 @@ class DeepSpeedStep:
                 self.use(self.model.get_parameter(name), value)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A full parameter or buffer on the CPU; float32 if it is trained. All ranks call it."""
+        """A full parameter or buffer on the CPU; float32 if it is trained. All ranks call it.
+
+        On rank 0 a frozen parameter is the original one.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         if not isinstance(tensor, nn.Parameter):
@@ -153,21 +188,43 @@ class DeepSpeedStep:
         if tensor.requires_grad and self.stage > 0:
             return self._whole(tensor, safe_get_full_fp32_param)
         with self._gathered(tensor):
-            return tensor.detach().cpu().clone()
+            now = tensor.detach().cpu().clone()
+        original = self._originals.get(tensor)
+        if original is None:
+            return now
+        kept = original.values
+        if kept is not None and torch.equal(kept.to(now.dtype), now):  # nothing has changed it since
+            return kept
+        return now.to(original.dtype)
 
     # -- what is saved: full tensors under the parameters' names, as in every strategy ----------
 
     def capture(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
-        """Full parameters, optimizer state (`name.key`) and the step count, on the CPU of all ranks."""
+        """Full parameters and optimizer state (`name.key`), tensors and others, on the CPU of all ranks.
+
+        Raises StokerError if the optimizer state has something else than tensors and single values.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        state = {}
+        tensors, values = Tensors(), dict[str, Any]()
         if self._keys():
             self._link_state()
         for name, p in self._trained():
             for key in self._keys():
-                state[f"{name}.{key}"] = self._whole(p, lambda p, k=key: safe_get_full_optimizer_state(p, k))
-        return self.whole_weights(), state, {"step": self._count()}
+                get = functools.partial(safe_get_full_optimizer_state, optim_state_key=key)
+                tensors[f"{name}.{key}"] = self._whole(p, get)
+        for held, names in self._held():
+            for key, value in held.items():
+                if isinstance(value, torch.Tensor) and value.dim() == 0:
+                    tensors.update({f"{name}.{key}": value.detach().cpu().clone() for name in names})
+                elif isinstance(value, _SINGLE):
+                    values.update({f"{name}.{key}": value for name in names})
+                elif not isinstance(value, torch.Tensor):
+                    raise StokerError(
+                        f"parallel=deepspeed cannot save the {type(value).__name__} that "
+                        f"{type(self._optimizer.optimizer).__name__} keeps as {key}: use parallel=fsdp"
+                    )
+        return self.whole_weights(), tensors, values
 
     def whole_weights(self) -> Tensors:
         """The full trained parameters in float32, on the CPU of all ranks."""
@@ -177,25 +234,43 @@ class DeepSpeedStep:
 
     def restore_weights(self, parameters: Tensors) -> None:
         """Restore what `whole_weights` returned, on every rank."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, p in self._trained():
-            safe_set_full_fp32_param(p, parameters[name].to(self._setting.mesh.device))
+            self._set(p, parameters[name])
             self.use(p, parameters[name])
 
-    def restore_state(self, state: Tensors) -> None:
-        """Restore the optimizer state that `capture` returned, with step counts (`name.step`)."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimizer state that `capture` returned, tensors and others.
 
-        device = self._setting.mesh.device
+        Under other strategies each parameter has its own state, and none if it never had a gradient. Here the
+        parameters of a group share what is not as large as they are, such as step counts.
+        """
+        if not state:
+            return
         self._begin_state()
         for name, p in self._trained():
             for key in self._keys():
-                safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(device), key)
-        count = next((t for name, t in state.items() if name.endswith(".step")), None)
-        for held in self._optimizer.optimizer.state.values():
-            if "step" in held and count is not None:
-                held["step"] = torch.as_tensor(float(count)).to(held["step"])
+                if f"{name}.{key}" in state:
+                    self._set(p, state[f"{name}.{key}"], key)
+        for held, names in self._held():
+            for key, now in held.items():
+                found = next((state[f"{name}.{key}"] for name in names if f"{name}.{key}" in state), now)
+                if not isinstance(now, torch.Tensor):
+                    held[key] = found
+                elif now.dim() == 0:
+                    held[key] = found.detach().to(now, copy=True)
+
+    def _set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+        """Set this rank's part of a weight in float32, or of the optimizer's state of it."""
+        value = value.to(self._setting.mesh.device)
+        if self.stage < 3:
+            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+            return
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        begin = size * self._optimizer._get_param_partition_rank(parameter)
+        part = value.flatten()[begin : begin + size]
+        # DeepSpeed's way to set a whole value fails if the ranks' parts are not all full.
+        part = nn.functional.pad(part, (0, size - part.numel()))
+        self._optimizer.set_local_hp_param(part, parameter, key)
 
     def _begin_state(self) -> None:
         """Allocate the optimizer state with steps that change nothing."""
@@ -223,6 +298,14 @@ class DeepSpeedStep:
         flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         return list(flat)
 
+    def _held(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """The optimizer state of each of this rank's partitions, and the names of its group's parameters."""
+        zero, found = self._optimizer, []
+        for number, partition in enumerate(self._partitions()):
+            group = number if self.stage < 3 else zero.sub_group_to_group_id[number]
+            found.append((zero.optimizer.state.get(partition, {}), self._names[group]))
+        return found
+
     def use(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Make the forward pass use a value: it has its own copy of the float32 weights."""
         with self._gathered(parameter):
@@ -237,12 +320,9 @@ class DeepSpeedStep:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def _keys(self) -> list[str]:
-        held: dict[str, Any] = next(iter(self._optimizer.optimizer.state.values()), {})
+        """The keys of the state that is as large as the weights."""
+        held = next((held for held, _ in self._held()), {})
         return [k for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
-
-    def _count(self) -> float:
-        held: dict[str, Any] = next(iter(self._optimizer.optimizer.state.values()), {})
-        return float(held.get("step", 0))
 
     def _whole(self, parameter: nn.Parameter, get: Any) -> torch.Tensor:
         found: torch.Tensor | None = get(parameter)
@@ -266,28 +346,55 @@ def partition(
     training: Training,
     setting: Setting,
     load: Callable[[nn.Module, torch.device, str], None],
+    originals: Originals,
 ) -> None:
     """Partition a model on the meta device among the ranks as it is loaded, block by block (stage 3).
 
     So no rank ever holds more than one full block and its own part. A model that is already in memory is
     left to DeepSpeed's `initialize`.
+
+    Args:
+        originals: receives those of frozen parameters.
     """
     if not any(p.is_meta for p in model.parameters()):
         return
     _quieten()
     import deepspeed
 
-    parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
-    settings = config(training, setting, parameters)
+    settings, casts = config(training, setting, model), _casts(model, training, setting)
     with _no_stray_output():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        for name, block in blocks:
-            load(model, setting.mesh.device, f"{name}.")
-            deepspeed.zero.Init(module=block, config_dict_or_path=settings)
-        load(model, setting.mesh.device, "")
-        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+        for name, part in [*((f"{name}.", block) for name, block in blocks), ("", model)]:
+            load(model, setting.mesh.device, name)
+            if casts:
+                _cast(part, setting, originals)
+            deepspeed.zero.Init(module=part, config_dict_or_path=settings)
 
 
+def _casts(model: nn.Module, training: Training, setting: Setting) -> bool:
+    """Whether the weights of the forward pass have the run's precision. If not, autocast does the casting."""
+    halved = setting.precision != "fp32" and options.zero_stage(training.deepspeed) > 0
+    return halved and not blocks.has_batch_norm(model)
+
+
+def _cast(module: nn.Module, setting: Setting, originals: Originals) -> None:
+    """Cast weights to the run's precision, but for those that are partitioned already.
+
+    Of those that are trained DeepSpeed keeps float32 copies from there on. Of a frozen one the original is
+    kept if the cast loses something, as it is what is exported.
+    """
+    dtype = DTYPES[setting.precision]
+    for p in module.parameters():
+        if hasattr(p, "ds_id") or p.dtype == dtype or p.dtype not in (*DTYPES.values(), torch.float64):
+            continue
+        cast = p.data.to(dtype)
+        if not p.requires_grad:
+            lossy = setting.mesh.world.rank == 0 and not torch.equal(cast.to(p.dtype), p.data)
+            originals[p] = Original(p.dtype, p.detach().cpu().clone() if lossy else None)
+        p.data = cast
+
+
+_SINGLE = (type(None), bool, int, float, str)
 _BUCKET = 500_000_000  # elements, DeepSpeed's default; it allocates as much memory whatever the model's size
 
 
@@ -305,13 +412,34 @@ def _check_optimizer(made: torch.optim.Optimizer) -> None:
         )
 
 
-def config(training: Training, setting: Setting, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's file, with everything missing or "auto" filled in.
+def check_file(training: Training, setting: Setting, model: nn.Module) -> None:
+    """Raises BadInput if DeepSpeed refuses what the user's file sets, before any weight is loaded."""
+    file = training.deepspeed.config
+    if file is None:
+        return
+    _quieten()
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
 
-    Args:
-        parameters: the number of trained parameters.
-    """
-    bucket = min(_BUCKET, parameters)
+    try:
+        with _no_stray_output():
+            deepspeed.init_distributed(dist_init_required=False, verbose=False)
+            DeepSpeedConfig(config(training, setting, model))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        given = options.read_deepspeed(file)
+        section = [s for s, held in given.items() if place and isinstance(held, dict) and place[0] in held]
+        raise BadInput(f"{file}: {'.'.join([*section[:1], *place])}: {first['msg']}") from error
+    except Exception as error:  # DeepSpeed's own checks raise errors of many kinds
+        raise BadInput(f"{file}: DeepSpeed refuses it: {words.first_line(error)}") from error
+
+
+def config(training: Training, setting: Setting, model: nn.Module) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's file, with everything missing or "auto" filled in."""
+    bucket = min(_BUCKET, sum(_shape(p).numel() for p in model.parameters() if p.requires_grad))
+    halved = setting.precision if _casts(model, training, setting) else "fp32"
     chosen = training.deepspeed
     zero: dict[str, Any] = {"stage": options.zero_stage(chosen), "reduce_bucket_size": bucket}
     if chosen.offload_optimizer:
@@ -329,14 +457,13 @@ def config(training: Training, setting: Setting, parameters: int) -> dict[str, A
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
-        # At stage 0 weights stay in float32 under autocast, as with DDP.
-        "bf16": {"enabled": setting.precision == "bf16" and zero["stage"] > 0},
-        "fp16": {"enabled": setting.precision == "fp16" and zero["stage"] > 0, "loss_scale": 1.0},
     }
     given = options.read_deepspeed(chosen.config)
     for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"):
         given.pop(key, None)  # checked against the run's own: see `options.with_deepspeed_file`
-    return _merged(made, given)
+    # Whatever the file says: it may only repeat the run's precision, which is not always DeepSpeed's.
+    own = {"bf16": {"enabled": halved == "bf16"}, "fp16": {"enabled": halved == "fp16", "loss_scale": 1.0}}
+    return _merged(_merged(made, given), own)
 
 
 def _merged(ours: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
