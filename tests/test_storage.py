@@ -38,22 +38,38 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("left", [lambda path: path.mkdir(), lambda path: path.touch()])
 def test_what_is_new_appears_whole_or_not_at_all(left: Callable[[Path], None], tmp_path: Path) -> None:
     """Args: left: leaves what a killed process might."""
-    target = tmp_path / "a"
+    target, paths = tmp_path / "a", []
 
     def fail() -> None:
         with storage.new(target) as temporary:
+            paths.append(temporary)
             left(temporary)
             raise ValueError("failed")
 
     with pytest.raises(ValueError, match="failed"):
         fail()
     assert list(tmp_path.iterdir()) == []
-    left(tmp_path / ".a.tmp")
+    left(paths[0])
     with storage.new(target) as temporary:
         temporary.mkdir()
         (temporary / "b").touch()
         assert not target.exists()
     assert sorted(tmp_path.rglob("*")) == [target, target / "b"]
+
+
+def test_processes_that_do_not_see_each_others_locks_make_the_same_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "a"
+    with storage.new(target) as here:
+        here.mkdir()
+        (here / "made here").touch()
+        monkeypatch.setattr(storage, "reach_of_locks", lambda path: "another machine")
+        with storage.new(target) as there:
+            there.mkdir()
+            (there / "made there").touch()
+            assert [file.name for file in here.iterdir()] == ["made here"]
+    assert sorted(tmp_path.rglob("*")) == [target, target / "made there"]
 
 
 def test_a_lock_is_held_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ _PIECE = 2**20  # bytes read at once
 _LEAST_PIECE = 2**12  # the same for a small file, to avoid allocating a large buffer
 _OF_SYSTEM = re.compile(r"OSError: \[Errno (\d+)\]")
 _OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_ABANDONED = 86_400.0  # seconds after which nobody is still making what is unfinished
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 # File systems that are local to one machine.
@@ -125,18 +127,31 @@ def write_new(path: Path, content: bytes) -> None:
 def new(target: Path) -> Iterator[Path]:
     """A temporary path for a new folder or file, which becomes `target` at the end of the block.
 
-    If the block fails, what it made is removed. Only one process at a time may make the same target; what one
-    left that was killed is removed first.
+    If the block fails, what it made is removed. Of the processes that see each other's locks only one at a
+    time may make the same target; what one left that was killed is removed first. Others have paths of their
+    own. If one of those made the target meanwhile, that one stays.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    _remove(temporary)
+    mark = hashlib.sha256(reach_of_locks(target).encode()).hexdigest()[:12]
+    temporary = target.with_name(f".{target.name}.{mark}.tmp")
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if left == temporary or (is_unfinished(left) and time.time() - left.lstat().st_mtime > _ABANDONED):
+            _remove(left)
     try:
         yield temporary
-        temporary.rename(target)
+        _publish(temporary, target)
     except BaseException:
         _remove(temporary)
         raise
     sync_directory(target.parent)
+
+
+def _publish(made: Path, target: Path) -> None:
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        _remove(made)
 
 
 def _remove(path: Path) -> None:
@@ -357,7 +372,7 @@ def _key(about: Mapping[str, Any]) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A small JSON object that can be recreated; empty if the file cannot be read."""
+    """A JSON object; empty if the file cannot be read, or holds something else."""
     try:
         found = orjson.loads(file.read_bytes())
     except (OSError, orjson.JSONDecodeError):

@@ -1,9 +1,11 @@
-"""Counts, sizes and lists of names as text."""
+"""Counts, sizes, paths and lists of names as text."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
 _UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
@@ -23,6 +25,12 @@ def some(names: Sequence[str], most: int = 8) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shortest(path: Path) -> str:
+    """A path from the current folder if it is below it, else as it is."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def size(count: float) -> str:

@@ -247,7 +247,7 @@ def test_a_dirty_tree_with_an_untracked_module_is_bit_identical_from_a_clone_wit
 
 def test_it_is_again_another_run_when_it_is_made_a_second_time(counted: Path, stoker: Command) -> None:
     by_path = stoker("reproduce", "project/runs/count/first", cwd=counted.parent.parent)
-    assert f"next: stoker diff count/first count/first-again --runs {counted}\n" in by_path.out
+    assert "next: stoker diff count/first count/first-again --runs project/runs\n" in by_path.out
     again = stoker("reproduce", "first-again", "--json", cwd=counted.parent)
     assert again.code == 0, again.err
     assert (again.answer["again"], again.answer["identical"]) == ("count/first-again-again", True)

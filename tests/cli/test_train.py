@@ -160,6 +160,15 @@ def test_told_to_stop_it_leaves_a_checkpoint_of_the_step_under_way(  # type: ign
     assert list(resumed.points["loss"]) == list(range(1, 61))
 
 
+def test_how_to_find_a_run_is_said_whatever_the_usual_folder_is(  # type: ignore[no-untyped-def]
+    stoker, slow: Path
+) -> None:
+    asked = ("train", str(slow), "pause=0", "--name", "a", "--runs", "ru[ns]")
+    done = stoker(*asked, env={"STOKER_RUNS": "gs://bucket/runs"})
+    assert done.code == 0, done.err
+    assert "next: stoker runs show a --runs 'ru[ns]'" in done.out
+
+
 def test_a_second_ctrl_c_stops_at_once(start, slow: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     process = start("train", str(slow), "pause=30", "--name", "a")
     run = tmp_path / "runs" / "slow" / "a"
@@ -272,7 +281,6 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint(  # type: igno
     filler.unlink()
     done = stoker("train", str(slow), "--name", "a", "--runs", str(runs))
     assert done.code == 0, done.err
-    assert f"stoker runs show a --runs {runs}" in done.out
     assert list(loaded(run).points["loss"]) == list(range(1, 61))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from stoker.cli.output import console, print_json, runs_option
 from stoker.run import mirror, view
 from stoker.run.view import RunView
+from stoker.words import shortest
 
 
 def show(seen: RunView, json: bool, status: str, *, uploaded: bool = True) -> None:
@@ -27,27 +26,21 @@ def show(seen: RunView, json: bool, status: str, *, uploaded: bool = True) -> No
             "report": str(report) if report.is_file() else None,
         })  # fmt: skip
         return
-    out = console()
-    out.print(f"\n{directory_.name} {status} at step {seen.step}")
+    lines = [f"\n{directory_.name} {status} at step {seen.step}"]
     said = {metric: f"{value:.6g}" for metric, value in seen.newest().items()}
-    said["run"] = _shortest(directory_.path)
+    said["run"] = shortest(directory_.path)
     if copy is not None:
         said["in the store" if uploaded else "partly in the store"] = copy.where
     if report.is_file():
-        said["report"] = _shortest(report)
+        said["report"] = shortest(report)
     wide = min(48, max(24, *map(len, said)))
-    for name, value in said.items():
-        out.print(f"  {name:{wide}} {value}")
+    lines += [f"  {name:{wide}} {value}" for name, value in said.items()]
     at = runs_option(directory_.path.parent.parent)
     if not uploaded:
-        out.print(f"next: stoker sync {directory_.id}{at}")
+        lines.append(f"next: stoker sync {directory_.id}{at}")
     elif seen.status == view.FINISHED:
         export = f"stoker runs export {directory_.id}{at}"
-        out.print(f"next: stoker runs show {directory_.id}{at}   {export}   stoker ui{at}")
+        lines.append(f"next: stoker runs show {directory_.id}{at}   {export}   stoker ui{at}")
     else:
-        out.print(f"next: stoker resume {directory_.id}{at}   stoker runs show {directory_.id}{at}")
-
-
-def _shortest(path: Path) -> str:
-    relative = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return str(relative)
+        lines.append(f"next: stoker resume {directory_.id}{at}   stoker runs show {directory_.id}{at}")
+    console().print("\n".join(lines), markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from rich.console import Console
 from stoker import object_store, terminal
 from stoker.errors import EXIT_BAD_INPUT
 from stoker.run import finding
+from stoker.words import shortest
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -41,11 +42,10 @@ def console() -> Console:
 
 def runs_option(runs: Path) -> str:
     """The option ` --runs DIR` that a command needs to use `runs`; empty if that is the default."""
-    usual = finding.given_folder(None)
-    if runs.resolve() == usual.resolve():
+    there, usual = finding.shown(runs), finding.asked_for(None)
+    if there == usual.rstrip("/") or runs.resolve() == Path(usual).resolve():
         return ""
-    store = object_store.of(runs)
-    return f" --runs {shlex.quote(store.url if store is not None else str(runs))}"
+    return f" --runs {shlex.quote(there if object_store.is_url(there) else shortest(runs))}"
 
 
 def print_json(answer: dict[str, Any]) -> None:

@@ -160,5 +160,7 @@ def _trained_from(seen: RunView) -> str | None:
 
 def _has_template(folder: Path) -> bool:
     """Whether the tokenizer in a folder has a chat template."""
-    own_file = (folder / "chat_template.jinja").is_file()
-    return own_file or "chat_template" in storage.read_json(folder / "tokenizer_config.json")
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and "chat_template" in json.loads(file.read_text(encoding="utf-8"))

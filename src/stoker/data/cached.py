@@ -8,7 +8,7 @@ from pathlib import Path
 from stoker import storage
 from stoker.errors import BadInput
 
-_LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same data
+_LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is making the same
 
 
 def once(target: Path, fill: Callable[[Path], None], lock: Path | None = None) -> Path:

@@ -58,7 +58,7 @@ _FLAGS = {
 """Slurm settings for which the command has a flag."""
 _OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "export", "export-file", "wrap")
 """Settings that the script itself needs."""
-_REQUEST_LESS = "request less per node, or a different partition with --option partition=NAME"
+_ELSEWHERE = "another partition may have more: --option partition=NAME"
 _CLUSTERS = "clusters"
 """Another cluster numbers its jobs by itself, and Slurm's other commands do not ask it."""
 _ONE_CLUSTER = (
@@ -390,7 +390,7 @@ def _check_nodes(spec: JobSpec) -> None:
     nodes = _nodes_of(partition)
     if nodes:
         where = f"partition {partition}" if partition else "the default partition"
-        jobspec.check_room(spec, nodes, where, _REQUEST_LESS)
+        jobspec.check_room(spec, nodes, where, _ELSEWHERE)
 
 
 def _nodes_of(partition: str) -> list[Nodes]:

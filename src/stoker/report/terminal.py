@@ -7,11 +7,9 @@ interpret them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -213,7 +211,7 @@ def _summary(view: RunView) -> list[tuple[str, str]]:
         ("step", _steps(view)),
         ("left out", facts.left_out(view)),
         ("started", f"{started}, {clock(view.seconds)} spent"),
-        ("where", _shortest(view.directory.path)),
+        ("where", words.shortest(view.directory.path)),
         ("recipe", str((view.record.get("recipe") or {}).get("name", ""))),
         ("command", facts.command(view)),
         ("layout", facts.layout(view)),
@@ -340,8 +338,3 @@ def print_heading(console: Console, title: str) -> None:
     """The heading of a section."""
     console.print()
     console.print(Text(title, "bold"))
-
-
-def _shortest(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
