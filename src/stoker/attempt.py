@@ -553,6 +553,8 @@ class Attempt:
             disk.bring()
         else:
             disk.bring_soon(self.recorder.file)
+        if self.stop.requested is None:
+            self._shipping.say_if_unanswered()
 
     def close(self) -> None:
         """Release the run. The follower continues by itself until everything is shipped.

@@ -15,6 +15,8 @@ from typing import Any
 
 import orjson
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from stoker import Run, storage
 from stoker.errors import BadInput
 from stoker.run import artifacts, journal, view
@@ -262,6 +264,33 @@ def test_mlflow_has_who_began_a_run_its_script_and_its_inputs_once(
         assert {name: orjson.loads(one.source) for name, one in inputs.items()} == {
             "images": {"uri": "/data"}, "model": {"uri": "llm/first:model"}, "file": {"uri": "file"},
         }  # fmt: skip
+
+
+def test_what_a_server_does_not_know_or_has_otherwise_keeps_nothing_else_back(
+    runs: Path, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes no inputs; the system does not know the user; an earlier version cut a param elsewhere."""
+
+    def refuse(*_: Any) -> None:
+        raise MlflowException("no such endpoint", error_code=ENDPOINT_NOT_FOUND)
+
+    def unknown(*_: Any) -> None:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(mlflow_sink.MlflowClient, "log_inputs", refuse)
+    monkeypatch.setattr(mlflow_sink.DefaultRunContext, "tags", unknown)
+    run = RunDirectory(runs / "digits" / "a")
+    run.create({"uid": "a", "id": "a", "experiment": "digits", "config": {"long": "x" * 7000}})
+    trainer = Trainer(run)
+    trainer.journal.append("used", name="file", run=None, files=[])
+    for step in (1, 2):
+        trainer.log(step, loss=float(step))
+        with monkeypatch.context() as earlier:
+            if step == 1:
+                earlier.setattr(mlflow_sink, "_cut", lambda text, longest: text[:longest])
+            assert follower.follow(run, "mlflow", once=True, patience=0.0)
+    assert seen(runs).points("loss") == [(1, 1.0), (2, 2.0)]
+    trainer.end("finished")
 
 
 def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach(

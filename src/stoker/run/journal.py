@@ -64,6 +64,8 @@ class JournalWriter:
         try:
             line = orjson.dumps(event, option=options)
         except TypeError:
+            if kind in ("artifact", "used"):
+                raise ValueError(f"a file of {fields.get('name')!r} has a name that is not UTF-8") from None
             line = orjson.dumps(encodable(event), option=options)
         self._write(line)
 

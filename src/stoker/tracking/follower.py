@@ -62,6 +62,9 @@ class SinkState:
     """When it started to fail, in seconds since 1970."""
 
 
+_WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
+
+
 def enabled() -> tuple[str, ...]:
     """The sinks named in STOKER_SINKS: `mlflow` by default, no sinks for `none`; not W&B if it is disabled.
 
@@ -102,6 +105,9 @@ def check(name: str) -> None:
         raise BadInput(f"STOKER_SINKS names {name!r}{hint}; use {', '.join(_SINKS)}, or none")
     if importlib.util.find_spec(name) is None:
         raise BadInput(f"STOKER_SINKS names {name}, which is not installed: pip install 'stoker[{name}]'")
+    asked = os.environ.get("WANDB_MODE", "")
+    if name == "wandb" and asked and asked.lower() not in _WANDB_MODES:
+        raise BadInput(f"WANDB_MODE={asked}{nearest(asked, _WANDB_MODES)}; use {', '.join(_WANDB_MODES)}")
 
 
 def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes]:
@@ -408,14 +414,16 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
             runs = _runs(folder)
             training = any(run.trained_here for run in runs)  # checked before what they logged
             behind = [run for run in runs if _is_behind(run)]
+            for gone in [turn for turn in turns if turn[0] not in {run.id for run in runs}]:
+                turns.pop(gone).close()  # another run may get its name
             for run in behind:
                 for name in enabled():
                     if (run.id, name) not in turns:
                         turns[run.id, name] = held.enter_context(contextlib.closing(_Turns(run, name)))
                 due = [turns[run.id, name] for name in enabled()]
                 _ship_trial([turn for turn in due if turn.due(alone=over)])
-            if over and not training and not behind:
-                return _end_sweep(folder)
+            if over and not training and not behind and _end_sweep(folder):
+                return True
             over_since = (over_since or time.monotonic()) if over else None
             if over_since is not None and time.monotonic() - over_since > patience:
                 _end_sweep(folder)  # the sink that fails may be another

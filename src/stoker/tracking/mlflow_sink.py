@@ -60,6 +60,12 @@ _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are K
 # Without this tag the UI opens an experiment at its GenAI traces instead of its runs.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
+_REFUSALS = (
+    "ENDPOINT_NOT_FOUND", "RESOURCE_DOES_NOT_EXIST", "NOT_IMPLEMENTED", "FEATURE_DISABLED",
+    "INVALID_PARAMETER_VALUE", "BAD_REQUEST",
+)  # fmt: skip
+"""Errors of a server that will not do something, however often it is asked."""
+
 T = TypeVar("T")
 
 
@@ -73,7 +79,7 @@ class MlflowSink:
         self._uri = store.server_uri() or store.embedded_uri(self._runs)
         self._client: MlflowClient | None = None
         self._run = ""
-        self._can_delete = True
+        self._can_delete = self._takes_inputs = True
         self._names: dict[str, str] = {}
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
@@ -81,7 +87,9 @@ class MlflowSink:
         self._client = self._connected()
         experiment, self._run = self._located(known, edition) or self._found_or_made(started, edition)
         parent = self._sweep(experiment)
-        self._log_texts(self._params(), {**self._tags(), **({_PARENT: parent} if parent else {})})
+        there = self._mlflow.get_run(self._run).data.params  # which cannot be changed
+        params = {name: value for name, value in self._params().items() if key(name) not in there}
+        self._log_texts(params, {**self._tags(), **({_PARENT: parent} if parent else {})})
         self._log_data()
         where = store.without_credentials(self._uri).rstrip("/")
         if where.startswith("http"):
@@ -105,8 +113,7 @@ class MlflowSink:
         self._log_texts(params, {**kept, **changed, **{k: v for place in places for k, v in place.items()}})
         for name in batch.tags.keys() - kept.keys():
             self._delete_tag(key(name))
-        if batch.used:
-            self._mlflow.log_inputs(self._run, [_used(event) for event in batch.used])
+        self._log_inputs([_used(event) for event in batch.used])
         if batch.notes:  # MLflow shows them as the run's description
             notes = _without_middle("\n\n".join(batch.notes), _LONGEST_TAG)
             self._mlflow.set_tag(self._run, _NOTE, notes)
@@ -297,9 +304,22 @@ class MlflowSink:
     def _log_data(self) -> None:
         """The data that the run has recorded so far, as inputs; MLflow stores each once."""
         recorded = storage.read_json(self._directory.provenance / "data.json").items()
-        inputs = [_input(name, one.get("fingerprint", ""), one.get("path", name)) for name, one in recorded]
-        if inputs:
+        self._log_inputs([
+            _input(name, one.get("fingerprint") or one.get("revision", ""), one.get("path", name))
+            for name, one in recorded
+        ])  # fmt: skip
+
+    def _log_inputs(self, inputs: list[DatasetInput]) -> None:
+        """Log inputs, unless the server knows no such thing: then all else is shipped without them."""
+        if not inputs or not self._takes_inputs:
+            return
+        try:
             self._mlflow.log_inputs(self._run, inputs)
+        except MlflowException as error:
+            if error.error_code not in _REFUSALS:
+                raise
+            self._takes_inputs = False
+            log.warning("this MLflow server takes no inputs of runs (%s): they are not shipped", error)
 
     def _named(self, metric: str) -> str:
         """The name of a metric in MLflow; logs it once if it differs."""
@@ -399,8 +419,11 @@ class MlflowSink:
 
 
 def _user() -> dict[str, str]:
-    """Who creates a run, as MLflow's own client finds it."""
-    return {MLFLOW_USER: str(DefaultRunContext().tags()[MLFLOW_USER])}
+    """Who creates a run, as MLflow's own client finds it; nothing if this user has no name."""
+    try:
+        return {MLFLOW_USER: str(DefaultRunContext().tags()[MLFLOW_USER])}
+    except Exception:  # it asks the system, which may not know the user, as in a container
+        return {}
 
 
 def _script(record: Mapping[str, Any]) -> str | None:
@@ -421,11 +444,17 @@ def _input(name: str, fingerprint: str, source: str) -> DatasetInput:
 
 
 def _best(trials: Sequence[RunDirectory], metric: str, goal: str) -> tuple[RunDirectory, Point] | None:
-    """The finished trial with the best newest value of the objective; None with several objectives."""
+    """The finished trial with the best newest value of the objective; None with several objectives.
+
+    Of trials that trained on shares of the data, it is one of those with the largest.
+    """
     sign = {"min": 1.0, "max": -1.0}.get(goal)
     found: list[tuple[float, RunDirectory, Point]] = []
-    for trial in trials if sign else ():
-        seen = view.load(trial)
+    views = [view.load(trial) for trial in trials] if sign else []
+    shares = [float(seen.config.get("data_share") or 1.0) for seen in views]
+    for trial, seen, share in zip(trials, views, shares, strict=False):
+        if share < max(shares):
+            continue
         series = seen.points.get(metric)
         if seen.status == view.FINISHED and series and math.isfinite(value := float(series.y[-1])):
             newest = Point(metric, int(series.x[-1]), value, float(series.time[-1]))

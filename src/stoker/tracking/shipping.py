@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stoker import threads
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, store
 from stoker.tracking.follower import SinkState
 
 log = logging.getLogger("stoker")
 
+_ANSWER_TIMEOUT = 1.5  # seconds
 _PAUSE = 30.0  # least number of seconds between two starts of a follower
 
 
@@ -68,15 +71,19 @@ class Shipping(_Shipping):
         self._run = run
         self._rest = f"training continues, and `stoker sync {run.id}` or the next start ships the rest"
 
-    def finish(self) -> None:
-        """Make sure, before the run ends, that a follower ships the rest; say so if it has no chance to.
+    def say_if_unanswered(self) -> None:
+        """Say so if MLflow has nothing of a run that has ended, and its server does not answer.
 
-        A short run ends before its follower has found that out.
+        A short run ends before its follower has found that out. Looking up the server's name has no time
+        limit of its own: whatever is not known after a moment is not said.
         """
-        super().finish()
-        nothing_yet = not ledger.load(ledger.file_of(self._run, "mlflow")).offsets
-        if self._process is not None and "mlflow" in self._sinks and nothing_yet:
-            reason = store.unanswered()
+        if self._process is None or "mlflow" not in self._sinks:
+            return
+        if ledger.load(ledger.file_of(self._run, "mlflow")).offsets:
+            return
+        asked = threads.begun(store.unanswered, "reach-mlflow")
+        with contextlib.suppress(TimeoutError):
+            reason = asked.result(_ANSWER_TIMEOUT)
             if reason is not None:
                 self._warn_once("mlflow", reason, f"`stoker sync {self._run.id}` ships it later")
 

@@ -128,7 +128,7 @@ def unanswered(timeout: float = 1.0) -> str | None:
     server = urlsplit(server_uri() or "")
     if server.scheme not in ("http", "https") or server.hostname is None:
         return None
-    if server.scheme in getproxies() and not proxy_bypass(server.hostname):
+    if {server.scheme, "all"} & getproxies().keys() and not proxy_bypass(server.hostname):
         return None
     try:
         port = server.port or (443 if server.scheme == "https" else 80)

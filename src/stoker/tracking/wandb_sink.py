@@ -150,12 +150,12 @@ class WandbSink:
             self._run.log(row)
         for event in batch.media:
             if self._is_new(sink.key(event), event["step"]):
-                with _unless_refused(f"{sink.key(event)} of step {event['step']}"):
+                with self._unless_refused(f"{sink.key(event)} of step {event['step']}"):
                     self._ship_media(event)
         for name, event in batch.artifacts.items():
             made = f"{name}:{event['time']}"
             if made not in self._artifacts:
-                with _unless_refused(f"the artifact {name}"):
+                with self._unless_refused(f"the artifact {name}"):
                     self._ship_artifact(name, event)
                 self._artifacts.add(made)
         return {"artifacts": sorted(self._artifacts)}
@@ -173,6 +173,16 @@ class WandbSink:
         run, self._run = self._run, None
         if run is not None:
             _leave(run)
+
+    @contextlib.contextmanager
+    def _unless_refused(self, what: str) -> Iterator[None]:
+        """Say so if W&B's client refuses something for what it is: the rest is shipped all the same."""
+        try:
+            yield
+        except (TypeError, ValueError, wandb.errors.UsageError) as error:
+            if isinstance(error, OSError) or self._run._is_finished:  # of requests, or W&B: to be tried again
+                raise
+            log.warning("W&B refuses %s, which is not shipped: %s", what, textwrap.shorten(str(error), 300))
 
     def _is_new(self, name: str, step: int) -> bool:
         """Whether W&B does not have this point yet. Marks it as present."""
@@ -251,15 +261,6 @@ def _settings() -> Any:
         x_save_requirements=False, init_timeout=_START_TIMEOUT,
         x_transaction_log_flush_interval=_FLUSH_SECONDS,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _unless_refused(what: str) -> Iterator[None]:
-    """Say so if W&B's client refuses something for what it is: the rest is shipped all the same."""
-    try:
-        yield
-    except (TypeError, ValueError, wandb.errors.UsageError) as error:
-        log.warning("W&B refuses %s, which is not shipped: %s", what, textwrap.shorten(str(error), 300))
 
 
 def _accepted(name: str) -> str:
