@@ -245,12 +245,12 @@ def test_a_place_of_other_data_is_ignored_by_every_rank(folder: Path, tmp_path: 
         "three": lambda: Mixture([streamed(), streamed(), streamed()], [2, 1, 1]),
     }
     places = {kind: json.loads(json.dumps(loader(make()).place(1200))) for kind, make in kinds.items()}
-    for kind, make in kinds.items():
-        assert loader(make()).knows(places[kind])
-        expected = next(loader(make()).batches(1200))
-        for other, where in places.items():
-            assert loader(make()).knows(where) == (other in (kind, "rows")), (kind, other)
-            halves = [next(loader(make(), rank, 2).batches(1200, where)) for rank in range(2)]
+    for number, (kind, make) in enumerate(kinds.items()):
+        alone = loader(make())
+        assert {other for other, where in places.items() if alone.knows(where)} == {"rows", kind}
+        expected = next(alone.batches(1200))
+        for other in (kind, [*kinds][number - 1]):
+            halves = [next(loader(make(), rank, 2).batches(1200, places[other])) for rank in range(2)]
             read = [row["input_ids"].tobytes() for half in halves for row in half]
             assert read == [row["input_ids"].tobytes() for row in expected], (kind, other)
 
