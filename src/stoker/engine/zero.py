@@ -433,16 +433,18 @@ def check_file(training: Training, setting: Setting, model: nn.Module) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    with _no_stray_output():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
     try:
         with _no_stray_output():
-            deepspeed.init_distributed(dist_init_required=False, verbose=False)
             DeepSpeedConfig(config(training, setting, model))
     except ValidationError as error:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
         given = options.read_deepspeed(file)
         section = [s for s, held in given.items() if place and isinstance(held, dict) and place[0] in held]
-        raise BadInput(f"{file}: {'.'.join([*section[:1], *place])}: {first['msg']}") from error
+        where = ".".join([*section[:1], *place]) or "DeepSpeed refuses it"
+        raise BadInput(f"{file}: {where}: {first['msg']}") from error
     except Exception as error:  # DeepSpeed's own checks raise errors of many kinds
         raise BadInput(f"{file}: DeepSpeed refuses it: {words.first_line(error)}") from error
 
