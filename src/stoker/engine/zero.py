@@ -401,8 +401,8 @@ def _cast(module: nn.Module, setting: Setting, originals: Originals) -> None:
         cast = p.data.to(dtype)
         if not p.requires_grad:
             lossy = setting.mesh.world.rank == 0 and not torch.equal(cast.to(p.dtype), p.data)
-            originals[p] = Original(p.dtype, p.detach().cpu().clone() if lossy else None)
-        p.data = cast
+            originals[p] = Original(p.dtype, p.detach().cpu() if lossy else None)
+        p.data = cast  # on a CPU, the original is the former storage
 
 
 _SINGLE = (type(None), bool, int, float, str)
