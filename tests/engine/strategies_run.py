@@ -189,6 +189,14 @@ class Averaging(torch.optim.SGD):
                 p.data.add_(p.data, alpha=-0.01 / self.state[p]["count"])
 
 
+def with_a_group_of_one(
+    make: Any, most: dict[str, Any], last: dict[str, Any], groups: list[dict[str, Any]], lr: float
+) -> torch.optim.Optimizer:
+    """An optimizer whose last group, one number that only one rank has, keeps other state than the first."""
+    *others, bias = itertools.chain.from_iterable(group["params"] for group in groups)
+    return make([{"params": others, **most}, {"params": [bias], **last}], lr=lr)  # type: ignore[no-any-return]
+
+
 OPTIMIZERS: dict[str, Any] = {
     **{
         name: getattr(torch.optim, name)
@@ -198,6 +206,14 @@ OPTIMIZERS: dict[str, Any] = {
     },
     "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
     "Averaging": Averaging,
+    **{
+        name: functools.partial(with_a_group_of_one, make, most, last)
+        for name, make, most, last in (
+            ("SGD-last", torch.optim.SGD, {}, {"momentum": 0.9}),
+            ("SGD-first", torch.optim.SGD, {"momentum": 0.9}, {}),
+            ("AdamW-last", torch.optim.AdamW, {}, {"amsgrad": True}),
+        )
+    },
 }  # fmt: skip
 """Those that DeepSpeed can use, which flattens all weights."""
 
@@ -228,6 +244,47 @@ def with_optimizers(folder: Path, settings: dict[str, Any], steps: int) -> dict[
                 losses.append(trainer.step(batch).item())
                 run.log(loss=losses[-1])
             found[name] = losses
+    return found
+
+
+class Late(nn.Module):
+    """Its first weight is not used until `late` says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra, self.first, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 1)
+        self.late = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x) + self.extra(x) if self.late else self.first(x)
+        return self.last(hidden.tanh())  # type: ignore[no-any-return]
+
+
+def with_a_late_weight(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The weights but for a late one, a step after that one's first, in one process and with ZeRO."""
+    warnings.simplefilter("ignore")
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+    def trained(name: str, steps: int, late: bool, **settings: Any) -> dict[str, torch.Tensor]:
+        seed_everything(0)
+        with Run("test", name, runs=folder) as run:
+            model = Late()
+            model.late = late
+            trainer = Trainer(
+                run, model, optimizer=lambda ps: torch.optim.NAdam(ps, lr=0.01),
+                loss=lambda out, b: ((out - b[0].sum(1, keepdim=True)).square().sum(), len(out)),
+                inputs=lambda b: (b[0],), training=Training(precision="fp32", **built(settings)),
+            )  # fmt: skip
+            for batch in trainer.steps(trainer.loader(TensorDataset(x), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+            return {n: t.clone() for n, t in trainer.state_dict().items() if "extra" not in n}
+
+    zero: dict[str, Any] = {"parallel": "deepspeed", "deepspeed": {"stage": 1}}
+    found = []
+    for name, settings in (("alone", {}), ("zero", zero)):
+        trained(name, 30, False)
+        trained(name, 31, True)
+        found.append(trained(name, 32, True, **settings))
     return found
 
 

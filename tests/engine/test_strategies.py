@@ -177,6 +177,13 @@ def test_what_an_optimizer_counts_goes_on_under_every_strategy(tmp_path: Path) -
         assert found[name] == pytest.approx(losses, rel=1e-4), name
 
 
+def test_under_zero_a_group_goes_on_with_its_furthest_count(tmp_path: Path) -> None:
+    """Else the updates of all its weights would be as large as those of one that was just begun."""
+    alone, zero = ranks.run(strategies_run.with_a_late_weight, 1, tmp_path, tmp_path)[0]
+    for name, tensor in alone.items():
+        torch.testing.assert_close(zero[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [

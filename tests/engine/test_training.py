@@ -665,6 +665,18 @@ def test_what_no_stage_offloads_is_refused_in_a_deepspeed_file_too(
         ),
         ({"zero_optimization": {"mics_shard_size": 2}}, r"ds.json: DeepSpeed refuses it: MiCS"),
         ({"bf16": {"bf16_optimizer_states": True}}, r"ds.json: DeepSpeed refuses it: bf16_optimizer_states"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"ds.json: DeepSpeed refuses it: .*Partial offloading",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}},
+            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is 0: remove it",
+        ),
     ],
 )
 def test_what_deepspeed_itself_refuses_is_bad_input(

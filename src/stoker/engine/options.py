@@ -327,7 +327,13 @@ def _check_deepspeed(training: Training) -> None:
         raise BadInput("parallel=deepspeed needs deepspeed: pip install 'stoker[deepspeed]'")
     chosen = training.deepspeed
     stage = zero_stage(chosen)
-    by_file = read_deepspeed(chosen.config).get("zero_optimization", {})
+    given = read_deepspeed(chosen.config)
+    if stage < 2 and given.get("data_types", {}).get("grad_accum_dtype", "auto") not in (None, "auto"):
+        raise BadInput(
+            f"{chosen.config}: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is {stage}: "
+            "remove it from the file, or use another stage"
+        )
+    by_file = given.get("zero_optimization", {})
     for key, section, asked, least, needs in (
         ("offload_parameters", "offload_param", chosen.offload_parameters, 3, "3"),
         ("offload_optimizer", "offload_optimizer", chosen.offload_optimizer, 1, "1, 2 or 3"),

@@ -207,10 +207,11 @@ class DeepSpeedStep:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         tensors, values = Tensors(), dict[str, Any]()
-        if self._keys():
+        keys = self._keys()
+        if any(keys.values()):
             self._link_state()
         for name, p in self._trained():
-            for key in self._keys():
+            for key in keys[name]:
                 get = functools.partial(safe_get_full_optimizer_state, optim_state_key=key)
                 tensors[f"{name}.{key}"] = self._whole(p, get)
         for held, names in self._held():
@@ -242,18 +243,21 @@ class DeepSpeedStep:
         """Restore the optimizer state that `capture` returned, tensors and others.
 
         Under other strategies each parameter has its own state, and none if it never had a gradient. Here the
-        parameters of a group share what is not as large as they are, such as step counts.
+        parameters of a group share what is not as large as they are, such as step counts: that of the one
+        that was updated most often.
         """
         if not state:
             return
         self._begin_state()
+        keys = self._keys()
         for name, p in self._trained():
-            for key in self._keys():
+            for key in keys[name]:
                 if f"{name}.{key}" in state:
                     self._set(p, state[f"{name}.{key}"], key)
         for held, names in self._held():
+            ordered = sorted(names, key=lambda name: float(state.get(f"{name}.step", 0)), reverse=True)
             for key, now in held.items():
-                found = next((state[f"{name}.{key}"] for name in names if f"{name}.{key}" in state), now)
+                found = next((state[f"{name}.{key}"] for name in ordered if f"{name}.{key}" in state), now)
                 if not isinstance(now, torch.Tensor):
                     held[key] = found
                 elif now.dim() == 0:
@@ -319,10 +323,17 @@ class DeepSpeedStep:
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
-    def _keys(self) -> list[str]:
-        """The keys of the state that is as large as the weights."""
-        held = next((held for held, _ in self._held()), {})
-        return [k for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
+    def _keys(self) -> dict[str, list[str]]:
+        """The keys of each trained parameter's state that is as large as it is.
+
+        All parameters of a group have the same, and so do all ranks, as DeepSpeed pads every rank's partition
+        of a group to one size.
+        """
+        return {
+            name: [k for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
+            for held, names in self._held()
+            for name in names
+        }
 
     def _whole(self, parameter: nn.Parameter, get: Any) -> torch.Tensor:
         found: torch.Tensor | None = get(parameter)
@@ -390,8 +401,8 @@ def _cast(module: nn.Module, setting: Setting, originals: Originals) -> None:
         cast = p.data.to(dtype)
         if not p.requires_grad:
             lossy = setting.mesh.world.rank == 0 and not torch.equal(cast.to(p.dtype), p.data)
-            originals[p] = Original(p.dtype, p.detach().cpu().clone() if lossy else None)
-        p.data = cast
+            originals[p] = Original(p.dtype, p.detach().cpu() if lossy else None)
+        p.data = cast  # on a CPU, the original is the former storage
 
 
 _SINGLE = (type(None), bool, int, float, str)
@@ -422,16 +433,18 @@ def check_file(training: Training, setting: Setting, model: nn.Module) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    with _no_stray_output():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
     try:
         with _no_stray_output():
-            deepspeed.init_distributed(dist_init_required=False, verbose=False)
             DeepSpeedConfig(config(training, setting, model))
     except ValidationError as error:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
         given = options.read_deepspeed(file)
         section = [s for s, held in given.items() if place and isinstance(held, dict) and place[0] in held]
-        raise BadInput(f"{file}: {'.'.join([*section[:1], *place])}: {first['msg']}") from error
+        where = ".".join([*section[:1], *place]) or "DeepSpeed refuses it"
+        raise BadInput(f"{file}: {where}: {first['msg']}") from error
     except Exception as error:  # DeepSpeed's own checks raise errors of many kinds
         raise BadInput(f"{file}: DeepSpeed refuses it: {words.first_line(error)}") from error
 
