@@ -211,7 +211,7 @@ class DeepSpeedStep:
         if any(keys.values()):
             self._link_state()
         for name, p in self._trained():
-            for key in keys[name]:
+            for key in keys.get(name, []):
                 get = functools.partial(safe_get_full_optimizer_state, optim_state_key=key)
                 tensors[f"{name}.{key}"] = self._whole(p, get)
         for held, names in self._held():
@@ -251,7 +251,7 @@ class DeepSpeedStep:
         self._begin_state()
         keys = self._keys()
         for name, p in self._trained():
-            for key in keys[name]:
+            for key in keys.get(name, []):
                 if f"{name}.{key}" in state:
                     self._set(p, state[f"{name}.{key}"], key)
         for held, names in self._held():
