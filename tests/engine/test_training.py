@@ -687,6 +687,19 @@ def test_what_deepspeed_itself_refuses_is_bad_input(
         Trainer(run, torch.nn.Linear(2, 1), optimizer=torch.optim.SGD, training=training)
 
 
+@pytest.mark.filterwarnings("ignore")  # of DeepSpeed
+def test_on_a_cpu_zero_keeps_a_frozen_weight_without_copying_it(open_run: Callable[..., Run]) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))
+    frozen = model[0].weight.requires_grad_(False)
+    values, place = frozen.detach().clone(), frozen.data_ptr()
+    training = Training(parallel="deepspeed", precision="bf16", deepspeed=options.DeepSpeed(stage=2))
+    with open_run() as run:
+        trainer = Trainer(run, model, optimizer=torch.optim.SGD, training=training)
+        kept = trainer._step.whole(frozen)
+    assert torch.equal(kept, values)
+    assert kept.data_ptr() == place
+
+
 def test_a_deepspeed_file_may_switch_clipping_off(tmp_path: Path) -> None:
     found = options.with_deepspeed_file(
         Training(parallel="deepspeed", deepspeed=_file(tmp_path, gradient_clipping=0.0))
