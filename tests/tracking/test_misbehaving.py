@@ -64,7 +64,8 @@ def test_training_ends_while_the_server_fails_and_sync_completes_it(
     tmp_path: Path, proxy: Proxy, server: str, stoker: Any, mode: str
 ) -> None:
     proxy.mode = mode
-    trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1")
+    pause = "0.2" if mode == "hang" else "0.1"  # long enough for the follower to wait in vain, twice
+    trainer = _train(tmp_path, "1", "90", "--finish", "--pause", pause)
     _, said = trainer.communicate(timeout=DEADLINE)
     assert trainer.returncode == 0
     assert proxy.seen[mode] > 0
