@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic_core import core_schema
+from stoker.errors import BadInput
 
 _UNITS = {
     "": "step", "step": "step", "steps": "step",
@@ -42,6 +43,14 @@ def clock(text: str) -> float:
     if seconds <= 0:
         raise ValueError(f"{text!r} is not a length of time: give one such as 3h55m, 90min or 1d12h")
     return float(seconds)
+
+
+def limit(option: str, text: str) -> float:
+    """The same for the value of an option that limits a time. Raises BadInput, which names the option."""
+    try:
+        return clock(text)
+    except ValueError as error:
+        raise BadInput(f"{option} {error}") from error
 
 
 def of_a_step(

@@ -20,6 +20,8 @@ EXIT_BAD_INPUT = 2
 EXIT_DIFFERS = 3  # `stoker reproduce`: the result differs; `stoker plan`: the run does not fit into memory
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, a request to be requeued
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+STOP_CODES = {"preempted": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}
+"""The exit codes of a process that was told to stop, by the status of its run."""
 
 
 class StokerError(Exception):
@@ -63,7 +65,7 @@ class Stopped(SystemExit):
 
     def __init__(self, status: str) -> None:
         self.status = status
-        super().__init__(EXIT_INTERRUPTED if status == "interrupted" else EXIT_PREEMPTED)
+        super().__init__(STOP_CODES.get(status, EXIT_PREEMPTED))
 
 
 @contextlib.contextmanager

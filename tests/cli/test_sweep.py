@@ -582,7 +582,7 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--max-time", "4x"), "--max-time: '4x' is not a length of time"),
+        (("--max-time", "4x"), "--max-time '4x' is not a length of time"),
         (("--budget", "1..2h"), "--budget 1..2h"),
         (("--budget", "0h"), "must be a finite number of hours above 0"),
         (("--budget", "1e400h"), "must be a finite number of hours above 0"),

@@ -127,12 +127,12 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
         ({"perturb": (0.8,), "scheduler": "pbt", "least": 2}, "--perturb 0.8: give two factors"),
         ({"perturb": 2, "scheduler": "pbt", "least": 2}, "--perturb 2: give two factors"),
         ({"parallel": "2"}, "--parallel '2': give a whole number"),
-        ({"max_time": 60}, "--max-time: '60' is not a length of time"),
+        ({"max_time": 60}, "--max-time '60' is not a length of time"),
         ({"nproc": 0}, "--nproc 0: give a whole number of 1 or more"),
         ({"trials": "3"}, "--trials 3: give a whole number"),
         ({"seed": -1}, "--seed -1"),
         ({"max_failures": -1}, "--max-failures -1"),
-        ({"max_time": "4x"}, "--max-time: '4x'"),
+        ({"max_time": "4x"}, "--max-time '4x'"),
     ],
 )
 def test_what_cannot_be_searched_starts_nothing(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_server_that_refused_gets_the_run_once_it_accepts_it(
         until(lambda: server.refused >= 3)
         until(lambda: follower.failing(run))
         assert "401" in follower.failing(run)["wandb"]
-        assert wandb_files.of_run(run.path, "uid-of-a") == []
+        until(lambda: wandb_files.of_run(run.path, "uid-of-a") == [])  # but for the attempt that is under way
         server.refusal = None
         until(lambda: follower.failing(run) == {} and _shipped(run).offsets)
         trainer.log(2, loss=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Annotated, Any
 
 import typer
 from stoker import config as configs
-from stoker import redaction
+from stoker import duration, redaction
 from stoker.cli import outcome, submit, training
 from stoker.cli.options import MaxTime, Nproc
 from stoker.cli.output import show_messages
 from stoker.cli.submit import Command, Where
 from stoker.config import Resolved
-from stoker.duration import clock
 from stoker.errors import EXIT_PREEMPTED, BadInput, BadWorldSize
-from stoker.launch import jobspec, local, targets
+from stoker.launch import local, targets
 from stoker.launch.rounds import ONE, Machines
 from stoker.object_store import Unreachable
 from stoker.recipes import Recipe
@@ -148,10 +146,10 @@ def _with_limits(launch: Launch, where: Where) -> Launch:
             f"--retries {where.retries} and --max-restarts {launch.max_restarts} mean the same on this "
             "machine; give one of them"
         )
-    most, limit = launch.max_time, where.time
-    if limit is not None and (jobspec.time_limit(limit) < (_seconds(most) if most is not None else math.inf)):
-        most = limit
-    return dataclasses.replace(launch, max_restarts=launch.max_restarts or where.retries, max_time=most)
+    limits = {"--time": where.time, "--max-time": launch.max_time}
+    given = {text: duration.limit(option, text) for option, text in limits.items() if text is not None}
+    least = min(given, key=given.__getitem__, default=None)
+    return dataclasses.replace(launch, max_restarts=launch.max_restarts or where.retries, max_time=least)
 
 
 def _limited(launch: Launch, command: Command) -> Command:
@@ -227,15 +225,7 @@ def _steps(profile: str | None) -> tuple[int, int] | None:
 
 def _deadline(max_time: str | None) -> float | None:
     """Raises BadInput."""
-    return None if max_time is None else time.monotonic() + _seconds(max_time)
-
-
-def _seconds(max_time: str) -> float:
-    """Raises BadInput."""
-    try:
-        return clock(max_time)
-    except ValueError as error:
-        raise BadInput(f"--max-time {error}") from error
+    return None if max_time is None else time.monotonic() + duration.limit("--max-time", max_time)
 
 
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:

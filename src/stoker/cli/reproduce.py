@@ -31,8 +31,7 @@ from stoker.cli.runs.common import RunName
 from stoker.errors import (
     EXIT_BAD_INPUT,
     EXIT_DIFFERS,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
+    STOP_CODES,
     BadInput,
     StokerError,
     Stopped,
@@ -65,7 +64,6 @@ from stoker.run.view import RunView
 
 log = logging.getLogger("stoker")
 
-_CODES = {view.PREEMPTED: EXIT_PREEMPTED, view.INTERRUPTED: EXIT_INTERRUPTED}
 _COARSE = 0.1  # seconds
 
 
@@ -119,7 +117,7 @@ def reproduce(
         if not target.exists():  # a run that never started leaves nothing behind
             shutil.rmtree(target.path, ignore_errors=True)
     made = _made(target, code, seen, part)
-    if made.status in _CODES:
+    if made.status in STOP_CODES:
         return _answer_stopped(made, json)
     left_out = ignore or ()
     outcome = _outcome(seen, made, checked, lambda name: _is_left_out(name, left_out))
@@ -135,14 +133,14 @@ def _answer_stopped(made: RunView, json: bool) -> int:
     name = made.directory.name
     found = {"identical": None, "again": name, "status": made.status, "step": made.step}
     answer(json, found, f"{name} {made.status} at step {made.step}: nothing was compared")
-    return _CODES[made.status]
+    return STOP_CODES[made.status]
 
 
 def _answer_not_begun(target: RunDirectory, status: str, json: bool) -> int:
     """Print that the new run was told to stop before it existed; returns the exit code."""
     found = {"identical": None, "again": None, "status": status, "step": 0}
     answer(json, found, f"{target.id} was told to stop before it started: nothing was created")
-    return _CODES[status]
+    return STOP_CODES[status]
 
 
 def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
@@ -328,7 +326,7 @@ def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunV
         raise kind(f"the new run could not be started (exit code {code}): see the messages above")
     made = view.load(target)
     failed_likewise = made.status == seen.status == view.FAILED and made.step >= (part.until or seen.step)
-    if failed_likewise or made.status in (view.FINISHED, view.STOPPED, *_CODES):
+    if failed_likewise or made.status in (view.FINISHED, view.STOPPED, *STOP_CODES):
         return made
     raise StokerError(
         f"{target.name} {made.status} at step {made.step}: {_error(made) or f'exit code {code}'}; "

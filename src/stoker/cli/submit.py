@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from stoker import redaction
+from stoker import duration, redaction
 from stoker.cli.options import grouped
 from stoker.cli.output import console, print_json
 from stoker.errors import BadInput
@@ -165,7 +165,7 @@ def spec(
         name=name, command=command.words, folder=command.folder, nodes=nodes, processes=processes,
         gpus=where.gpus, cpus=where.cpus,
         memory=jobspec.memory(where.memory) if where.memory is not None else None,
-        time=jobspec.time_limit(where.time) if where.time is not None else None,
+        time=duration.limit("--time", where.time) if where.time is not None else None,
         environment=written, passed=passed, retries=where.retries, elements=elements,
         options=jobspec.settings(where.option or ()),
     )  # fmt: skip

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from stoker import recipes
+from stoker import duration, recipes
 from stoker.cli import submit
 from stoker.cli import trials as trials_seen
 from stoker.cli.options import MaxTime, Nproc
 from stoker.cli.output import DEFAULT_RUNS, Json, LocalRunsFolder, show_messages
 from stoker.cli.submit import HERE, Command, Where
-from stoker.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
-from stoker.launch import jobspec, targets
+from stoker.errors import EXIT_FAILED, STOP_CODES, BadInput, StokerError
+from stoker.launch import targets
 from stoker.launch.targets import LOCAL, RAY, TARGETS
 from stoker.recipes import Recipe
 from stoker.stopping import STATUS
@@ -275,7 +275,7 @@ def _deadline(max_time: str | None, where: Where) -> float | None:
     """When the search stops on this machine, by its monotonic clock. Raises BadInput."""
     from stoker.tune import plan
 
-    limits = [jobspec.time_limit(where.time)] if where.here and where.time is not None else []
+    limits = [duration.limit("--time", where.time)] if where.here and where.time is not None else []
     return plan.deadline(max_time, *limits)
 
 
@@ -328,7 +328,7 @@ def _run(search: Search) -> tuple[int, str]:
     except StokerError as error:
         return error.exit_code, str(error)
     if told:
-        return EXIT_INTERRUPTED if STATUS[told[0]] == "interrupted" else EXIT_PREEMPTED, ""
+        return STOP_CODES[STATUS[told[0]]], ""
     failed = [trial for trial in search.trials.values() if trial.state == "failed"]
     if failed and search.over and len(failed) == len(search.trials):
         said = failed[0].error.partition("\n")[0]

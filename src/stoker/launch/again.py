@@ -22,7 +22,7 @@ import yaml
 from stoker import config as configs
 from stoker import redaction, signals, storage
 from stoker.config import COMMAND_LINE, DEFAULT
-from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, Stopped
+from stoker.errors import STOP_CODES, BadInput, Stopped
 from stoker.reproduce import provenance
 from stoker.reproduce.code import module_file
 from stoker.reproduce.place import Place
@@ -37,7 +37,7 @@ from stoker.world import environment_of_no_rank
 CONFIG = "config.yaml"
 FOLDER = "again"
 """In the new run: the code that it runs, and what was requested."""
-_TOLD = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
+_TOLD = {code: status for status, code in STOP_CODES.items()}
 """The status of a process that ended with one of these codes."""
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from stoker import redaction, words
-from stoker.duration import clock
 from stoker.errors import BadInput
 
 # No user argument can contain this character: the system would not accept it.
@@ -147,14 +146,6 @@ def shown_memory(count: int) -> str:
     """Bytes as `64G` or `512M`, in powers of 1024; rounded up."""
     mebibytes = -(-count // 2**20)
     return f"{mebibytes // 1024}G" if mebibytes % 1024 == 0 else f"{mebibytes}M"
-
-
-def time_limit(text: str) -> float:
-    """`4h` or `90min` in seconds. Raises BadInput."""
-    try:
-        return clock(text)
-    except ValueError as error:
-        raise BadInput(f"--time {error}") from error
 
 
 def environment(given: Sequence[str], here: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:

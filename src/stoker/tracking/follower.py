@@ -407,6 +407,7 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
     which a sink fails has its turn with increasing delays; after the search, for `patience` seconds.
     """
     over_since: float | None = None
+    untold = 0  # times that the end of the search could not be told
     turns: dict[tuple[str, str], _Turns] = {}
     with contextlib.ExitStack() as held:
         while True:
@@ -422,13 +423,15 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
                         turns[run.id, name] = held.enter_context(contextlib.closing(_Turns(run, name)))
                 due = [turns[run.id, name] for name in enabled()]
                 _ship_trial([turn for turn in due if turn.due(alone=over)])
-            if over and not training and not behind and _end_sweep(folder):
-                return True
+            if over and not training and not behind:
+                if _end_sweep(folder):
+                    return True
+                untold += 1
             over_since = (over_since or time.monotonic()) if over else None
             if over_since is not None and time.monotonic() - over_since > patience:
                 _end_sweep(folder)  # the sink that fails may be another
                 return False
-            time.sleep(INTERVAL)
+            time.sleep(_backoff(untold, alone=True))
 
 
 class _Turns:

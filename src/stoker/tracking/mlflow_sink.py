@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import orjson
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.context.default_context import DefaultRunContext
@@ -85,9 +85,10 @@ class MlflowSink:
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Find the MLflow run by its id or tag, or create it; ship the params and tags of the record."""
         self._client = self._connected()
-        experiment, self._run = self._located(known, edition) or self._found_or_made(started, edition)
+        run = self._located(known, edition) or self._found_or_made(started, edition)
+        experiment, self._run = run.info.experiment_id, str(run.info.run_id)
         parent = self._sweep(experiment)
-        there = self._mlflow.get_run(self._run).data.params  # which cannot be changed
+        there = run.data.params  # which cannot be changed
         params = {name: value for name, value in self._params().items() if key(name) not in there}
         self._log_texts(params, {**self._tags(), **({_PARENT: parent} if parent else {})})
         self._log_data()
@@ -162,8 +163,8 @@ class MlflowSink:
         """The unique tag by which the MLflow run is found if its id was lost."""
         return identity.of(self._directory)
 
-    def _located(self, known: str | None, edition: str) -> tuple[str, str] | None:
-        """The experiment and id of the run that the ledger names; None if it cannot be used."""
+    def _located(self, known: str | None, edition: str) -> Run | None:
+        """The MLflow run that the ledger names; None if it cannot be used."""
         if known is None:
             return None
         try:
@@ -185,26 +186,26 @@ class MlflowSink:
             )
         if who != self._identity:
             self._mlflow.set_tag(known, _IDENTITY, self._identity)  # the run was renamed
-        return run.info.experiment_id, known
+        return run
 
-    def _found_or_made(self, started: float, edition: str) -> tuple[str, str]:
+    def _found_or_made(self, started: float, edition: str) -> Run:
         """Find the MLflow run by its tags, or create it; with an edition, mark the runs that it replaces."""
         experiment = self._experiment(restored=bool(edition))
         query = f"tags.`{_IDENTITY}` = '{self._identity}'"
-        found = {run.info.run_id: run.data.tags for run in self._mlflow.search_runs([experiment], query)}
-        standing = {run: tags for run, tags in found.items() if _REPLACED not in tags}
-        mine = [run for run, tags in standing.items() if not edition or tags.get(_EDITION) == edition]
-        run = mine[0] if mine else self._made(experiment, started, edition)
-        for other in standing.keys() - {run} if edition else ():
-            self._mlflow.set_tag(other, _REPLACED, run)
-        return experiment, run
+        found = self._mlflow.search_runs([experiment], query)
+        standing = [run for run in found if _REPLACED not in run.data.tags]
+        mine = [run for run in standing if not edition or run.data.tags.get(_EDITION) == edition]
+        made = mine[0] if mine else self._made(experiment, started, edition)
+        for other in standing if edition else ():
+            if other.info.run_id != made.info.run_id:
+                self._mlflow.set_tag(other.info.run_id, _REPLACED, made.info.run_id)
+        return made
 
-    def _made(self, experiment: str, started: float, edition: str) -> str:
+    def _made(self, experiment: str, started: float, edition: str) -> Run:
         tags = {_IDENTITY: self._identity, **_user(), **({_EDITION: edition} if edition else {})}
-        made = self._mlflow.create_run(
+        return self._mlflow.create_run(
             experiment, start_time=int(started * 1000), tags=tags, run_name=self._directory.id
         )
-        return str(made.info.run_id)
 
     @property
     def _rebuild(self) -> str:

@@ -63,26 +63,29 @@ class WandbSink:
         self._directory = directory
         self._record = directory.record()
         self._id = ""
+        self._online = False
         self._run: Any = None
         self._present: set[tuple[str, int]] = set()
         self._artifacts: set[str] = set()
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Create or continue the W&B run, and find out which points it has."""
-        if mode() == "disabled":
+        how = mode()
+        if how == "disabled":
             raise StokerError("W&B's settings file disables it: run `wandb enabled`, or change STOKER_SINKS")
+        self._online = how == "online"
         self._artifacts = set((mark or {}).get("artifacts", []))
         base = self._base(known)
         self._id = f"{base}-{edition}" if edition else base
         if known is not None and known.startswith(base) and not known.endswith(edition):
             self._mark_replaced(known)
-        self._run, online = self._begun(self._id), mode() == "online"
-        if online and self._run.resumed:
+        self._run = self._begun(self._id)
+        if self._online and self._run.resumed:
             self._present = set(_points_on_server(self._run))
         self._run.define_metric("*", step_metric=_STEP)
         self._run.define_metric(f"{SYSTEM}*", step_metric=_SAMPLE)
         self._run.config.update(self._about(), allow_val_change=True)
-        where = self._run.url if online else str(self._directory.path / "wandb")
+        where = self._run.url if self._online else str(self._directory.path / "wandb")
         return SinkRun(self._id, where, anew=known is not None)
 
     def _base(self, known: str | None) -> str:
@@ -94,15 +97,14 @@ class WandbSink:
 
     def _begun(self, run: str) -> Any:
         """Create or continue the W&B run with this id; for an offline run, read which points it has."""
-        online = mode() == "online"
-        if not online:
+        if not self._online:
             files = wandb_files.of_run(self._directory.path, run)
             _wait_for_its_writer(files)
             self._present = set(_points_in(files))
             _wait_for_another_second(files)
         before = set(self._folders(run))
         try:
-            return self._initialised(run, online)
+            return self._initialised(run)
         except BaseException:
             _give_up(run)
             for folder in set(self._folders(run)) - before:
@@ -112,7 +114,7 @@ class WandbSink:
     def _folders(self, run: str) -> Iterator[Path]:
         return self._directory.path.glob(f"wandb/*run-*-{run}")
 
-    def _initialised(self, run: str, online: bool) -> Any:
+    def _initialised(self, run: str) -> Any:
         return wandb.init(
             id=run,
             name=self._directory.id,
@@ -120,7 +122,7 @@ class WandbSink:
             group=self._directory.experiment if (self._directory.path.parent / SWEEP).is_file() else None,
             config=self._record["config"],
             dir=str(self._directory.path),
-            mode="online" if online else "offline",
+            mode="online" if self._online else "offline",
             resume="allow",
             reinit="create_new",  # another thread of this process may have its own run
             settings=_settings(),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stoker.duration import COUNTED, Duration, clock
+from stoker import duration
+from stoker.duration import COUNTED, Duration
 from stoker.errors import BadInput
 
 Goal = Literal["min", "max"]
@@ -100,7 +101,7 @@ class Plan:
 def span(least: str | None, most: str | None) -> tuple[float | None, float | None, str]:
     """The first rung and the length of a whole trial (`1ep` and `9ep`), and their unit. Raises BadInput."""
     found = {name: _counted(name, text) for name, text in (("--least", least), ("--most", most)) if text}
-    units = {duration.unit for duration in found.values()}
+    units = {one.unit for one in found.values()}
     if len(units) > 1:
         raise BadInput(f"--least {least} and --most {most} have different units: give both in the same unit")
     counts = [found[name].count if name in found else None for name in ("--least", "--most")]
@@ -128,10 +129,7 @@ def deadline(max_time: str | None, *others: float) -> float | None:
 
     Raises BadInput.
     """
-    try:
-        limits = [*([clock(max_time)] if max_time is not None else []), *others]
-    except ValueError as error:
-        raise BadInput(f"--max-time: {error}") from error
+    limits = [*([duration.limit("--max-time", max_time)] if max_time is not None else []), *others]
     return time.monotonic() + min(limits) if limits else None
 
 
