@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stoker import BadInput, Run, attempt, storage
+from stoker import BadInput, Run, storage
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
 from stoker.run.recorder import Recorder
+from stoker.tracking import background
 from stoker.tracking.system import SystemSampler
 from stoker.world import World
 
@@ -490,7 +491,7 @@ def test_an_artifact_that_changed_since_it_was_recorded_is_not_used(open_run: Op
 
 
 def test_params_tags_notes_and_the_machine(open_run: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(background, "_SYNC_SECONDS", 0.01)
     with open_run(config={"lr": 0.1}) as run:
         run.params(parameters=7)
         run.note("first")
@@ -593,13 +594,13 @@ def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(open_run: Open) 
 
 
 def _wait_for_the_machine(run: Run) -> None:
-    until(lambda: run.attempt._system is not None, within=20)
+    until(lambda: run.attempt._background._system is not None, within=20)
 
 
 def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(
     open_run: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(background, "_SYNC_SECONDS", 0.01)
     with open_run() as run:
         for step in range(1, 6):
             run.log(loss=float(step))

@@ -31,19 +31,16 @@ from stoker import disk, redaction, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
-from stoker.periodic import Job, Periodic
 from stoker.reproduce import provenance
 from stoker.run import again, artifacts, finding, journal, lease, messages, mirror, opening, rendezvous, view
 from stoker.run.deferred import flatten
+from stoker.run.held import Held
 from stoker.run.recorder import Recorder
 from stoker.run.reduction import How
-from stoker.run.series import Goal, Series
-from stoker.run.uploader import Uploads
+from stoker.run.series import Goal
 from stoker.stopping import StopRequests
 from stoker.supervision import Heart
-from stoker.tracking import follower
-from stoker.tracking.shipping import Shipping
-from stoker.tracking.system import SystemSampler
+from stoker.tracking.background import Background
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -51,9 +48,6 @@ log = logging.getLogger("stoker")
 Newest = tuple[Checkpoint | None, list[str]]
 """The newest valid checkpoint, and those passed over, each with the reason."""
 
-_SYNC_SECONDS = 1.0  # how much a power failure may lose; the death of the process loses nothing
-_SYSTEM_SECONDS = 10.0
-_SINKS_SECONDS = 2.0
 _FINISH_SECONDS = 60.0  # for the checkpoint that is being written when a run fails
 
 
@@ -85,8 +79,6 @@ class Attempt:
     heart: Heart | None = None
     """Says how far the loop is, to whoever supervises it; set by a Trainer, or by a search for its trial."""
 
-    _held: list[Callable[[], None]] | None = None
-    """What a resumed run logs in a part of its script that it has been through; None: it logs at once."""
     _newest: Future[Newest] | None = None
     """The checkpoint to resume from, which is verified while the model is built."""
     _waits_for_disk = True
@@ -140,19 +132,16 @@ class Attempt:
         """The artifacts of the run so far, by name; only rank 0 knows them."""
         self.watches: list[Any] = []
         """Those of `Run.watch`, which are closed with the attempt."""
-        sinks = follower.enabled()
-        self._shipping = Shipping(self.directory, sinks if self.world.rank == 0 else ())
-        self._before: Mapping[str, Series] = {}
+        self.held = Held()
+        """What a resumed run logs in a part of its script that it has been through."""
+        self._before: view.RunView | None = None
+        """The run as this attempt found it, until it is known at which step it goes on."""
         self._saved: frozenset[int] = frozenset()
         """The steps whose checkpoints were completed, and are not void."""
-        self._code_before: Mapping[str, str | None] = {}
-        self._periodic: Periodic | None = None
-        self._system: SystemSampler | None = None
-        """Created after the first second: a shorter run has nothing to sample."""
         self._descriptor, self._process = -1, os.getpid()
         self._lease: lease.Lease | None = None
         copy = mirror.of(self.directory)
-        self._uploads = Uploads(self.directory, copy if self.world.rank == 0 else None)
+        self._background = Background(self.directory, self.world.rank == 0, copy)
         self.mend = copy.fetch_checkpoint if copy is not None else None
         """Fetches files of a checkpoint that the object store has and this machine lacks."""
         self._logging: list[logging.Handler] = []
@@ -229,7 +218,7 @@ class Attempt:
                 "restore it, or use another name"
             )
         self.directory.logs.mkdir(exist_ok=True)  # somebody may have deleted it
-        before = view.load(self.directory)
+        self._before = before = view.load(self.directory)
         shared = before.config.keys() & record["config"].keys()  # the code may have added keys since
         refused = {k: v for k, v in configs.drift(before.config, record["config"]).items() if k in shared}
         if refused and not accept_drift:
@@ -240,10 +229,8 @@ class Attempt:
         self.recorded = dict(before.artifacts)
         self._notes = frozenset(text for _, text in before.notes)
         self.layout = before.attempts[-1].layout if before.attempts else {}
-        self._code_before = before.attempts[-1].code if before.attempts else {}
         if before.config.get("data_share") == record["config"].get("data_share"):
             self.samples_per_epoch = before.samples_per_epoch
-        self._before = before.points
         self._saved = frozenset(before.checkpoints)
         return configs.drift(before.record["config"], record["config"])
 
@@ -252,7 +239,8 @@ class Attempt:
         from stoker.reproduce import code_changes
 
         changed = code_changes.since_begun(self.directory.provenance, code)
-        if changed and changed != self._code_before:
+        attempts = self._before.attempts if self._before is not None else ()
+        if changed and changed != (attempts[-1].code if attempts else {}):
             log.warning(
                 "the code has changed since the run began (%s): from here on the new code is used",
                 words.some(list(changed)),
@@ -286,10 +274,10 @@ class Attempt:
 
     def log(self, values: Mapping[str, Any], step: int | None, reduce: How | None) -> None:
         """Write metrics; see `Run.log`."""
-        if self._held is not None and (step is None or step <= self.step):  # what is later is void
+        if self.held.active and (step is None or step <= self.step):  # what is later is void
             taken = {key: _as_now(value) for key, value in flatten(values).items()}
             at = self.step if step is None else step
-            self._held.append(functools.partial(self.log, taken, at, reduce))
+            self.held.do(functools.partial(self.log, taken, at, reduce))
             return
         if step is None:
             if self.warns_of_continuing:
@@ -320,35 +308,6 @@ class Attempt:
             )
         self._moved_alone |= not reduces
 
-    def hold(self) -> None:
-        """Hold back what is logged from now on: a resumed run may have logged it before.
-
-        It is left out if `drop_held` is called, and logged if the user's code ends first.
-        """
-        if self._held is None:
-            self._held = []
-
-    def drop_held(self) -> None:
-        """Leave out what is held back: it was logged before."""
-        self._held = None
-
-    def _log_held(self) -> None:
-        held, self._held = self._held or [], None
-        for write in held:
-            write()
-
-    @property
-    def holds(self) -> bool:
-        """Whether what is logged now is held back."""
-        return self._held is not None
-
-    def unless_held(self, write: Callable[[], None]) -> None:
-        """Call a function that logs something, now or when it turns out that it was not logged before."""
-        if self._held is None:
-            write()
-        else:
-            self._held.append(write)
-
     def _warn_of_continuing(self) -> None:
         """Warn of a loop without a Trainer, which may begin at its start although the run is continued."""
         self.warns_of_continuing = False
@@ -370,14 +329,15 @@ class Attempt:
             self.plan = fields
         if kind == "checkpoint":
             self._saved |= {fields["step"]}
-            self._uploads.begin()
+            self._background.uploads.begin()
         if kind == "resumed":
             step = self.begun_at = fields["step"]
             self._has_resumed = True
             self._saved = frozenset(saved for saved in self._saved if saved <= step)
-            newest = {name: s.newest(step) for name, s in self._before.items() if s.x[0] <= step}
+            points = self._before.points if self._before is not None else {}
+            newest = {name: s.newest(step) for name, s in points.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)
-            self._before = {}
+            self._before = None
 
     def note(self, text: str) -> None:
         """Add a note, unless the run has it already."""
@@ -458,7 +418,7 @@ class Attempt:
 
     def conclude(self) -> None:
         """The user's code is over without an error: a Trainer saves what its loop left."""
-        self._log_held()
+        self.held.release()
         if self._conclude is not None and not self._ended:
             self._conclude()
 
@@ -477,7 +437,7 @@ class Attempt:
     def _leave(self, error: BaseException | None) -> None:
         try:
             if not self._ended:
-                self._log_held()
+                self.held.release()
             if self._finish is not None and not self.stop.at_once:
                 self._finish_writing(self._finish)
             if isinstance(error, Stopped):
@@ -541,8 +501,8 @@ class Attempt:
         self._ended = True
         for watch in self.watches:
             watch.close()
-        self._sample_system()
-        self._shipping.finish()
+        self._background.sample(self.recorder, self.step)
+        self._background.shipping.finish()
         made: dict[str, int] = {}
         if self._trained is not None and (self._has_resumed or not self.continued):
             made["step"] = self._trained()  # a Trainer that failed before it resumed does not know it
@@ -554,7 +514,7 @@ class Attempt:
         else:
             disk.bring_soon(self.recorder.file)
         if self.stop.requested is None:
-            self._shipping.say_if_unanswered()
+            self._background.shipping.say_if_unanswered()
 
     def close(self) -> None:
         """Release the run. The follower continues by itself until everything is shipped.
@@ -564,8 +524,7 @@ class Attempt:
         if self._is_parents:
             return
         atexit.unregister(self._end_with_script)
-        if self._periodic is not None:
-            self._periodic.close()
+        self._background.close()
         self.recorder.close()
         self._stop_logging()
         if self._lease is not None:
@@ -574,7 +533,7 @@ class Attempt:
             os.close(self._descriptor)
             self._descriptor = -1
             if (self.recorder.used or self.continued) and not self.stop.at_once:
-                self._uploads.finish(lambda: self.stop.requested is not None)
+                self._background.uploads.finish(lambda: self.stop.requested is not None)
         if self._lease is not None:
             self._lease.release()
             self._lease = None
@@ -582,7 +541,7 @@ class Attempt:
     @property
     def uploaded(self) -> bool:
         """After `close`: whether the object store of the run, if it has one, has all of it."""
-        return self._uploads.whole
+        return self._background.uploads.whole
 
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt created and in which there is nothing to keep."""
@@ -592,41 +551,18 @@ class Attempt:
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
         """After `close`: wait for the follower up to `timeout` seconds; returns each sink's state."""
-        return self._shipping.wait(timeout)
+        return self._background.shipping.wait(timeout)
 
     def leave_shipping(self) -> None:
         """Let another process ship this run to its sinks, as the process of a search does for its trials."""
-        self._shipping = Shipping(self.directory, ())
+        self._background.leave_shipping()
 
     def leave_to_disk(self) -> None:
         """End without waiting for the disk: one of many short runs; the process ends with `disk.bring`."""
         self._waits_for_disk = False
 
-    # -- beside the loop ----------------------------------------------------------------
-
     def _begin(self) -> None:
-        """There is something to ship and to look after."""
-        jobs = [Job(_SYNC_SECONDS, self._sync)]
-        if self.world.rank == 0:
-            follower.say_what_is_disabled()
-            self._shipping.begin()
-            self._uploads.begin()
-            jobs += [
-                Job(_SINKS_SECONDS, self._shipping.look_after),
-                Job(_SYSTEM_SECONDS, self._sample_system),
-                Job(_SINKS_SECONDS, self._uploads.look_after),
-            ]
-        self._periodic = Periodic(jobs)
-
-    def _sync(self) -> None:
-        self.recorder.write_arrived(wait=False)
-        self.recorder.sync()
-        if self._system is None and self.world.rank == 0:
-            self._system = SystemSampler(self.directory.path)
-
-    def _sample_system(self) -> None:
-        if self._system is not None:
-            self.recorder.system(self.step, self._system.sample())
+        self._background.begin(self.recorder, lambda: self.step)
 
     def _stop_logging(self) -> None:
         for handler in self._logging:

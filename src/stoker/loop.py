@@ -572,11 +572,11 @@ class Trainer:
         """
         if self.steps_done > self._total and self._loops in self._at.behind:
             resumption.passes_by = True
-            self._attempt.hold()
+            self._attempt.held.begin()
             return
         resumption.restore_changed()
         self._resumption = None
-        self._attempt.drop_held()
+        self._attempt.held.drop()
 
     def _asked(self) -> Requests:
         """What this rank was asked to do. Checkpoints by time go by the clock of rank 0."""
@@ -940,7 +940,7 @@ class Trainer:
         if metric not in self.run.latest or goal is None:
             why = "was not logged" if goal else "may be better low or high: say which with run.goal(...)"
             raise ValueError(f"stale({metric!r}): the metric {why}")
-        if self._attempt.holds:  # the run went on past this loop
+        if self._attempt.held.active:  # the run went on past this loop
             return False
         seen = self._at.history.setdefault(metric, [])
         seen.append((self.run.step, self.run.latest[metric]))

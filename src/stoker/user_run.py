@@ -225,7 +225,7 @@ class Run:
         from stoker.run import media
 
         about, step = media.histogram(values, bins), self.attempt.step
-        self.attempt.unless_held(
+        self.attempt.held.do(
             lambda: self.attempt.event("media", kind="histogram", name=name, step=step, about=about)
         )
 
@@ -241,7 +241,7 @@ class Run:
             file = media.write(self.directory, kind, name, step, encoded)
             self.attempt.event("media", kind=kind, name=name, step=step, file=file, about=encoded.about)
 
-        self.attempt.unless_held(write)
+        self.attempt.held.do(write)
 
     def artifact(self, path: Path | str, name: str | None = None, kind: str = "file") -> Path:
         """Record a file or folder that the run made, with checksums; returns its path in the run.
@@ -259,7 +259,7 @@ class Run:
         if self.world.rank > 0:
             return source
         if not source.resolve().is_relative_to(self.directory.path.resolve()):
-            if self.attempt.holds and name in self.attempt.recorded:  # it is of when the run was here
+            if self.attempt.held.active and name in self.attempt.recorded:  # it is of when the run was here
                 return self.directory.path / str(self.attempt.recorded[name]["path"])
             artifacts.check_free(name, self._taken(name))
             source = artifacts.bring_in(self.directory, source, name)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import stoker
 from plotly import graph_objects
-from stoker import attempt
+from stoker.tracking import background
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--samples", type=float, help="seconds between two samples of the machine")
     asked = parser.parse_args()
     if asked.samples is not None:
-        attempt._SYNC_SECONDS = attempt._SYSTEM_SECONDS = asked.samples
+        background._SYNC_SECONDS = background._SYSTEM_SECONDS = asked.samples
     with stoker.Run(
         os.environ.get("EXPERIMENT", "digits"), "a", config={"lr": 0.1, "layers": [1, 2], "name": "ä=b"}
     ) as run:

@@ -684,7 +684,7 @@ def test_a_follower_that_was_killed_has_a_successor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_it_trains: bool
 ) -> None:
     monkeypatch.setenv("STOKER_SINKS", "tensorboard")
-    monkeypatch.setattr("stoker.attempt._SINKS_SECONDS", 0.1)
+    monkeypatch.setattr("stoker.tracking.background._LOOK_SECONDS", 0.1)
     monkeypatch.setattr("stoker.tracking.shipping._PAUSE", 0.0 if while_it_trains else 3600.0)
     with Run("test", "a", runs=tmp_path) as run:
         run.log(loss=1.0)
