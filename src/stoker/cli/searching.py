@@ -22,10 +22,11 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from stoker import config as configs
 from stoker import object_store, signals, terminal
+from stoker.cli.search_options import Places, SearchOptions
 from stoker.cli.trial import loaded, train_trial
 from stoker.duration import Duration
 from stoker.errors import BadInput
-from stoker.launch.targets import LOCAL, RAY
+from stoker.launch.targets import RAY
 from stoker.machine import visible_gpus
 from stoker.periodic import Job, Periodic
 from stoker.recipes import Recipe
@@ -54,36 +55,14 @@ _LOOKED_AT = 10  # points sampled from a space, besides its ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """The request for a search; the fields are those options of `stoker sweep`."""
+class Asked(SearchOptions):
+    """The request for a search: the options, and what they are applied to."""
 
     recipe: Recipe
     space: Space
     runs: Path
-    name: str | None = None
-    new: bool = False
-    metrics: Sequence[str] = ()
-    goals: Sequence[str] = ()
-    trials: int | None = None
-    """By default 20; for a grid, all of its points."""
-    nproc: int = 1
-    sampler: str | None = None
-    scheduler: str | None = None
-    strategy: str | None = None
-    least: str | None = None
-    most: str | None = None
-    factor: int | None = None
-    quantile: float | None = None
-    resample: float | None = None
-    perturb: str | None = None
     tries: tuple[Mapping[str, Any], ...] = ()
-    """In the form of the space's `params`."""
-    warm_start: str = ""
-    seed: int = 0
-    max_failures: int | None = None
-    budget: str | None = None
-    storage: str = ""
-    study: str | None = None
+    """Values to try first, in the form of the space's `params`."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +82,6 @@ class Prepared:
     budget: Budget | None
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where trials run, and how many concurrently."""
-
-    on: str = LOCAL
-    address: str | None = None
-    parallel: int | None = None
-    ranks: int = 1
-    per_gpu: int = 1
-    reuse: bool = False
-
-
 def prepare(asked: Asked) -> Prepared:
     """Check the request, without writing anything. Raises BadInput."""
     _check_counts(asked)
@@ -126,7 +93,7 @@ def prepare(asked: Asked) -> Prepared:
         raise BadInput(
             "the search space is empty: give a key a range or choices, such as lr='log(1e-5, 1e-3)'"
         )
-    objectives = _objectives(asked.metrics or [asked.recipe.best], asked.goals)
+    objectives = _objectives(asked.metric or [asked.recipe.best], asked.goal or ())
     sampler, scheduler = _ways(asked, several=len(objectives) > 1)
     _check_ways(asked, sampler, scheduler)
     shortest, whole, unit = plan.span(asked.least, asked.most)
@@ -145,7 +112,7 @@ def prepare(asked: Asked) -> Prepared:
     wanted = Record(
         record.resolved(asked.recipe.reference), searched.described(),
         ", ".join(one.metric for one in objectives), ", ".join(one.goal for one in objectives), sampler,
-        _said(scheduler, rule, unit), asked.seed, asked.nproc, asked.tries, asked.warm_start, *stored,
+        _said(scheduler, rule, unit), asked.seed, asked.ranks, asked.tries, asked.warm_start, *stored,
     )  # fmt: skip
     record.check(folder, wanted)
     if asked.storage and scheduler in schedulers.POPULATIONS:
@@ -164,22 +131,25 @@ def prepare(asked: Asked) -> Prepared:
 
 
 @contextlib.contextmanager
-def begun(made: Prepared, places: Places, deadline: float | None) -> Iterator[tuple[Search, SweepShipping]]:
+def begun(
+    made: Prepared, on: str, places: Places, deadline: float | None
+) -> Iterator[tuple[Search, SweepShipping]]:
     """The search, new or continued, and the process that ships its trials.
 
     The block holds the lock of the sweep's folder. Raises BadInput.
 
     Args:
+        on: local or ray.
         deadline: when the search stops, by the machine's monotonic clock.
     """
     asked = made.asked
-    with _executor(asked.recipe, places) as workers:
+    with _executor(asked, on, places) as workers:
         there = made.folder.exists()
         lock = record.take(made.folder)
         try:
             planned = Plan(
                 made.folder, asked.recipe.reference, asked.recipe.config, made.objectives, made.trials,
-                record.provenance_of(made.folder, asked.recipe.code), asked.seed, asked.nproc, made.unit,
+                record.provenance_of(made.folder, asked.recipe.code), asked.seed, asked.ranks, made.unit,
                 made.whole, asked.max_failures, made.budget, deadline,
             )  # fmt: skip
             try:
@@ -251,7 +221,7 @@ def _check_counts(asked: Asked) -> None:
     lowest = {"trials": 1, "nproc": 1, "factor": 2, "seed": 0, "max_failures": 0}
     for name, low in lowest.items():
         value = getattr(asked, name)
-        optional = name not in ("nproc", "seed")
+        optional = name != "seed"
         if not (optional and value is None) and (not isinstance(value, int) or value < low):
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a whole number of {low} or more")
     for name in ("quantile", "resample"):
@@ -455,29 +425,30 @@ def _said(name: str, rule: Scheduler, unit: str) -> str:
 
 
 @contextlib.contextmanager
-def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
+def _executor(asked: Asked, on: str, where: Places) -> Iterator[Executor]:
     """The executor of the trials, here or on a Ray cluster. Raises BadInput."""
     for name, value in (("--parallel", where.parallel), ("--per-gpu", where.per_gpu)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise BadInput(f"{name} {value!r}: give a whole number of 1 or more")
+    recipe, ranks = asked.recipe, asked.ranks
     preload = _preload(recipe)
-    if where.on == RAY:
+    if on == RAY:
         if where.reuse or where.per_gpu > 1:
             raise BadInput("--reuse-processes and --per-gpu are for trials on this machine: leave them out")
         with on_ray.started(
-            train_trial, address=where.address, ranks=where.ranks, parallel=where.parallel, preload=preload
+            train_trial, address=where.address, ranks=ranks, parallel=where.parallel, preload=preload
         ) as workers:
             yield workers
         return
     if where.address is not None:
         raise BadInput(f"--address {where.address} names a Ray cluster: also give --on ray, or leave it out")
-    if where.per_gpu > 1 and where.ranks > 1:
+    if where.per_gpu > 1 and ranks > 1:
         raise BadInput("--per-gpu: ranks of one trial cannot share a GPU; leave out --per-gpu or --nproc")
     gpus = visible_gpus() * where.per_gpu
-    parallel = where.parallel or max(1, len(gpus) // where.ranks)
-    _check_gpus(gpus, parallel, where.ranks)
+    parallel = where.parallel or max(1, len(gpus) // ranks)
+    _check_gpus(gpus, parallel, ranks)
     yield local.Workers(
-        train_trial, parallel=parallel, ranks=where.ranks, preload=preload, gpus=gpus, reuse=where.reuse,
+        train_trial, parallel=parallel, ranks=ranks, preload=preload, gpus=gpus, reuse=where.reuse,
         ready=functools.partial(loaded, recipe.reference),
     )  # fmt: skip
 

@@ -13,8 +13,9 @@ import typer
 from stoker import duration, recipes
 from stoker.cli import submit
 from stoker.cli import trials as trials_seen
-from stoker.cli.options import MaxTime, Nproc
+from stoker.cli.options import MaxTime
 from stoker.cli.output import DEFAULT_RUNS, Json, LocalRunsFolder, show_messages
+from stoker.cli.search_options import DEFAULT_PLACES, DEFAULT_SEARCH, Places, SearchOptions
 from stoker.cli.submit import HERE, Command, Where
 from stoker.errors import EXIT_FAILED, STOP_CODES, BadInput, StokerError
 from stoker.launch import targets
@@ -59,42 +60,8 @@ def sweep(
         Path | None,
         typer.Option("--config", metavar="FILE", help="A YAML file of search spaces and fixed values."),
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            help="The sweep's folder; the same command with the same name continues the search.",
-            show_default="RECIPE-sweep",
-        ),
-    ] = None,
-    new: Annotated[
-        bool, typer.Option("--new", help="Start a new search, named NAME-2 if NAME exists.")
-    ] = False,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="The metric to optimise; repeatable. Early stopping uses the first.",
-            show_default="the recipe's: val_accuracy of image and text, else val_loss",
-        ),
-    ] = None,
-    goal: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="min|max", help="The direction of each metric.", show_default="by the metric's name"
-        ),
-    ] = None,
-    trials: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of trials.", show_default="20; for a grid, all of its points"),
-    ] = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Number of concurrent trials.",
-            show_default="as many as the machine's GPUs allow, else 1; on Ray, as many as fit",
-        ),
-    ] = None,
-    nproc: Nproc = None,
+    options: SearchOptions = DEFAULT_SEARCH,
+    places: Places = DEFAULT_PLACES,
     controllers: Annotated[
         int,
         typer.Option(
@@ -103,117 +70,11 @@ def sweep(
             help="For jobs: submit an array of N controllers that share the study in --storage.",
         ),
     ] = 1,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="With --on ray: the cluster's address; this machine must be one of its nodes.",
-            show_default="RAY_ADDRESS, else Ray is started here",
-        ),
-    ] = None,
-    per_gpu: Annotated[int, typer.Option(min=1, help="Number of ranks that share a GPU.")] = 1,
-    reuse: Annotated[
-        bool,
-        typer.Option(
-            "--reuse-processes",
-            help="Train trials one after another in the same process, for trials of a second or less. "
-            "Trials then share the process's state.",
-        ),
-    ] = False,
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="random, grid, qmc, tpe, gp, cmaes, nsga2 or nsga3.", show_default="tpe"),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="What ends trials early: none, median, asha, asha-stop, hyperband, pbt or pb2.",
-            show_default="none",
-        ),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="staged",
-            help="Replaces --sampler and --scheduler for long trainings: half of the trials are random, the "
-            "others sampled by tpe, all stopped early as by asha; then the best few run to their end.",
-        ),
-    ] = None,
-    least: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DURATION",
-            help="asha, hyperband: the first rung, as 100 (steps), 1ep, 1000000tok, or 10% of the data; "
-            "pbt, pb2: the interval between comparisons.",
-        ),
-    ] = None,
-    most: Annotated[
-        str | None,
-        typer.Option(metavar="DURATION", help="The length of a full trial, for the same schedulers."),
-    ] = None,
-    factor: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="asha, hyperband: one trial in N continues to the next rung.", show_default="3"
-        ),
-    ] = None,
-    quantile: Annotated[
-        float | None,
-        typer.Option(
-            help="pbt, pb2: the share of trials replaced by copies of the best.", show_default="0.25"
-        ),
-    ] = None,
-    resample: Annotated[
-        float | None,
-        typer.Option(
-            help="pbt: the probability that a copy's value is resampled; pb2: the same, at first.",
-            show_default="0.25",
-        ),
-    ] = None,
-    perturb: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FACTOR,FACTOR",
-            help="pbt: a value that is not resampled is multiplied by one of these.",
-            show_default="0.8,1.2",
-        ),
-    ] = None,
     first: Annotated[
         list[str] | None,
         typer.Option("--try", metavar="KEY=VALUE,...", help="Values to try first; repeatable."),
     ] = None,
-    warm_start: Annotated[
-        str, typer.Option("--warm-start", metavar="SWEEP", help="Let the sampler learn from another sweep.")
-    ] = "",
-    seed: Annotated[int, typer.Option(min=0, help="The sampler's seed.")] = 0,
-    max_failures: Annotated[
-        int | None, typer.Option(min=0, help="End the search after more failed trials than this.")
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AMOUNT",
-            help="End the search once all trials together have used: 40gpuh (of all ranks), 300ep, 20000.",
-        ),
-    ] = None,
     max_time: MaxTime = None,
-    storage: Annotated[
-        str,
-        typer.Option(
-            metavar="URL",
-            envvar="STOKER_STORAGE",
-            help="Keep the study in a database that several controllers can share, such as "
-            "postgresql+psycopg2://HOST/NAME.",
-            show_default="a file beside the trials",
-        ),
-    ] = "",
-    study: Annotated[
-        str | None,
-        typer.Option(
-            help="The study's name in --storage; sweeps with the same study search together.",
-            show_default="NAME",
-        ),
-    ] = None,
     runs: LocalRunsFolder = DEFAULT_RUNS,
     json: Json = False,
     where: Where = HERE,
@@ -225,25 +86,18 @@ def sweep(
     show_messages()
     from stoker.cli import searching
 
-    _check_where(where, controllers, storage)
+    _check_where(where, controllers, options.storage)
     found = recipes.load(recipe)
     searched, tries = _space(found, space or (), config, first or ())
-    asked = searching.Asked(
-        recipe=found, space=searched, runs=runs.absolute(), name=name, new=new, metrics=metric or (),
-        goals=goal or (), trials=trials, nproc=nproc or 1, sampler=sampler, scheduler=scheduler,
-        strategy=strategy, least=least, most=most, factor=factor, quantile=quantile, resample=resample,
-        perturb=perturb, tries=tries, warm_start=warm_start,
-        seed=seed, max_failures=max_failures, budget=budget, storage=storage, study=study,
-    )  # fmt: skip
+    asked = searching.Asked(**vars(options), recipe=found, space=searched, tries=tries, runs=runs.absolute())
     made = searching.prepare(asked)
     deadline = _deadline(max_time, where)
     if where.on not in (LOCAL, RAY):
-        ranks_at_once = (nproc or 1) * (parallel or 1) // per_gpu or 1
+        ranks_at_once = asked.ranks * (places.parallel or 1) // places.per_gpu or 1
         return _submit(where, made.folder, made.record, controllers, ranks_at_once, json)
     if where.dry_run:
-        return submit.print_command(where, Command.of_verb("sweep"), nproc=nproc or 1, json=json)
-    places = searching.Places(where.on, address, parallel, nproc or 1, per_gpu, reuse)
-    with searching.begun(made, places, deadline) as (search, shipping):
+        return submit.print_command(where, Command.of_verb("sweep"), nproc=asked.ranks, json=json)
+    with searching.begun(made, where.on, places, deadline) as (search, shipping):
         code, error = _run(search)
     if code == 0:  # a search that was told to stop must exit quickly
         searching.wait_for_sinks(shipping)

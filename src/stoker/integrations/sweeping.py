@@ -11,6 +11,7 @@ from typing import Any
 
 from stoker.cli import searching
 from stoker.cli import trials as trials_seen
+from stoker.cli.search_options import Places
 from stoker.errors import BadInput, Stopped
 from stoker.integrations import training
 from stoker.launch.targets import LOCAL, RAY
@@ -126,7 +127,7 @@ def sweep(
         raise BadInput(f"on={on!r}: give {LOCAL} or {RAY}; to submit jobs, use `stoker sweep --on {on}`")
     asked = searching.Asked(
         recipe=found, space=searched, runs=training.runs_folder(runs), name=name, new=new,
-        metrics=_several(metric), goals=_several(goal), trials=trials, nproc=nproc, sampler=sampler,
+        metric=_several(metric), goal=_several(goal), trials=trials, nproc=nproc, sampler=sampler,
         scheduler=scheduler, strategy=strategy, least=_text(least), most=_text(most), factor=factor,
         quantile=quantile, resample=resample,
         perturb=_factors(perturb),
@@ -135,9 +136,9 @@ def sweep(
         storage=storage or os.environ.get("STOKER_STORAGE", ""), study=study,
     )  # fmt: skip
     made = searching.prepare(asked)
-    places = searching.Places(on, address, parallel, nproc, per_gpu, reuse_processes)
+    places = Places(parallel, address, per_gpu, reuse_processes)
     deadline = plan.deadline(_text(max_time))
-    with searching.begun(made, places, deadline) as (search, shipping):
+    with searching.begun(made, on, places, deadline) as (search, shipping):
         with searching.answering_signals(search) as told, trials_seen.live(search):
             search.run()
         if told:
@@ -146,8 +147,8 @@ def sweep(
     return _of(search)
 
 
-def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given or ())
+def _several(given: str | Sequence[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _several_values(given: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
