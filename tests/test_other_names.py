@@ -112,6 +112,33 @@ def test_all_keys_of_another_trainers_file_are_answered_at_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("checkpointer: {checkpoint_dir: a}", "use model (A size to train from scratch"),
+        ("dataset: {packed: true}", "use packing ("),
+        ("dataset: {_component_: a}", "use data ("),
+        ("lr_scheduler: {num_warmup_steps: 9}", "use warmup ("),
+        ("lr_scheduler: {_component_: a}", "use schedule ("),
+        ("special_tokens: {pad_token: a}", "special tokens come from the tokenizer"),
+        ("loss: {_component_: a}", "not needed: cross-entropy"),
+        ("gradient_checkpointing_kwargs: {use_reentrant: true}", "not needed: activation checkpointing"),
+        ("stage: sft", "not needed: texts are pretraining"),
+        ("load_in_4bit: true", "use quantisation=nf4"),
+        ("load_in_4bit: false", "leave it out: it is off without quantisation=nf4"),
+        ("load_in_4bit:", "leave it out: it is off without quantisation=nf4"),
+    ],
+)
+def test_a_key_within_a_group_is_answered_by_its_own_name_or_its_groups(
+    written: str, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "torchtune.yml"
+    file.write_text(f"{written}\nrun_name: a\n")
+    with pytest.raises(BadInput) as caught:
+        config.resolve(llm.Config, file=file)
+    assert f": {expected}" in str(caught.value).splitlines()[1]
+
+
+@pytest.mark.parametrize(
     ("written", "read"),
     [
         ("data: [a.jsonl, org/name]", "a.jsonl,org/name"),

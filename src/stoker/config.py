@@ -81,7 +81,7 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
     for override in overrides:
         key, value = split(override)
         given[key] = (value, COMMAND_LINE)
-    _all_known(cls, {key: source for key, (_, source) in given.items()}, leaves)
+    _all_known(cls, given, leaves)
     values = {key: _checked(key, leaves[key], *pair) for key, pair in given.items()}
     sources = {key: given[key][1] if key in given else DEFAULT for key in leaves}
     config = _build(cls, values)
@@ -377,18 +377,23 @@ def _unquoted(key: str, value: Any, source: str) -> str:
     return f"{why}, and the whole argument for the shell: {shlex.quote(f'{key}={meant}')}"
 
 
-def _all_known(cls: type, sources: Mapping[str, str], leaves: Mapping[str, _Leaf]) -> None:
-    """Raises one BadInput for all unknown keys: a file for another trainer has several."""
-    wrong = [key for key in sources if key not in leaves]
+def _all_known(cls: type, given: Mapping[str, tuple[Any, str]], leaves: Mapping[str, _Leaf]) -> None:
+    """Raises one BadInput for all unknown keys: a file for another trainer has several.
+
+    Args:
+        given: each key's value and source.
+    """
+    wrong = [key for key in given if key not in leaves]
     if len(wrong) == 1:
-        _known(cls, wrong[0], leaves, sources[wrong[0]])
+        _known(cls, wrong[0], leaves, given[wrong[0]][1])
     if wrong:
-        files = sorted({sources[key] for key in wrong})
+        files = sorted({given[key][1] for key in wrong})
         lines = []
         for key in wrong:
-            why = _why(cls, key, leaves)[1]
+            value, source = given[key]
+            why = _why(cls, key, leaves, value)[1]
             if len(files) > 1:
-                lines.append(f"{key} ({sources[key]}){why}")
+                lines.append(f"{key} ({source}){why}")
             else:
                 lines.append(f"{key}: {why[2:]}" if why.startswith("; ") else f"{key}{why}")
         raise BadInput("\n  ".join([f"{len(wrong)} unknown keys ({', '.join(files)}):", *lines]))
@@ -401,7 +406,7 @@ def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str) -> Non
         raise BadInput(f"{named} ({source}){why}")
 
 
-def _why(cls: type, key: str, leaves: Mapping[str, _Leaf]) -> tuple[str, str]:
+def _why(cls: type, key: str, leaves: Mapping[str, _Leaf], value: object = ...) -> tuple[str, str]:
     """The name of an unknown key, and the rest of the sentence about it."""
     inner = [name for name in leaves if name.startswith(f"{key}.")]
     if inner:
@@ -414,7 +419,7 @@ def _why(cls: type, key: str, leaves: Mapping[str, _Leaf]) -> tuple[str, str]:
         "; the script takes no keys: to declare some, annotate the second parameter of train, config, "
         "with a config dataclass"
     )
-    return f"unknown key {key!r}", unknown_keys.meant(cls, key, leaves) if leaves else why
+    return f"unknown key {key!r}", unknown_keys.meant(cls, key, leaves, value) if leaves else why
 
 
 def _get(config: Any, key: str) -> Any:

@@ -10,7 +10,10 @@ from collections.abc import Container
 
 # A stoker key, a key with its value, or several keys -> the names that other trainers use for it.
 _KEYS = {
-    "model": "base_model model_name model_name_or_path pretrained_model_name_or_path",
+    "model": (
+        "base_model checkpoint_dir checkpoint_files model_name model_name_or_path "
+        "pretrained_model_name_or_path"
+    ),
     "data": "dataset dataset_name dataset_path datasets train_dataset train_file",
     "validation_data": "eval_data eval_dataset test_datasets val_dataset validation_dataset validation_file",
     "tokenizer": "tokenizer_name tokenizer_name_or_path",
@@ -41,7 +44,7 @@ _KEYS = {
         "block_size context_length cutoff_len max_len max_length max_seq_len max_seq_length model_max_length "
         "seq_len seq_length sequence_len"
     ),
-    "packing": "neat_packing packed sample_packing",
+    "packing": "eval_sample_packing neat_packing packed sample_packing",
     "loss_on": (
         "assistant_only_loss completion_only_loss train_on_input train_on_inputs train_on_prompt "
         "train_on_responses_only"
@@ -72,8 +75,12 @@ _KEYS = {
     "precision=fp16": "fp16",
     "activation_checkpointing=full": "enable_activation_checkpointing gradient_checkpointing",
     "compile": "torch_compile",
-    "kernels=liger": "use_liger use_liger_kernel",
-    "parallel": "distributed_strategy strategy",
+    "kernels=liger": (
+        "liger_fused_linear_cross_entropy liger_glu_activation liger_rms_norm liger_rope use_liger "
+        "use_liger_kernel"
+    ),
+    "parallel": "distributed_strategy fsdp_config fsdp_sharding_strategy strategy",
+    "on_bad_loss": "loss_watchdog_patience loss_watchdog_threshold",
     "ddp.find_unused_parameters": "ddp_find_unused_parameters find_unused_parameters",
     "eval_every": "eval_frequency eval_interval eval_steps evals_per_epoch val_check_interval",
     "patience": "early_stopping_patience",
@@ -82,7 +89,7 @@ _KEYS = {
     "checkpoint_every": "save_every save_interval save_steps saves_per_epoch",
     "keep_checkpoints": "save_total_limit",
     "data_share": "limit_train_batches max_samples max_train_samples",
-    "generate_tokens": "max_new_tokens",
+    "generate_tokens": "eval_max_new_tokens max_new_tokens",
     "deterministic": "full_determinism use_deterministic_algorithms",
     "seed": "data_seed manual_seed random_seed random_state",
 }
@@ -128,11 +135,37 @@ _COMMANDS = {
         "not needed: the export has the weights alone, and checkpoints have what a run is resumed from"
     ),
     "save_safetensors": "not needed: all weights are written as safetensors",
+    "interleave_probs": "give each source its weight, as in data: {a.jsonl: 3, b.jsonl: 1}",
+    "dataset_dir": "not needed: data takes paths, and a folder as a whole",
+    "do_train": "not needed: `stoker train` trains, `stoker evaluate` only evaluates",
+    "stage": (
+        "not needed: texts are pretraining, pairs and conversations are fine-tuning; ZeRO's stage is "
+        "deepspeed.stage"
+    ),
+    "per_device_eval_batch_size": "not needed: evaluations take batches as training does",
+    "dataloader_num_workers": (
+        "images are decoded by workers=N processes; tokenised texts are read from memory, by none"
+    ),
+    "eval_table_size": "the texts in prompts are answered at each evaluation, with generate_tokens at most",
+    "plugins": "not supported; Liger's kernels are kernels=liger",
+    "loss": "not needed: cross-entropy, which is computed in pieces where that saves memory",
+    "gradient_checkpointing_kwargs": "not needed: activation checkpointing is never re-entrant",
+    "lora_fan_in_fan_out": "not needed: it is known from the model's layers",
+    "log_peak_memory_stats": "not needed: the peak memory of each rank is in every run",
+    "checkpointer": "not needed: models are read and exported as Hugging Face files",
+    "device": "not needed: GPUs are used if there are any",
+    "profiler": "use the option --profile FIRST:LAST, with two steps",
 }
 _SAME = {
-    "output_dir": "default_root_dir logging_dir out_dir",
-    "resume_from_checkpoint": "auto_resume_from_checkpoints ckpt_path resume",
-    "report_to": "logger trackio_project use_wandb",
+    "output_dir": "default_root_dir log_dir logging_dir out_dir",
+    "resume_from_checkpoint": "auto_resume_from_checkpoints ckpt_path recipe_checkpoint resume",
+    "report_to": "logger metric_logger trackio_project use_wandb",
+    "interleave_probs": "interleave_probability mix_strategy",
+    "do_train": "do_eval do_predict",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "dataloader_num_workers": "dataloader_pin_memory dataloader_prefetch_factor num_workers",
+    "profiler": "profile torch_profiler",
+    "save_only_model": "save_adapter_weights_only",
     "wandb_project": "wandb_entity wandb_log_model wandb_name wandb_run_id wandb_watch",
     "flash_attention": "attn_implementation flash_attn sdp_attention xformers_attention",
     "group_by_length": "train_sampling_strategy",
@@ -147,7 +180,10 @@ _SAME = {
     "dataset_split": "split train_split",
     "model_revision": "revision",
     "eos_token": "bos_token pad_token unk_token",
-    "label_smoothing_factor": "fp8 init_lora_weights load_in_8bit peft_init_lora_weights roles_to_train",
+    "label_smoothing_factor": (
+        "enable_activation_offloading fp8 init_lora_weights load_in_8bit lora_mlp_kernel lora_o_kernel "
+        "lora_qkv_kernel peft_init_lora_weights roles_to_train"
+    ),
     "logging_steps": "log_every_n_steps log_interval logging_strategy",
     "num_processes": "devices gpus n_gpus nproc nproc_per_node num_gpus",
     "num_machines": "nnodes num_nodes",

@@ -21,15 +21,21 @@ _LISTED = 20  # the most keys that a message lists
 _SHOWN = 3  # the most keys suggested by their description
 
 
-def meant(config: type, key: str, keys: Collection[str]) -> str:
-    """What to give instead of an unknown key, as the end of a sentence."""
+def meant(config: type, key: str, keys: Collection[str], value: object = ...) -> str:
+    """What to give instead of an unknown key, as the end of a sentence.
+
+    Args:
+        value: what it was set to: some switches are off here unless they are set.
+    """
     if ours := other_names.keys_for(key, keys):
-        return _called_here(config, ours)
-    command = other_names.command_for(key)
+        return _called_here(config, ours, value)
     if misspelt := nearest(key, keys, alike=_MISSPELT):  # first, since a user's config may have such a key
         return misspelt
-    if command:
-        return f"; {command}"
+    group, _, leaf = key.rpartition(".")
+    for name in (key, leaf, group) if group else (key,):  # dataset.packed; dataset._component_
+        ours = (name,) if name in keys else other_names.keys_for(name, keys)
+        if ours or (command := other_names.command_for(name)):
+            return _called_here(config, ours, value) if ours else f"; {command}"
     if ours := other_names.keys_for(other_names.begun(key), keys):
         return _called_here(config, ours)
     if similar := nearest(key, keys, alike=_SIMILAR):
@@ -38,7 +44,9 @@ def meant(config: type, key: str, keys: Collection[str]) -> str:
     return f"; keys with a similar meaning: {', '.join(found)}" if found else _all(config, keys)
 
 
-def _called_here(config: type, ours: Sequence[str]) -> str:
+def _called_here(config: type, ours: Sequence[str], value: object = ...) -> str:
+    if (value is None or value is False) and all("=" in name for name in ours):
+        return f"; leave it out: it is off without {' '.join(ours)}"
     meanings = _meanings(config)
     told = [_with_meaning(name, meanings.get(name, "")) for name in ours]
     return f"; instead, set {' and '.join(told)}" if len(told) > 1 else f"; use {told[0]}"
