@@ -59,6 +59,12 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def permit_by_umask(path: Path) -> None:
+    """Give a safetensors file, or all in a folder, the permissions of the umask: safetensors sets 600."""
+    for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
+        file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def said_of_full_disk(error: BaseException) -> str:
     """A message for the user if the error is a full disk or an exhausted quota; otherwise empty."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -198,6 +198,9 @@ def test_weights_are_pushed_in_the_precision_that_is_asked_for(
         }
     plain = tmp_path / "plain"
     assert stoker("models", "push", name, str(plain), *merge, cwd=trained).code == 0
+    for file in (*tmp_path.rglob("*"), *trained.rglob("artifacts/*/*")):
+        readable = file.stat().st_mode & 0o444
+        assert readable == 0o444, f"{file} cannot be read by others, as other files of this umask can"
     (one, other) = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "bf16"))
     assert all(torch.equal(other[key], tensor.bfloat16()) for key, tensor in one.items())
     one[next(iter(one))].fill_(1e6)
@@ -220,8 +223,10 @@ def test_a_model_that_is_no_run_is_asked_as_one(
 ) -> None:
     """Its folder, as anyone may have it, and what stands under an id of the hub."""
     run = "base" if kind == "model" else "tuned"
-    asked = ("-p", "What is 7?", "--max-tokens", "8", "--json")
+    (tmp_path / "asked.jsonl").write_text('"What is 7?"\n\n{"prompt": "What\\nis 8?"}\n')
+    asked = ("--prompts", str(tmp_path / "asked.jsonl"), "--max-tokens", "8", "--json")
     of_run = stoker("generate", run, *asked, cwd=trained).answer
+    assert [answer["prompt"] for answer in of_run["answers"]] == ["What is 7?", "What\nis 8?"]
     folder = str(trained / "runs" / "llm" / run / "artifacts" / kind)
     of_folder = stoker("generate", folder, *asked, cwd=tmp_path).answer
     assert of_folder["model"] == folder
@@ -267,6 +272,8 @@ def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
         (("models", "push", "base", "."), "already exists"),
         (("generate", "base", "-p", ""), "--prompt is empty"),
         (("generate", "base", "-p", "x", "--top-k", "4"), "give --temperature too"),
+        (("generate", "base", "--prompts", "none.txt"), "--prompts none.txt cannot be read"),
+        (("generate", "base", "--prompts", "asked.jsonl"), "must be a JSON string, or an object with"),
         (("generate", "nobody", "-p", "x"), "no run 'nobody' under runs"),
         (("generate", "llm/nobody", "-p", "x"), "no run 'llm/nobody' under runs"),
         (
@@ -282,6 +289,7 @@ def test_bad_input_is_answered_before_anything_is_sent(
     said: str,
 ) -> None:  # fmt: skip
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    (trained / "asked.jsonl").write_text('"What is 7?"\n{"text": "What is 8?"}\n')
     done = stoker(*command, cwd=trained)
     assert (done.code, said in done.err) == (2, True), done.err
     assert not (trained / "x").exists()

@@ -190,6 +190,15 @@ def test_a_source_says_how_much_it_is(tmp_path: Path) -> None:
     assert read(str(folder / "b.jsonl")).description == "b.jsonl, 1 document"
 
 
+def test_a_stream_of_which_nothing_can_be_held_out_is_evaluated_on_other_data(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "one huge document"}\n')
+    name = str(tmp_path / "one.jsonl")
+    with pytest.raises(BadInput, match=r"validation=0 test=0 and validation_data=FILE test_data=FILE"):
+        sources.read_all(name, validation=0.1, test=0.1, streaming=True)
+    (source,) = sources.read_all(name, validation=0.0, test=0.0, streaming=True)
+    assert len(source.splits.train) == 1
+
+
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},

@@ -797,4 +797,4 @@ def test_tools_that_the_template_does_not_write_are_warned_of(
         caplog.clear()
         with caplog.at_level("WARNING", "stoker"):
             data.pack([Source("a", 1.0, splits, "f", "a")], of(bare, template), sequence_length=64)
-        assert ("the field tools of its records is not read" in caplog.text) == warned
+        assert ("the chat template writes no tools, so the field tools of its" in caplog.text) == warned

@@ -146,6 +146,9 @@ def test_the_folder_of_a_run_is_what_it_has_exported(tmp_path: Path) -> None:
     assert hub.find(str(run.directory.path)) == made
     with pytest.raises(BadInput, match=r"is a run without an exported adapter: it exported the model"):
         hub.find(str(run.directory.path), "lora.adapter")
+    (made / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"exported the adapter .* give it as lora\.adapter="):
+        hub.find(str(run.directory.path))
 
 
 @pytest.mark.parametrize("name", ["first", "llm/first"])

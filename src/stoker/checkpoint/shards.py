@@ -51,7 +51,7 @@ def _write(file: Path, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor
         save_file({part.name: tensors[part.name] for part in parts}, file, about)
     except SafetensorError as error:  # for example, a full disk
         raise _os_error(error, file) from error
-    file.chmod(file.parent.stat().st_mode & 0o666)  # permissions by umask; safetensors sets 600
+    storage.permit_by_umask(file)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         synced = pool.submit(storage.sync_file, file)  # the disk writes while the checksum is computed
         known = File.of(file)

@@ -271,5 +271,5 @@ def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     into = {source: torch.empty(there[source][0], dtype=there[source][1]) for source in sources.values()}
     load_tensors(checkpoint, into)
     save_file({name: into[source] for name, source in sources.items()}, target)
-    target.chmod(target.parent.stat().st_mode & 0o666)  # permissions by umask; safetensors sets 600
+    storage.permit_by_umask(target)
     return target

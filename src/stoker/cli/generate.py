@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import orjson
 import typer
 import yaml
 from stoker import exports, object_store
@@ -49,8 +52,16 @@ def generate(
         typer.Option(
             "-p",
             "--prompt",
-            help="The text to answer or continue; can be repeated. Default: standard input, or on a "
+            help="The text to answer or continue; can be repeated. Default: all of standard input, or on a "
             "terminal a conversation.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="A file of prompts: one per line; in a .jsonl file each is a string, or the field `prompt`.",
         ),
     ] = None,
     system: Annotated[
@@ -105,6 +116,8 @@ def generate(
     """Let a run's model, or any other, answer or continue prompts."""
     if prompt is not None and not all(one.strip() for one in prompt):
         raise BadInput("--prompt is empty: give a text")
+    if prompts is not None:
+        prompt = [*(prompt or ()), *_from_file(prompts)]
     if (top_p < 1 or top_k) and not temperature:
         raise BadInput("--top-p and --top-k only affect sampling: give --temperature too, such as 0.7")
     values = _values(template_value or ())
@@ -228,6 +241,29 @@ def _conversation(
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def _from_file(file: Path) -> list[str]:
+    """The prompts in a file, without blank lines. Raises BadInput."""
+    try:
+        lines = [line.rstrip("\r") for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompts {file} cannot be read: {error}") from error
+    if not lines:
+        raise BadInput(f"--prompts {file} has no prompts: write one per line")
+    return [_of_record(file, line) for line in lines] if file.suffix == ".jsonl" else lines
+
+
+def _of_record(file: Path, line: str) -> str:
+    with contextlib.suppress(ValueError):
+        found = orjson.loads(line)
+        found = found.get("prompt") if isinstance(found, dict) else found
+        if isinstance(found, str) and found.strip():
+            return found
+    raise BadInput(
+        f"--prompts {file}: {textwrap.shorten(line, 60)}: each line must be a JSON string, or an object with "
+        "the text in `prompt`"
+    )
 
 
 def _from_input() -> Iterator[str]:

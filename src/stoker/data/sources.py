@@ -270,10 +270,11 @@ def _streamed(name: str, weight: float, validation: float, test: float, columns:
     documents, left_out = learnable(looked, f"the sampled part of {name}")
     splits = split_by_place(documents, validation=validation, test=test)
     if (validation and not splits.validation) or (test and not splits.test):
-        raised = " and ".join(key for key, share in (("validation", validation), ("test", test)) if share)
+        shares = [key for key, share in (("validation", validation), ("test", test)) if share]
         raise BadInput(
-            f"{name}: none of the {counted(len(documents), 'document')} sampled would be held out: increase "
-            f"{raised}"
+            f"{name}: of the {counted(len(documents), 'document')} sampled none would be held out: raise "
+            f"{' and '.join(shares)}, or evaluate on other data: {' '.join(f'{key}=0' for key in shares)} and "
+            f"{' '.join(f'{key}_data=FILE' for key in shares)}"
         )
     size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
     about = f"{name}, {size}, read while training"

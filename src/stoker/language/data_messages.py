@@ -124,7 +124,10 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
         names = dict.fromkeys(name for document in documents for name in document.unread)
         called = next((document.tools for document in documents if document.tools), "")
         if called and "tools" not in conversation.template(tokenizer, called):
-            names["tools"] = None
+            log.warning(
+                "%s: %s: the chat template writes no tools, so the field tools of its records is not read: "
+                "give a chat_template that does", source.key, source.name,
+            )  # fmt: skip
         if names:
             fields = "the field" if len(names) == 1 else "the fields"
             log.warning(

@@ -134,8 +134,13 @@ def _exported(folder: Path, what: str) -> Path:
         raise BadInput(f"{what} {folder} is a run without an exported {wanted}: it has exported nothing yet")
     kind = "adapter" if exports.is_adapter(found) else "model"
     if kind not in wanted:
+        instead = (
+            f"; to train it further, give it as lora.adapter={folder} beside its base as model; to merge it, "
+            f"use `stoker models push {folder} DIRECTORY --merge`"
+        )
         raise BadInput(
             f"{what} {folder} is a {of} without an exported {wanted}: it exported the {kind} {found}"
+            f"{instead if (what, kind) == ('model', 'adapter') else ''}"
         )
     return found
 

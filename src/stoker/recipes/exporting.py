@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
-from stoker import exports
+from stoker import exports, storage
 from stoker.loop import Trainer
 from stoker.run import artifacts
 from stoker.user_run import Run
@@ -22,6 +22,7 @@ def export(trainer: Trainer, describe: Describe) -> Path | None:
         return None
     target = _described(trainer, "model", describe)
     save_torch_state_dict(tensors, target)
+    storage.permit_by_umask(target)
     return trainer.run.artifact(target, kind="model")
 
 
