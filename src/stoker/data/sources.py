@@ -273,8 +273,8 @@ def _streamed(name: str, weight: float, validation: float, test: float, columns:
         shares = [key for key, share in (("validation", validation), ("test", test)) if share]
         raise BadInput(
             f"{name}: of the {counted(len(documents), 'document')} sampled none would be held out: raise "
-            f"{' and '.join(shares)}, or evaluate on other data: {' '.join(f'{key}=0' for key in shares)} and "
-            f"{' '.join(f'{key}_data=FILE' for key in shares)}"
+            f"{' and '.join(shares)}, or evaluate on other data: {' '.join(f'{k}=0' for k in shares)} and "
+            f"{' '.join(f'{k}_data=FILE' for k in shares)}"
         )
     size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
     about = f"{name}, {size}, read while training"
