@@ -119,7 +119,8 @@ def read_all(
 def read_evaluated(data: str, columns: BySource = NO_COLUMNS) -> list[Source]:
     """Read what is named as `a` or `a,b`, each a source of its own. Raises BadInput, as `read_all`."""
     _check_columns(columns, named(data, evaluated=True))
-    return _evaluated_on(data, "validation_data", columns)
+    found = _evaluated_on(data, "validation_data", columns)
+    return [dataclasses.replace(source, key="data") for source in found]
 
 
 def columns_of(name: str, columns: BySource) -> Columns:
