@@ -44,6 +44,26 @@ if GUARD:
     print(json.dumps([found.over, best, [[trial.params["x"], trial.error] for trial in found.trials]]))
 """
 
+IN_WORKERS = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+import stoker
+from searches import train
+
+def one(name: str) -> int:
+    return len(stoker.sweep(train, {"x": "uniform(0, 1)"}, trials=1, name=name).trials)
+
+if __name__ == "__main__":
+    found = [one("here")]
+    for kind in ("fork", "spawn"):
+        context = multiprocessing.get_context(kind)
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found += pool.map(one, [kind])
+    assert found == [1, 1, 1]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.map(one, ["daemonic"])
+"""
+
 
 def _values(found: Sweep) -> list[tuple[Any, ...]]:
     return [(trial.number, trial.state, trial.params, trial.value) for trial in found.trials]
@@ -107,6 +127,17 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
     _, best, trials = json.loads(done.stdout)
     assert best is None
     assert all("call it below if __name__ == '__main__':" in error for _, error in trials)
+
+
+def test_worker_processes_of_a_script_search_if_they_may_have_children(tmp_path: Path) -> None:
+    _script(tmp_path)
+    workers = tmp_path / "workers.py"
+    workers.write_text(IN_WORKERS, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(workers)], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "use concurrent.futures.ProcessPoolExecutor" in done.stderr.splitlines()[-1], done.stderr
+    assert {folder.name for folder in (tmp_path / "runs").glob("[!.]*")} == {"fork", "here", "spawn"}
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker import recipes
 from stoker.cli import searching
 from stoker.cli import trials as trials_seen
 from stoker.cli.search_options import Places
 from stoker.errors import BadInput, Stopped
 from stoker.integrations import training
 from stoker.launch.targets import LOCAL, RAY
+from stoker.run import opening
 from stoker.stopping import STATUS
 from stoker.tune import plan
 from stoker.tune.search import Search
@@ -117,7 +118,7 @@ def sweep(
         StokerError: the search cannot continue, for example after more failed trials than `max_failures`.
         Stopped: the search was told to stop, and did; a SystemExit.
     """
-    if multiprocessing.parent_process() is not None:
+    if opening.worker_imports_script() or recipes.loads_file():
         raise BadInput(
             "stoker.sweep is called while a file is imported; call it below if __name__ == '__main__':"
         )
