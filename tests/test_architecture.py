@@ -36,6 +36,7 @@ FLOORS = (
         "meanings",
         "other_names",
         "unknown_keys",
+        "ray_token",
     },
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},

@@ -37,7 +37,11 @@ def start_forkserver() -> None:
     try:
         resource_tracker.ensure_running()  # unblocks SIGTERM when it is done
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
-        forkserver.ensure_running()
+        try:
+            forkserver.ensure_running()
+        except ChildProcessError:  # this process was forked from the one whose server it is
+            forkserver._forkserver._forkserver_pid = None  # type: ignore[attr-defined]
+            forkserver.ensure_running()
     finally:
         sys.warnoptions.remove(_CLEANED)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,33 @@ ASHA = (
     "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", str(_TRIALS),
     "--scheduler", "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
 )  # fmt: skip
+
+NOTEBOOK = """
+import os, subprocess, sys
+import ray, stoker
+
+recipe = sys.argv[1]
+ray.init(num_cpus=1, include_dashboard=False)  # a cluster that asks for a token, which this process has
+here = ray.get_runtime_context().gcs_address
+
+def search(address):
+    return stoker.sweep(
+        recipe, {"x": "uniform(0, 1)", "steps": 2}, trials=1, name="s", on="ray", address=address
+    ).best
+
+best = search(None)
+assert best == search("localhost:" + here.rpartition(":")[2]) == search("auto")
+try:
+    search("127.0.0.1:1")
+except stoker.BadInput as error:
+    assert f"connected to the Ray cluster at {here}; leave out the address" in str(error), error
+assert ray.get(ray.put(1)) == 1
+refused = subprocess.run(
+    [sys.executable, "-m", "stoker", "sweep", recipe, "x=uniform(0, 1)", "--on", "ray", "--address", here],
+    env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_gcs_server_port_wait_time_s": "1"},
+)
+assert refused.returncode == 2
+"""
 
 
 class OnOneMachine(Machines):
@@ -170,6 +199,18 @@ def test_it_starts_ray_by_itself_and_failed_trials_are_told_apart(stoker: Comman
     assert states == {0.1: "complete", 0.9: "failed", 0.2: "complete"}
     (failed,) = [t for t in done.answer["trials"] if t["state"] == "failed"]
     assert "exited with code 3" in failed["error"]
+
+
+def test_a_process_that_is_connected_searches_there_and_without_its_token_nobody_does(tmp_path: Path) -> None:
+    script = tmp_path / "notebook.py"
+    script.write_text(NOTEBOOK, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, str(script), SEARCHED], env={**environment, "HOME": str(tmp_path)}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=LONG, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "stoker: error: Ray asks for a token: set RAY_AUTH_MODE=token" in done.stderr
 
 
 @pytest.mark.parametrize(

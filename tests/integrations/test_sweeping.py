@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from commands import Command
 from support import loaded, until
 
 SEARCHED = Path(__file__).parents[1] / "cli" / "searched.py"
+QUADRATIC = SEARCHED.with_name("quadratic.py")
 SPACE = {"x": "uniform(0, 1)", "kind": "[near, far]", "steps": 4}
 
 SCRIPT = """
@@ -44,9 +46,29 @@ if GUARD:
     print(json.dumps([found.over, best, [[trial.params["x"], trial.error] for trial in found.trials]]))
 """
 
+IN_WORKERS = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+import stoker
+from searches import train
+
+def one(name: str) -> int:
+    return len(stoker.sweep(train, {"x": "uniform(0, 1)"}, trials=1, name=name).trials)
+
+if __name__ == "__main__":
+    found = [one("here")]
+    for kind in ("fork", "spawn"):
+        context = multiprocessing.get_context(kind)
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found += pool.map(one, [kind])
+    assert found == [1, 1, 1]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.map(one, ["daemonic"])
+"""
+
 
 def _values(found: Sweep) -> list[tuple[Any, ...]]:
-    return [(trial.number, trial.state, trial.params, trial.value) for trial in found.trials]
+    return [(t.number, t.state, t.params, t.value, t.parent, t.values) for t in found.trials]
 
 
 def test_it_is_the_search_of_the_command_and_goes_on(stoker: Command, tmp_path: Path) -> None:
@@ -64,7 +86,10 @@ def test_it_is_the_search_of_the_command_and_goes_on(stoker: Command, tmp_path: 
     options = ("--sampler", "random", "--seed", "3", "--try", "x=0.25,kind=near", "--trials", "5")
     done = stoker("sweep", str(SEARCHED), *given, *options, "--name", "s", "--json")
     assert done.code == 0, done.err
-    told = [(t["number"], t["state"], t["params"], t["value"]) for t in done.answer["trials"]]
+    told = [
+        (t["number"], t["state"], t["params"], t["value"], t["parent"], tuple(map(tuple, t["values"])))
+        for t in done.answer["trials"]
+    ]
     assert told == _values(more)
     again = stoker(
         "sweep", str(SEARCHED), *given, *options, "--name", "s", "--json", "--runs", str(tmp_path / "here")
@@ -94,6 +119,7 @@ def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_
     assert "pause" in refused.stderr, "another space is another search"
     script = _script(tmp_path, pause=0.05)
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
+    assert re.search(r"^stoker: trial 3 complete: val_loss .*; best", done.stderr, re.MULTILINE), done.stderr
     over, best, drawn = json.loads(done.stdout)
     assert over
     assert best == min(range(4), key=lambda number: drawn[number][0])
@@ -103,10 +129,22 @@ def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_
 
 def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
     script = _script(tmp_path, guard="True")
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
-    _, best, trials = json.loads(done.stdout)
-    assert best is None
-    assert all("call it below if __name__ == '__main__':" in error for _, error in trials)
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stderr.splitlines()[-1].startswith(
+        "stoker.errors.StokerError: every trial failed, the first with: stoker.sweep is called while a file "
+        "is imported; call it below if __name__ == '__main__':"
+    )
+
+
+def test_worker_processes_of_a_script_search_if_they_may_have_children(tmp_path: Path) -> None:
+    _script(tmp_path)
+    workers = tmp_path / "workers.py"
+    workers.write_text(IN_WORKERS, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(workers)], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "use concurrent.futures.ProcessPoolExecutor" in done.stderr.splitlines()[-1], done.stderr
+    assert {folder.name for folder in (tmp_path / "runs").glob("[!.]*")} == {"fork", "here", "spawn"}
 
 
 @pytest.mark.parametrize(
@@ -143,12 +181,23 @@ def test_what_cannot_be_searched_starts_nothing(arguments: dict[str, Any], said:
 
 
 def test_what_is_written_as_for_the_command_or_as_values_is_the_same(tmp_path: Path) -> None:
-    space = {("x", "kind"): [(0.25, "near"), (0.5, "far")], "steps": 1}
-    given: dict[str, Any] = {"scheduler": "pbt", "least": 2, "quantile": 0.5, "trials": 2, "runs": tmp_path}
-    found = sweep(SEARCHED, space, perturb="0.5,2", **given, name="s")
-    assert all((trial.params["x"], trial.params["kind"]) in space["x", "kind"] for trial in found.trials)
-    assert sweep(SEARCHED, {"(x, kind)": "[(0.25, near), (0.5, far)]", "steps": 1}, perturb=(0.5, 2), **given,
-                 name="s").trials == found.trials  # fmt: skip
+    """A population, whose members tell where they come from."""
+    space = {("h0", "h1"): [(1.0, 0.0), (0.0, 1.0)], "steps": 8}
+    given: dict[str, Any] = {
+        "metric": "score", "goal": "max", "scheduler": "pbt", "least": 5, "quantile": 0.5, "trials": 2,
+        "tries": [{"h0": 1.0}, {"h0": 0.0}], "runs": tmp_path, "name": "s",
+    }  # fmt: skip
+    found = sweep(QUADRATIC, space, perturb="0.5,2", **given)
+    assert all((trial.params["h0"], trial.params["h1"]) in space["h0", "h1"] for trial in found.trials)
+    forked = [trial for trial in found.trials if trial.parent is not None]
+    assert forked
+    for trial in forked:
+        assert trial.parent is not None
+        assert trial.values[:5] == found.trials[trial.parent].values[:5]
+        assert [step for step, _ in trial.values] == list(range(1, 9))
+        assert trial.values[-1][1] == trial.value
+    text = {"(h0, h1)": "[(1.0, 0.0), (0.0, 1.0)]", "steps": 8}
+    assert sweep(QUADRATIC, text, perturb=(0.5, 2), **given).trials == found.trials
 
 
 def test_a_study_in_a_file_is_the_same_from_every_folder(
@@ -179,11 +228,13 @@ def test_a_study_in_a_file_is_the_same_from_every_folder(
 
 
 def test_a_trial_that_fails_says_why(tmp_path: Path) -> None:
-    space = {"x": "uniform(0.6, 0.7)", "fails": "raise"}
-    found = sweep(SEARCHED, space, trials=1, runs=tmp_path)
-    (trial,) = found.trials
-    assert (trial.state, found.best) == ("failed", None)
-    assert "Traceback" in trial.error
-    assert "this one cannot be trained" in trial.error
-    with pytest.raises(StokerError, match="failed"):
-        sweep(SEARCHED, space, trials=3, max_failures=0, runs=tmp_path)
+    space = {"x": "[0.7, 0.1]", "fails": "raise"}
+    with pytest.raises(StokerError, match="every trial failed, the first with: RuntimeError: this one"):
+        sweep(SEARCHED, space, tries={"x": 0.7}, trials=1, runs=tmp_path)
+    found = sweep(SEARCHED, space, tries=[{"x": 0.7}, {"x": 0.1}], trials=2, runs=tmp_path, name="two")
+    failed, complete = found.trials
+    assert (failed.state, found.best) == ("failed", complete)
+    assert "Traceback" in failed.error
+    assert "this one cannot be trained" in failed.error
+    with pytest.raises(StokerError, match="more than --max-failures"):
+        sweep(SEARCHED, space, tries={"x": 0.7}, trials=3, max_failures=0, runs=tmp_path, name="three")

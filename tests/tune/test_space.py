@@ -13,6 +13,7 @@ import pytest
 from annotated_types import Ge, Gt, Lt, MultipleOf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from stoker import config as configs
 from stoker.duration import Duration
 from stoker.errors import BadInput
@@ -292,7 +293,7 @@ def test_a_file_and_a_mapping_say_the_same_as_the_command_line(
     assert parse([], Config, write_file("s.yaml", FILE)) == parse([], Config, write_file("t.yaml", FILE))
     assert parse([], Config, write_file("s.yaml", FILE)).described() == space.described()
     assert parse_mapping(dict(o.split("=", 1) for o in WHOLE), Config).described() == space.described()
-    nested = {"lora": {"rank": (4, 8)}, "lr": 1e-3, "flip": True, "max_steps": None}
+    nested = {"lora": {"rank": [4, 8]}, "lr": 1e-3, "flip": True, "max_steps": None}
     found = parse_mapping(nested, Config)
     assert found.parameters[0].domain == Choice((4, 8))
     assert found.fixed == {"lr": "0.001", "flip": "true", "max_steps": "none"}
@@ -585,6 +586,46 @@ def test_a_description_says_what_changed() -> None:
 
 texts = st.text(max_size=8).filter(lambda text: text.isprintable())
 numbers = st.floats(min_value=1e-6, max_value=1e6)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ({"batch_size": range(4, 9)}, ["batch_size=int(4, 8)"]),
+        ({"width": range(64, 7, -8)}, ["width=int(8, 64, step=8)"]),
+        ({"lr": np.array([1e-3, 1e-2])}, ["lr=[1e-3, 1e-2]"]),
+        ({"batch_size": list(np.array([16, 32]))}, ["batch_size=[16, 32]"]),
+        ({"model": ("a", "b")}, ["model=[a, b]"]),
+        ({"batch_size": (16, 32, 64)}, ["batch_size=[16, 32, 64]"]),
+        ({"sizes": (1, 2), "lr": [1e-3, 1e-2]}, ["sizes=[1, 2]", "lr=[1e-3, 1e-2]"]),
+        ({"lr": FloatDistribution(1e-5, 1e-3, log=True)}, ["lr=log(1e-5, 1e-3)"]),
+        ({"dropout": FloatDistribution(0, 0.5, step=0.1)}, ["dropout=uniform(0, 0.5, step=0.1)"]),
+        ({"dropout": FloatDistribution(0, 0.5)}, ["dropout=uniform(0, 0.5)"]),
+        ({"batch_size": IntDistribution(4, 64, log=True)}, ["batch_size=int(4, 64, log)"]),
+        ({"width": IntDistribution(8, 64, step=8)}, ["width=int(8, 64, step=8)"]),
+        ({"optimizer": CategoricalDistribution(["adamw", "sgd"])}, ["optimizer=[adamw, sgd]"]),
+    ],
+)
+def test_plain_objects_of_python_say_what_they_are(given: dict[str, Any], written: list[str]) -> None:
+    assert parse_mapping(given, Config).described() == parse(written, Config).described()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"lr": (1e-3, 1e-1)},
+            "write 'uniform(0.001, 0.1)' or 'log(0.001, 0.1)' for a range, [0.001, 0.1] for choices",
+        ),
+        ({"batch_size": (16, 64)}, "write 'int(16, 64)' for a range, [16, 64] for choices"),
+        ({"lr": {1e-3, 1e-1}}, "write choices as a list, [a, b], and a range as a text: 'uniform(a, b)'"),
+        ({"lr": object()}, "'log(a, b)' or 'int(a, b)'"),
+    ],
+)
+def test_an_object_that_can_mean_several_things_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse_mapping(given, Config)
+    assert said in str(error.value)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,9 +6,11 @@ standard error.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,3 +89,19 @@ def show_messages(level: int = logging.INFO) -> None:
         return
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
         log.addHandler(_StderrHandler(level))
+
+
+@contextlib.contextmanager
+def messages_shown() -> Iterator[None]:
+    """Within this block, messages go to standard error as those of a command, if logging is not set up."""
+    if log.hasHandlers():
+        yield
+        return
+    handler, level = _StderrHandler(logging.INFO), log.level
+    log.addHandler(handler)
+    log.setLevel(level or logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

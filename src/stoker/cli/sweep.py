@@ -183,11 +183,8 @@ def _run(search: Search) -> tuple[int, str]:
         return error.exit_code, str(error)
     if told:
         return STOP_CODES[STATUS[told[0]]], ""
-    failed = [trial for trial in search.trials.values() if trial.state == "failed"]
-    if failed and search.over and len(failed) == len(search.trials):
-        said = failed[0].error.partition("\n")[0]
-        name = search.plan.folder.name
-        return EXIT_FAILED, f"every trial failed, the first with: {said}; see stoker report {name}"
+    if failed := trials_seen.all_failed(search):
+        return EXIT_FAILED, failed
     if search.overspent and not search.over:
         log.info("the time or the budget is used up; run the same command with more of it to continue")
     return 0, ""

@@ -197,6 +197,15 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
         log.error("%s", error)
 
 
+def all_failed(search: Search) -> str:
+    """The error of a search that is over and of which every trial failed; otherwise empty."""
+    failed = [trial for trial in search.trials.values() if trial.state == "failed"]
+    if not failed or not search.over or len(failed) < len(search.trials):
+        return ""
+    said = failed[0].error.partition("\n")[0]
+    return f"every trial failed, the first with: {said}; see stoker report {search.plan.folder.name}"
+
+
 def _ended(trial: Seen) -> State:
     """The trial's state once the search has ended."""
     return "paused" if trial.state == "running" else trial.state

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker import recipes
 from stoker.cli import searching
 from stoker.cli import trials as trials_seen
+from stoker.cli.output import messages_shown
 from stoker.cli.search_options import Places
-from stoker.errors import BadInput, Stopped
+from stoker.errors import BadInput, StokerError, Stopped
 from stoker.integrations import training
 from stoker.launch.targets import LOCAL, RAY
+from stoker.run import opening
 from stoker.stopping import STATUS
 from stoker.tune import plan
 from stoker.tune.search import Search
@@ -35,6 +37,11 @@ class Trial:
     """The latest value of the first metric."""
     objectives: Mapping[str, float | None]
     """The latest value of each metric."""
+    values: tuple[tuple[int, float], ...]
+    """Each logged value of the first metric with its step; with shares of the data, with the share in
+    percent."""
+    parent: int | None
+    """The number of the trial from whose checkpoint population based training started this one."""
     run: Path
     """The directory of the trial's run."""
     error: str
@@ -57,6 +64,7 @@ class Sweep:
     """Whether nothing is left to do; if not, the same call with more time or budget continues the search."""
 
 
+@messages_shown()
 def sweep(
     recipe: str | Path | Callable[..., None],
     space: Mapping[str | tuple[str, ...], Any],
@@ -95,6 +103,7 @@ def sweep(
 
     This is `stoker sweep`, and each argument is the option of the same name, which `stoker sweep --help` and
     docs/sweeps.md describe. Ctrl-C and SIGTERM end the search with a checkpoint of each running trial.
+    Progress is shown as by the command, or logged by the logger `stoker` if logging is set up.
 
         found = stoker.sweep("image", {"lr": "log(0.01, 1)", "epochs": 2}, metric="val_accuracy", trials=6)
         print(found.best.params, found.best.run)
@@ -114,10 +123,11 @@ def sweep(
 
     Raises:
         BadInput: the search cannot be run as given; nothing was started.
-        StokerError: the search cannot continue, for example after more failed trials than `max_failures`.
+        StokerError: every trial failed, or the search cannot continue, for example after more failed trials
+            than `max_failures`.
         Stopped: the search was told to stop, and did; a SystemExit.
     """
-    if multiprocessing.parent_process() is not None:
+    if opening.worker_imports_script() or recipes.loads_file():
         raise BadInput(
             "stoker.sweep is called while a file is imported; call it below if __name__ == '__main__':"
         )
@@ -144,6 +154,8 @@ def sweep(
         if told:
             raise Stopped(STATUS[told[0]])
     searching.wait_for_sinks(shipping)
+    if error := trials_seen.all_failed(search):
+        raise StokerError(error)
     return _of(search)
 
 
@@ -178,6 +190,7 @@ def _of(search: Search) -> Sweep:
 def _trial(trial: Seen, search: Search) -> Trial:
     told = trials_seen.told(trial, search)
     return Trial(
-        trial.number, told["state"], trial.params, trial.value, told["objectives"], Path(told["run"]),
+        trial.number, told["state"], trial.params, trial.value, told["objectives"],
+        tuple((step, value) for step, value in told["values"]), trial.parent, Path(told["run"]),
         f"{trial.error}\n{trial.trace}".strip(),
     )  # fmt: skip

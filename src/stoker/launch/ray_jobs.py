@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import object_store
+from stoker import object_store, ray_token
 from stoker.errors import BadInput, StokerError, nearest
 from stoker.launch import arguments, job_uploader, jobs, jobspec, tail
 from stoker.launch.jobs import Job
@@ -248,12 +248,9 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
     )  # it logs when a log has ended
     try:
         return JobSubmissionClient(spec.options.get("address"))
-    except AuthenticationError as error:
-        raise BadInput(
-            "Ray asks for a token: set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN or the file "
-            "~/.ray/auth_token to the cluster's token"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        if (asked := ray_token.asked_for(error)) is not None:
+            raise asked from error
         first = str(error).strip().partition("\n")[0]
         raise BadInput(
             f"no Ray cluster answers {_where(spec)} ({first}): give its dashboard's address with --option "

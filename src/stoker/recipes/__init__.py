@@ -8,9 +8,10 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,23 @@ class Recipe:
         return Path.cwd() if self.reference in SHIPPED else self.source
 
 
+_loading = threading.local()
+
+
+def loads_file() -> bool:
+    """Whether this thread is importing a user's recipe, so that the caller is code at its top level."""
+    return getattr(_loading, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def _marked_as_loading() -> Iterator[None]:
+    _loading.depth = getattr(_loading, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _loading.depth -= 1
+
+
 def load(reference: str) -> Recipe:
     """A recipe by shipped name, by file (`my_train.py`, `my_train.py:train`) or by `module:function`.
 
@@ -70,7 +88,8 @@ def load(reference: str) -> Recipe:
         train = getattr(importlib.import_module(path), function)
         return from_function(train, name=reference, reference=reference)
     target, _, function = reference.partition(":")
-    module = _module(target, reference)
+    with _marked_as_loading():
+        module = _module(target, reference)
     found = getattr(module, function or "train", None)
     if not callable(found):
         raise BadInput(f"{target} has no function {function or 'train'}(run, config)")

@@ -82,16 +82,23 @@ def script() -> Path | None:
 def refuse_in_import() -> None:
     """Raise BadInput if this is a process of multiprocessing's that imports the user's script as it starts.
 
-    Without the guard every worker of a loader would begin to train. multiprocessing imports the script as
-    `__mp_main__`, which becomes `__main__` once the import is over.
+    Without the guard every worker of a loader would begin to train.
     """
-    importing = sys.modules.get("__mp_main__")
-    starting = getattr(multiprocessing.current_process(), "_inheriting", False)
-    if starting and importing is not None and importing is not sys.modules.get("__main__"):
+    if worker_imports_script():
         raise BadInput(
             "the script trains when a worker process imports it: put what it does, from opening the run on, "
             'below `if __name__ == "__main__":`'
         )
+
+
+def worker_imports_script() -> bool:
+    """Whether this is a process of multiprocessing's that imports the user's script as it starts.
+
+    multiprocessing imports the script as `__mp_main__`, which becomes `__main__` once the import is over.
+    """
+    importing = sys.modules.get("__mp_main__")
+    starting = getattr(multiprocessing.current_process(), "_inheriting", False)
+    return starting and importing is not None and importing is not sys.modules.get("__main__")
 
 
 def new_id(world: World) -> str:

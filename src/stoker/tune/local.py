@@ -224,6 +224,11 @@ class Workers:
         self._stopping = False
         self._short = False
         """Whether the last trial to end was short."""
+        if multiprocessing.current_process().daemon:
+            raise BadInput(
+                "trials have processes of their own, which a worker of multiprocessing.Pool, or another "
+                "daemonic process, cannot start: use concurrent.futures.ProcessPoolExecutor instead"
+            )
         warm_up(preload)
 
     def prepare(self) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import machine
+from stoker import machine, ray_token
 from stoker.errors import BadInput
 from stoker.tune import local
 from stoker.tune.local import Function, Over
@@ -61,22 +61,29 @@ def started(
 ) -> Iterator[Workers]:
     """Connect to a cluster for the duration of the block, and yield workers on it.
 
+    If this process is connected to a cluster already, that connection is used, and stays.
+
     Args:
         function: what each process of a trial executes.
-        address: the cluster's address, `HOST:PORT` or `auto`; by default RAY_ADDRESS, and if that is not set,
-            Ray is started on this machine only.
+        address: the cluster's address, `HOST:PORT` or `auto`; by default that of the connection, or else
+            RAY_ADDRESS, and if that is not set, Ray is started on this machine only.
         ranks: the number of processes per trial.
         parallel: the number of trials at a time; by default as many as there is room for.
         preload: modules imported before the first trial, in addition to torch.
 
     Raises:
-        BadInput: Ray is not installed, no cluster can be reached, or it has no room for a single trial.
+        BadInput: Ray is not installed, no cluster can be reached, this process is connected to another one,
+            or the cluster has no room for a single trial.
     """
     if importlib.util.find_spec("ray") is None:
         raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
     import ray
 
-    _connect(address or os.environ.get("RAY_ADDRESS"))
+    connected = ray.is_initialized()
+    if connected:
+        _check_connected_to(address)
+    else:
+        _connect(address or os.environ.get("RAY_ADDRESS"))
     try:
         workers = Workers(function, ranks=ranks, parallel=parallel, preload=preload)
         try:
@@ -84,7 +91,36 @@ def started(
         finally:
             workers.close()
     finally:
-        ray.shutdown()
+        if not connected:
+            ray.shutdown()
+
+
+def _check_connected_to(address: str | None) -> None:
+    """Raises BadInput if this process is connected to another cluster, or from outside of it."""
+    import ray
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        raise BadInput(
+            "this process is connected to Ray as a client (ray://): start the search on a machine of the "
+            "cluster, with `ray job submit` or by hand"
+        )
+    here = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto") and _resolved(address) != _resolved(here):
+        raise BadInput(
+            f"--address {address}: this process is connected to the Ray cluster at {here}; leave out the "
+            "address to search there, or call ray.shutdown() first"
+        )
+
+
+def _resolved(address: str) -> str:
+    """An address by IP, with that of this machine in the cluster instead of a loopback one."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError):  # an unknown name
+        host = socket.gethostbyname(host)
+    return f"{ray.util.get_node_ip_address() if host.startswith('127.') else host}:{port}"
 
 
 def _connect(address: str | None) -> None:
@@ -92,6 +128,7 @@ def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after the end must not start Ray again
     import ray
+    from ray.exceptions import AuthenticationError
 
     if address is not None and address.startswith("ray://"):
         raise BadInput(
@@ -107,7 +144,9 @@ def _connect(address: str | None) -> None:
             if address != "auto":
                 _reach(address)
             ray.init(address, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (AuthenticationError, OSError, ValueError, RuntimeError) as error:
+        if (asked := ray_token.asked_for(error)) is not None:
+            raise asked from error
         first = first_line(error)
         if address is None:
             raise

@@ -273,16 +273,46 @@ def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> S
 def parse_mapping(values: Mapping[Any, Any], config: type) -> Space:
     """Read a space from a Python mapping with dotted or nested keys; otherwise like `parse`.
 
-    Keys that take their values together can be a tuple.
+    Keys that take their values together can be a tuple. A numpy array lists choices, a range of Python's is
+    one of integers, and Optuna's distributions can be given as they are.
     """
     source = "the mapping"
     values = {
         f"({', '.join(map(str, key))})" if isinstance(key, tuple) else key: value
         for key, value in values.items()
     }
-    return _space(
-        config, _entries(config, configs.flatten(values, source, configs.describe(config)).items(), source)
-    )
+    flat = configs.flatten(values, source, configs.describe(config))
+    return _space(config, _entries(config, ((key, _spelled(value)) for key, value in flat.items()), source))
+
+
+def _spelled(value: Any) -> Any:
+    """A value from Python as it is written in a file."""
+    from optuna.distributions import BaseDistribution
+
+    if isinstance(value, range) and len(value) > 1:
+        return f"int({min(value)}, {max(value)}, step={abs(value.step)})"
+    if isinstance(value, BaseDistribution):
+        return _of_optuna(value)
+    if isinstance(value, list):
+        return [_listed(one) for one in value]
+    return tuple(_listed(one) for one in value) if isinstance(value, tuple) else _listed(value)
+
+
+def _of_optuna(given: Any) -> Any:
+    """The expression for a distribution of Optuna's."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(given, CategoricalDistribution):
+        return list(given.choices)
+    integer, step = isinstance(given, IntDistribution), "" if given.step is None else f", step={given.step}"
+    if given.log:
+        return f"int({given.low}, {given.high}, log)" if integer else f"log({given.low}, {given.high})"
+    return f"{'int' if integer else 'uniform'}({given.low}, {given.high}{step})"
+
+
+def _listed(value: Any) -> Any:
+    """A numpy array as a list, and a number of numpy's as one of Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def parse_tries(tries: str) -> dict[str, str]:
@@ -364,7 +394,7 @@ def _space(config: type, entries: Sequence[_Entry]) -> Space:
             raise BadInput(f"{key} needs a value: add {key}=..., a value or an expression")
     drafts = [_draft(config, entry) for entry in entries]
     fixed = {draft.keys[0]: draft.entry for draft in drafts if draft.domain is None}
-    values = {key: configs.checked(config, key, entry.value, entry.source) for key, entry in fixed.items()}
+    values = {key: _fixed(config, key, entry) for key, entry in fixed.items()}
     domains = {key: draft for draft in drafts if draft.domain is not None for key in draft.keys}
     parameters = [
         Parameter(draft.keys, draft.domain, _condition(config, draft, values, domains))
@@ -376,6 +406,19 @@ def _space(config: type, entries: Sequence[_Entry]) -> Space:
         tuple(_drawable(_ordered(parameters, values), values)),
         config,
     )
+
+
+def _fixed(config: type, key: str, entry: _Entry) -> Any:
+    """The value of a key that is not searched. Raises BadInput; for an object, also with how to search."""
+    try:
+        return configs.checked(config, key, entry.value, entry.source)
+    except BadInput as error:
+        if entry.value is None or isinstance(entry.value, str | int | float | list | Mapping):
+            raise
+        raise BadInput(
+            f"{error}; to search, write choices as a list, [a, b], and a range as a text: 'uniform(a, b)', "
+            "'log(a, b)' or 'int(a, b)'"
+        ) from error
 
 
 def _draft(config: type, entry: _Entry) -> _Draft:
@@ -421,7 +464,23 @@ def _domain(config: type, entry: _Entry, body: Any) -> Number | Choice | None:
     nested = any(isinstance(value, list | tuple) for value in body.values)
     if body.brackets and not nested and configs.kinds(config, key) & {tuple, list}:
         return None
+    _check_unlike_range(config, entry)
     return Choice(tuple(configs.checked(config, key, value, str(entry)) for value in body.values))
+
+
+def _check_unlike_range(config: type, entry: _Entry) -> None:
+    """Refuse a tuple of two numbers, by which other libraries mean a range."""
+    value, kinds = entry.value, configs.kinds(config, entry.keys[0])
+    numbers = isinstance(value, tuple) and all(type(one) in (int, float) for one in value)
+    if not numbers or len(value) != 2 or not kinds & {int, float, Duration}:
+        return
+    ends = f"{text(value[0])}, {text(value[1])}"
+    forms = ("uniform", "log") if float in kinds else ("int",)
+    ranges = " or ".join(f"'{form}({ends})'" for form in forms)
+    raise ValueError(
+        f"a tuple of two numbers can mean a range or two choices: write {ranges} for a range, [{ends}] for "
+        "choices"
+    )
 
 
 def _check_range(config: type, entry: _Entry, numbers: Number) -> None:
