@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 from PIL import Image
+from stoker import storage
 from stoker.report import card
 from stoker.run import journal, view
 from stoker.run.directory import RunDirectory
@@ -87,6 +89,27 @@ def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_p
     with Image.open(tmp_path / "out" / card.PICTURE) as picture:
         assert picture.size == (900, 420)
         assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "something is drawn"
+
+
+@pytest.mark.parametrize("where", ["where the run was started", "here", "gone since"])
+def test_a_local_folder_is_no_link_to_the_hub(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path)
+    run.record["cwd"] = str(tmp_path / "where the run was started")
+    run.record["config"]["data"] = "org/chats:1,org/others"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if where == "gone since":
+        record = {name: {"path": name, "absolute": f"/gone/{name}"} for name in ("org/base", "org/chats")}
+        storage.write_json(run.directory.provenance / "data.json", record)
+    else:
+        (tmp_path / where / "org/base").mkdir(parents=True)
+        (tmp_path / where / "org/chats").write_text("")
+    about = card.About(name="x", kind="model", step=40, base="org/base", task="text-generation")
+    metadata = yaml.safe_load(card.text(run, about, picture=False).split("---\n")[1])
+    assert metadata["datasets"] == ["org/others"]
+    assert not metadata.keys() & {"base_model", "base_model_relation"}
 
 
 def test_a_card_of_a_checkpoint_says_what_was_measured_by_then(tmp_path: Path) -> None:

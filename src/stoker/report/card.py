@@ -100,8 +100,8 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
 def _metadata(view: RunView, about: About) -> str:
     from huggingface_hub import ModelCardData
 
-    hub_sets = [_on_hub(name) for name in _sources(view) if not Path(name).exists()]
-    base = _on_hub(about.base or "")
+    hub_sets = [_on_hub(view, name) for name in _sources(view)]
+    base = _on_hub(view, about.base or "")
     adapter = about.kind == "adapter"
     metadata = ModelCardData(
         base_model=base,
@@ -114,10 +114,21 @@ def _metadata(view: RunView, about: About) -> str:
     return str(metadata.to_yaml())
 
 
-def _on_hub(name: str) -> str | None:
+def _on_hub(view: RunView, name: str) -> str | None:
     """The id that the hub links to, without revision, config or split; None if it is none of the hub's."""
     bare = hub_datasets.parse(name).name
-    return bare if _HUB_ID.fullmatch(bare) else None
+    return bare if _HUB_ID.fullmatch(bare) and not _is_local(view, name) else None
+
+
+def _is_local(view: RunView, name: str) -> bool:
+    """Whether a name is that of a file or folder, which may be gone by now: the run recorded those it read.
+
+    A relative path starts from the folder that the run was started in; that of `--base` from the current one.
+    """
+    read = facts.provenance(view.directory).data.values()
+    if any(about["path"] == name and "absolute" in about for about in read):
+        return True
+    return Path(name).exists() or Path(view.record.get("cwd", ""), name).exists()
 
 
 def _summary(view: RunView, about: About) -> str:
