@@ -344,7 +344,9 @@ def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable
     after = part.after or None  # from the beginning on, with what was measured before the first step
     return Outcome(
         checked, str(made.directory.path),
-        journals.compare(seen.points, made.points, after=after, until=part.until, leave_out=leave_out),
+        journals.compare(
+            seen.points, made.points, after=after, until=part.until, cut=part.stop_at, leave_out=leave_out
+        ),
         _weights(seen, made, part), configs.drift(part.config, made.record["config"]),
         _fingerprints(seen, made), (_error(seen), _error(made)) if made.status == view.FAILED else None,
     )  # fmt: skip
