@@ -125,6 +125,31 @@ def test_a_card_of_a_checkpoint_says_what_was_measured_by_then(tmp_path: Path) -
     assert 'from_pretrained("./tuned")' in text
 
 
+def test_a_card_promises_bit_identity_only_of_one_config_on_devices_that_add_in_order(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.record["recipe"]["reference"] = "llm"
+
+    def said(step: int = 40) -> str:
+        about = card.About(name="x", kind="model", step=step)
+        return card.text(run, about, picture=False).partition("## How to reproduce it")[2]
+
+    assert "give a bit-identical result" in said()
+    assert "`stoker reproduce llm/a` repeats it" in said()
+    run.attempts[0].layout["device"] = "H100"
+    storage.write_json(run.directory.provenance / "environment.json", {"gpus": ["H100, 80 GiB"]})
+    assert "bit-identical" not in said()
+    run.record["config"]["deterministic"] = True
+    assert "give a bit-identical result" in said()
+    run.attempts.append(view.Attempt(2, 9.0, began=9.0, resumed_from=30, drift={"lr": [0.1, 0.2]}))
+    assert "give a bit-identical result" in said(step=30), "a checkpoint from before the change"
+    assert "bit-identical" not in said()
+    for line in (
+        "train llm lr=0.1 --name a-again  # up to step 30",
+        "resume a-again lr=0.2  # from step 31 on",
+    ):
+        assert f"stoker {line}\n" in said(), line
+
+
 def test_a_card_of_what_is_no_language_model_says_only_what_is_known(tmp_path: Path) -> None:
     about = card.About(name="s3://bucket/cnn", kind="model", step=40)
     text = card.text(_run(tmp_path), about, picture=False)

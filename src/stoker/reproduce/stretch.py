@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stoker import words
@@ -38,6 +38,30 @@ class Stretch:
     def stop_at(self) -> int | None:
         """The step at which to stop the training; None if it ends by itself."""
         return None if self.by_itself else self.until
+
+
+@dataclass(frozen=True)
+class Part:
+    """Steps of a run that were made with one config and code, on one number of ranks."""
+
+    after: int
+    """The step after which it begins."""
+    config: Mapping[str, Any]
+    world: int
+    drift: frozenset[str]
+    """The keys of the config that differ from the run's record."""
+    code: Mapping[str, str | None]
+    """The code files that differ from those at the run's start."""
+
+
+def parts(view: RunView, until: int) -> list[Part]:
+    """The parts of a run that made its first steps, in their order; a run without steps has one."""
+    found: list[Part] = []
+    for start, attempt in _parts(view):
+        made = Part(start, _config(view, attempt), attempt.world, frozenset(attempt.drift), attempt.code)
+        if not found or (start < until and made != replace(found[-1], after=start)):
+            found.append(made)
+    return found
 
 
 def find(view: RunView, after: int | None = None, steps: int | None = None) -> Stretch:
