@@ -890,8 +890,19 @@ def test_a_model_that_was_restored_or_moved_is_found_by_its_content(stoker: Comm
     assert "give its new location with model=PATH" in gone.err
     shutil.copytree(tmp_path / "backup", model)
     assert stoker("reproduce", "first", "--json").answer["identical"]
+    longer = stoker("resume", "first", "max_steps=3")
+    assert longer.code == 0, longer.err
+    assert stoker("models", "push", "first", "card").code == 0
+    for said in (
+        "max_steps=2 generate_tokens=2 --name first-again  # up to step 2",
+        "max_steps=3  # from step 3",
+    ):
+        assert said in (tmp_path / "card" / "README.md").read_text()
     model.rename(tmp_path / "elsewhere")
-    assert stoker("reproduce", "first", "model=elsewhere", "--json").answer["identical"]
+    again = stoker("reproduce", "first", "model=elsewhere", "--json").answer
+    assert again["identical"], again["drifts"]
+    assert (again["last"], again["of_one_end"]) == (2, [])
+    assert "test_perplexity" in again["metrics"], "it had ended, with a test, before it was continued"
     packed = stoker("package", "first", "--to", "packed")
     assert packed.code == 0, packed.err
     assert "- model: `model`" in (tmp_path / "packed" / "README.md").read_text()

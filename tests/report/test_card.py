@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 from PIL import Image
+from stoker import storage
 from stoker.report import card
 from stoker.run import journal, view
 from stoker.run.directory import RunDirectory
@@ -89,6 +91,27 @@ def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_p
         assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "something is drawn"
 
 
+@pytest.mark.parametrize("where", ["where the run was started", "here", "gone since"])
+def test_a_local_folder_is_no_link_to_the_hub(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path)
+    run.record["cwd"] = str(tmp_path / "where the run was started")
+    run.record["config"]["data"] = "org/chats:1,org/others"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if where == "gone since":
+        record = {name: {"path": name, "absolute": f"/gone/{name}"} for name in ("org/base", "org/chats")}
+        storage.write_json(run.directory.provenance / "data.json", record)
+    else:
+        (tmp_path / where / "org/base").mkdir(parents=True)
+        (tmp_path / where / "org/chats").write_text("")
+    about = card.About(name="x", kind="model", step=40, base="org/base", task="text-generation")
+    metadata = yaml.safe_load(card.text(run, about, picture=False).split("---\n")[1])
+    assert metadata["datasets"] == ["org/others"]
+    assert not metadata.keys() & {"base_model", "base_model_relation"}
+
+
 def test_a_card_of_a_checkpoint_says_what_was_measured_by_then(tmp_path: Path) -> None:
     about = card.About(
         name="s3://bucket/tuned", kind="adapter", step=1, task="text-generation", metrics={"val_loss": 3.25}
@@ -100,6 +123,31 @@ def test_a_card_of_a_checkpoint_says_what_was_measured_by_then(tmp_path: Path) -
     assert "| steps | 1 |" in text
     assert "# after copying s3://bucket/tuned to ./tuned" in text
     assert 'from_pretrained("./tuned")' in text
+
+
+def test_a_card_promises_bit_identity_only_of_one_config_on_devices_that_add_in_order(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.record["recipe"]["reference"] = "llm"
+
+    def said(step: int = 40) -> str:
+        about = card.About(name="x", kind="model", step=step)
+        return card.text(run, about, picture=False).partition("## How to reproduce it")[2]
+
+    assert "give a bit-identical result" in said()
+    assert "`stoker reproduce llm/a` repeats it" in said()
+    run.attempts[0].layout["device"] = "H100"
+    storage.write_json(run.directory.provenance / "environment.json", {"gpus": ["H100, 80 GiB"]})
+    assert "bit-identical" not in said()
+    run.record["config"]["deterministic"] = True
+    assert "give a bit-identical result" in said()
+    run.attempts.append(view.Attempt(2, 9.0, began=9.0, resumed_from=30, drift={"lr": [0.1, 0.2]}))
+    assert "give a bit-identical result" in said(step=30), "a checkpoint from before the change"
+    assert "bit-identical" not in said()
+    for line in (
+        "train llm lr=0.1 --name a-again  # up to step 30",
+        "resume a-again lr=0.2  # from step 31 on",
+    ):
+        assert f"stoker {line}\n" in said(), line
 
 
 def test_a_card_of_what_is_no_language_model_says_only_what_is_known(tmp_path: Path) -> None:

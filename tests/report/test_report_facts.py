@@ -61,19 +61,6 @@ def test_only_checkpoints_with_a_manifest_count_as_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["/opt/bin/stoker", "train", "llm", "prompts=[a b]"], "stoker train llm 'prompts=[a b]'"),
-        (["/lib/stoker/__main__.py", "train", "llm"], "stoker train llm"),
-        (["own.py", "lr=1"], "python own.py lr=1"),
-        ([], ""),
-    ],
-)
-def test_the_command_can_be_typed_again(argv: list[str], expected: str) -> None:
-    assert facts.command(_view(record={"command": argv})) == expected
-
-
-@pytest.mark.parametrize(
     ("value", "expected"),
     [(2.345678, "2.3457"), (3e-6, "3e-06"), (12345.6, "12,346"), (0.0, "0"), (math.nan, "nan"),
      (-math.inf, "-inf"), (1e300, "1e+300"), (None, "")],

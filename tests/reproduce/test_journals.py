@@ -71,6 +71,17 @@ def test_only_the_stretch_that_is_asked_for_counts() -> None:
     assert (found.steps, found.first, found.last) == (1, 2, 2)
 
 
+def test_at_the_step_where_a_run_was_stopped_a_metric_of_one_run_alone_is_left_out_by_name() -> None:
+    loss = {1: 1.0, 2: 2.0}
+    before, now = series(loss=loss, val_loss={1: 5.0, 2: 3.0}), series(loss=loss, val_loss={1: 5.0})
+    for one, other in ((before, now), (now, before)):
+        found = journals.compare(one, other, until=2, cut=2)
+        assert (found.identical, found.of_one_end) == (True, ("val_loss",))
+        assert not journals.compare(one, other, until=2).identical
+    assert not journals.compare(before, series(loss={1: 1.0}), until=2, cut=2).identical, "it was not reached"
+    assert not journals.compare(before, series(loss={2: 2.0}, val_loss={2: 4.0}), cut=2).identical
+
+
 def test_nothing_to_compare_is_not_identical() -> None:
     assert not journals.compare({}, {}).identical
     assert not journals.compare(series(loss={1: 1.0}), series(loss={1: 1.0}), after=5).identical

@@ -55,6 +55,18 @@ def test_it_ends_where_the_config_the_code_or_the_ranks_changed() -> None:
     assert _said(stretch.find(grown, after=20)) == (20, None, {"lr": 1.0}, 4)
 
 
+def test_what_ended_by_itself_before_it_was_continued_with_another_config_is_made_to_its_end() -> None:
+    more = {"resumed_from": 10, "drift": {"steps": [10, 30]}}
+    ended = _view({"status": "finished", "step": 10}, more)
+    assert (stretch.find(ended).until, stretch.find(ended).stop_at) == (10, None)
+    assert (stretch.find(ended, steps=9).stop_at, stretch.find(ended, steps=20).stop_at) == (9, None)
+    older = _view({"status": "finished", "step": 12}, more)  # its last checkpoint could not be used
+    killed = _view({}, more)
+    assert stretch.find(older).stop_at == stretch.find(killed).stop_at == 10
+    assert stretch.find(ended, after=10).stop_at is None
+    assert stretch.find(_view({}, steps=12, status="stopped")).stop_at == 12
+
+
 def test_what_was_trained_again_with_another_config_is_of_that() -> None:
     view = _view({}, {"resumed_from": 20, "drift": {"lr": [1.0, 3.0]}}, {"resumed_from": 10})
     assert _said(stretch.find(view)) == (0, None, {"lr": 1.0}, 1)

@@ -17,7 +17,7 @@ from stoker.cli.checkpoints import Metric
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer, console, print_json, show_messages
 from stoker.cli.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
-from stoker.report import facts
+from stoker.report import commands, facts
 from stoker.report.terminal import when
 from stoker.run import finding, view
 from stoker.run.view import RunView
@@ -182,9 +182,10 @@ def push(
 def _about(seen: RunView, checkpoint: manifest.Checkpoint | None) -> dict[str, str]:
     """A version's command, step and metrics."""
     metrics = seen.newest() if checkpoint is None else checkpoint.metrics
+    step = seen.step if checkpoint is None else checkpoint.step
     return {
-        "command": facts.command(seen),
-        "step": str(seen.step if checkpoint is None else checkpoint.step),
+        "command": "\n".join(commands.of(seen, step)),
+        "step": str(step),
         "from_checkpoint": str(checkpoint is not None).lower(),
         **{f"metric.{name}": repr(value) for name, value in metrics.items()},
     }

@@ -204,7 +204,7 @@ def _prepare(
     data = inputs.check(linking, recorded, part.config if has_keys else {}, given)
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable
-    on_gpu, own = _on_gpu(part, then), differences.computing(then.get("variables", {}))
+    on_gpu, own = environment.on_gpu(part.layout, then), differences.computing(then.get("variables", {}))
     now, has = _now({**os.environ, **own}, python if env else None)
     ranks = min(part.world, len(now["gpus"]) or part.world) if on_gpu else part.world
     if part.after:
@@ -242,12 +242,6 @@ def _python(lock: str, then: Mapping[str, Any]) -> str:
     if not lock or "python" not in then:
         raise BadInput("--env: the run has no record of its packages to build an environment from")
     return str(venv.build(lock, then["python"], storage.cache_folder() / "environments"))
-
-
-def _on_gpu(part: Stretch, then: Mapping[str, Any]) -> bool:
-    """Whether the run computed on a GPU; without a recorded device, whether its machine had one."""
-    gpus = [str(gpu).partition(",")[0] for gpu in then.get("gpus", ())]
-    return part.layout["device"] in gpus if "device" in part.layout else bool(gpus)
 
 
 def _now(variables: Mapping[str, str], python: str | None) -> tuple[dict[str, Any], str]:
@@ -344,7 +338,9 @@ def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable
     after = part.after or None  # from the beginning on, with what was measured before the first step
     return Outcome(
         checked, str(made.directory.path),
-        journals.compare(seen.points, made.points, after=after, until=part.until, leave_out=leave_out),
+        journals.compare(
+            seen.points, made.points, after=after, until=part.until, cut=part.stop_at, leave_out=leave_out
+        ),
         _weights(seen, made, part), configs.drift(part.config, made.record["config"]),
         _fingerprints(seen, made), (_error(seen), _error(made)) if made.status == view.FAILED else None,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def prepare(
         of={"experiment": seen.directory.experiment, "id": seen.directory.id, "uid": seen.record["uid"]},
         given=seen.directory.experiment, config=dict(part.config), seed=seen.record["seed"],
         provenance=str(_record_of_code(seen.directory.provenance, folder)), recipe=seen.record["recipe"],
-        sources={**seen.record["sources"], **given}, layout=dict(part.layout), until=part.until,
+        sources={**seen.record["sources"], **given}, layout=dict(part.layout), until=part.stop_at,
     )  # fmt: skip
     again.write(folder / "again.json", asked)
     own = {**variables, again.VARIABLE: str(folder / "again.json")}

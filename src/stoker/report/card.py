@@ -15,8 +15,8 @@ from typing import Any
 import stoker
 from stoker.data import hub_datasets
 from stoker.progress import clock
-from stoker.report import curve_image, facts, performance, plots
-from stoker.reproduce import packages
+from stoker.report import commands, curve_image, facts, performance, plots
+from stoker.reproduce import environment, packages, stretch
 from stoker.run.view import RunView
 from stoker.words import counted, some
 
@@ -92,7 +92,7 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
         _section("How to load it", _loading(about)),
         _section("Data", _data(view, about)),
         _section("Training", _training(view, about), _picture(picture), _evaluations(view), _config(view)),
-        _section("How to reproduce it", _again(view)),
+        _section("How to reproduce it", _again(view, about.step)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -100,8 +100,8 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
 def _metadata(view: RunView, about: About) -> str:
     from huggingface_hub import ModelCardData
 
-    hub_sets = [_on_hub(name) for name in _sources(view) if not Path(name).exists()]
-    base = _on_hub(about.base or "")
+    hub_sets = [_on_hub(view, name) for name in _sources(view)]
+    base = _on_hub(view, about.base or "")
     adapter = about.kind == "adapter"
     metadata = ModelCardData(
         base_model=base,
@@ -114,10 +114,21 @@ def _metadata(view: RunView, about: About) -> str:
     return str(metadata.to_yaml())
 
 
-def _on_hub(name: str) -> str | None:
+def _on_hub(view: RunView, name: str) -> str | None:
     """The id that the hub links to, without revision, config or split; None if it is none of the hub's."""
     bare = hub_datasets.parse(name).name
-    return bare if _HUB_ID.fullmatch(bare) else None
+    return bare if _HUB_ID.fullmatch(bare) and not _is_local(view, name) else None
+
+
+def _is_local(view: RunView, name: str) -> bool:
+    """Whether a name is that of a file or folder, which may be gone by now: the run recorded those it read.
+
+    A relative path starts from the folder that the run was started in; that of `--base` from the current one.
+    """
+    read = facts.provenance(view.directory).data.values()
+    if any(about["path"] == name and "absolute" in about for about in read):
+        return True
+    return Path(name).exists() or Path(view.record.get("cwd", ""), name).exists()
 
 
 def _summary(view: RunView, about: About) -> str:
@@ -269,7 +280,7 @@ def _config(view: RunView) -> str:
     return "\n\n".join(part for part in (rows(False), *(folded if rows(True) else ())) if part)
 
 
-def _again(view: RunView) -> str:
+def _again(view: RunView, step: int) -> str:
     found = facts.provenance(view.directory)
     versions = packages.versions(found.packages)
     lines = []
@@ -282,11 +293,30 @@ def _again(view: RunView) -> str:
     used += ["bitsandbytes"] if view.config.get("quantisation", "none") != "none" else []
     known = [f"{name}=={versions[name].partition('+')[0]}" for name in used if name in versions]
     lines += [f"pip install {' '.join(known)}"] if known else []
-    lines += [facts.command(view)] if facts.command(view) else []
+    lines += commands.of(view, step, elsewhere=True)
     seed = view.record.get("seed")
-    said = f"The seed is {seed}. " if seed is not None else ""
-    same = "the same data, hardware and versions give a bit-identical result."
-    return f"{said}With stoker {stoker.__version__}, {same}\n\n{_fenced('sh', lines)}"
+    said = [f"The seed is {seed}."] if seed is not None else []
+    said.append(_promise(view, step, found.environment))
+    if view.total_steps is not None and step < view.total_steps:
+        said.append(f"These are the weights of step {step:,} of {view.total_steps:,}.")
+    said.append(
+        f"Where the run is kept, `stoker reproduce {view.directory.name}` repeats it from its record."
+    )
+    return f"{' '.join(said)}\n\n{_fenced('sh', lines)}"
+
+
+def _promise(view: RunView, step: int, machine: Mapping[str, Any]) -> str:
+    """What a repetition gives: equal bits only with one config throughout, and kernels that add in order."""
+    parts = stretch.parts(view, step)
+    if len(parts) > 1:
+        return "The run was continued with changes, which a repetition has to make at the same steps."
+    if parts and parts[0].after:
+        return "The run began from a checkpoint of another run, without which it cannot be repeated."
+    same = f"With stoker {stoker.__version__}, the same data, hardware and versions give"
+    layout = view.attempts[-1].layout if view.attempts else {}
+    if environment.on_gpu(layout, machine) and not view.config.get("deterministic"):
+        return f"{same} the same result but for rounding: `deterministic=false` on a GPU."
+    return f"{same} a bit-identical result."
 
 
 def _sources(view: RunView) -> list[str]:

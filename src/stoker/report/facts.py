@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,17 +164,6 @@ def kept_checkpoints(view: RunView) -> list[int]:
     folder = view.directory.checkpoints
     there = (s for s in dict.fromkeys(view.checkpoints) if manifest.folder(folder, s).is_dir())
     return [step for step in there if (manifest.folder(folder, step) / manifest.NAME).is_file()]
-
-
-def command(view: RunView) -> str:
-    """The command that started the run, ready to be typed again."""
-    given: list[str] = [str(word) for word in view.record.get("command", [])]
-    if not given:
-        return ""
-    program = Path(given[0])
-    if program.suffix == ".py" and program.name != "__main__.py":
-        return shlex.join(["python", *given])
-    return shlex.join(["stoker", *given[1:]])
 
 
 def layout(view: RunView) -> str:

@@ -125,6 +125,8 @@ def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None
     asked = [name for name in compared.left_out if name not in of_machine]
     _pair(console, "left out", f"{some(of_machine)}: depends on the machine" if of_machine else "")
     _pair(console, "left out", f"{some(asked)}: excluded with --ignore" if asked else "")
+    at_end = f"{some(compared.of_one_end)} of the last step: only one of the runs went on to it"
+    _pair(console, "left out", at_end if compared.of_one_end else "")
     if outcome.failures is not None:
         then, again = outcome.failures
         said = f"as before: {again}" if then == again else f"with {again}; before with {then}"

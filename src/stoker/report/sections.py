@@ -12,7 +12,7 @@ from typing import Any
 import stoker
 from stoker import words
 from stoker.progress import clock
-from stoker.report import facts, performance
+from stoker.report import commands, facts, performance
 from stoker.report.facts import Value
 from stoker.report.markup import Html, details, join, number, table, tag
 from stoker.report.plots import Figure
@@ -238,7 +238,8 @@ def provenance(views: Sequence[RunView], names: Sequence[str]) -> Html:
     for view, name in zip(views, names, strict=True):
         found = facts.provenance(view.directory)
         parts += [tag("h3", name)] if len(views) > 1 else []
-        parts += [tag("pre", facts.command(view), class_="command")] if facts.command(view) else []
+        typed = "\n".join(commands.of(view))
+        parts += [tag("pre", typed, class_="command")] if typed else []
         parts.append(table((), _provenance_rows(view, found)))
         parts += [details("Uncommitted changes", tag("pre", found.diff))] if found.diff else []
         packages = found.packages.strip()

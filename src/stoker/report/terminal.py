@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from stoker import words
 from stoker.progress import clock, short
-from stoker.report import facts, performance
+from stoker.report import commands, facts, performance
 from stoker.run import query
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
@@ -213,7 +213,7 @@ def _summary(view: RunView) -> list[tuple[str, str]]:
         ("started", f"{started}, {clock(view.seconds)} spent"),
         ("where", words.shortest(view.directory.path)),
         ("recipe", str((view.record.get("recipe") or {}).get("name", ""))),
-        ("command", facts.command(view)),
+        *zip(("command", *[""] * len(view.attempts)), commands.of(view), strict=False),
         ("layout", facts.layout(view)),
         ("throughput", _throughput(view)),
         ("memory", _memory(view)),

@@ -61,3 +61,9 @@ def _torch() -> dict[str, Any]:
             said[target.id] = value.value
     named = {"version": "__version__", "git": "git_version", "cuda": "cuda", "hip": "hip"}
     return {name: said[key] for name, key in named.items() if said.get(key) is not None}
+
+
+def on_gpu(layout: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
+    """Whether a run computed on a GPU; without a recorded device, whether its machine had one."""
+    gpus = [str(gpu).partition(",")[0] for gpu in recorded.get("gpus", ())]
+    return layout["device"] in gpus if "device" in layout else bool(gpus)

@@ -7,7 +7,7 @@ time and machines are excluded, see `run.series.measures_machine`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,8 @@ class Compared:
     """Metrics of time and machines, and those excluded on request."""
     drifts: tuple[Drift, ...]
     """The metrics that differ, in the order in which they first differ."""
+    of_one_end: tuple[str, ...] = ()
+    """Metrics whose point at the last step was left out, since only one of the two runs logged it."""
 
     @property
     def identical(self) -> bool:
@@ -75,6 +77,7 @@ def compare(
     *,
     after: int | None = None,
     until: int | None = None,
+    cut: int | None = None,
     leave_out: Callable[[str], bool] = measures_machine,
 ) -> Compared:
     """Compare the metrics of two runs.
@@ -84,14 +87,19 @@ def compare(
         now: likewise of the second run.
         after: only steps after this one count.
         until: only steps up to this one count.
+        cut: the last step, if a run was stopped or killed there: it may lack the evaluation of that step, or
+            what the other one measured at its end.
         leave_out: whether to exclude a metric.
     """
     names = sorted({*before, *now})
     wanted = [name for name in names if not leave_out(name)]
+    of_one_end = _of_one_end(before, now, wanted, cut) if cut is not None else ()
     pairs = {
         name: (_within(before.get(name), after, until), _within(now.get(name), after, until))
         for name in wanted
     }
+    for name in of_one_end:
+        pairs[name] = (_but(pairs[name][0], cut), _but(pairs[name][1], cut))
     pairs = {name: pair for name, pair in pairs.items() if len(pair[0]) or len(pair[1])}
     drifts = [drift for name, pair in pairs.items() if (drift := _drift(name, *pair)) is not None]
     seen = [np.concatenate([a.x, b.x]) for a, b in pairs.values()]
@@ -105,7 +113,16 @@ def compare(
         drifts=tuple(
             sorted(drifts, key=lambda drift: (drift.first_step, drift.metric != "loss", drift.metric))
         ),
+        of_one_end=of_one_end,
     )
+
+
+def _of_one_end(
+    before: Mapping[str, Series], now: Mapping[str, Series], names: Sequence[str], step: int
+) -> tuple[str, ...]:
+    """The metrics that only one of the runs has at a step, if both have made it."""
+    here, there = ({name for name in names if step in of.get(name, ())} for of in (before, now))
+    return tuple(sorted(here ^ there)) if here and there else ()
 
 
 def _within(series: Series | None, after: int | None, until: int | None) -> Series:
@@ -116,6 +133,11 @@ def _within(series: Series | None, after: int | None, until: int | None) -> Seri
         kept &= series.x > after
     if until is not None:
         kept &= series.x <= until
+    return Series(series.x[kept], series.y[kept], series.time[kept])
+
+
+def _but(series: Series, step: int | None) -> Series:
+    kept = series.x != step
     return Series(series.x[kept], series.y[kept], series.time[kept])
 
 
@@ -168,5 +190,6 @@ def as_json(compared: Compared) -> dict[str, Any]:
         "identical": compared.identical, "steps": compared.steps, "first": compared.first,
         "last": compared.last,
         "metrics": list(compared.metrics), "left_out": list(compared.left_out),
+        "of_one_end": list(compared.of_one_end),
         "drifts": [vars(drift) for drift in compared.drifts],
     }  # fmt: skip

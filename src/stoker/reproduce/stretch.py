@@ -6,8 +6,9 @@ one training gives: the repetition ends where that changed, or starts after it, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stoker import words
@@ -30,6 +31,37 @@ class Stretch:
     """How they used the devices, if a Trainer did."""
     why: str = ""
     """Why it ends before the run does."""
+    by_itself: bool = False
+    """Whether a training with this config ends at `until` by itself, with all it does at its end."""
+
+    @property
+    def stop_at(self) -> int | None:
+        """The step at which to stop the training; None if it ends by itself."""
+        return None if self.by_itself else self.until
+
+
+@dataclass(frozen=True)
+class Part:
+    """Steps of a run that were made with one config and code, on one number of ranks."""
+
+    after: int
+    """The step after which it begins."""
+    config: Mapping[str, Any]
+    world: int
+    drift: frozenset[str]
+    """The keys of the config that differ from the run's record."""
+    code: Mapping[str, str | None]
+    """The code files that differ from those at the run's start."""
+
+
+def parts(view: RunView, until: int) -> list[Part]:
+    """The parts of a run that made its first steps, in their order; a run without steps has one."""
+    found: list[Part] = []
+    for start, attempt in _parts(view):
+        made = Part(start, _config(view, attempt), attempt.world, frozenset(attempt.drift), attempt.code)
+        if not found or (start < until and made != replace(found[-1], after=start)):
+            found.append(made)
+    return found
 
 
 def find(view: RunView, after: int | None = None, steps: int | None = None) -> Stretch:
@@ -52,15 +84,15 @@ def find(view: RunView, after: int | None = None, steps: int | None = None) -> S
         raise BadInput(f"{view.directory.id} has no step after step {begin}: it ended at step {view.step}")
     index = max(i for i, (start, _) in enumerate(parts) if start <= begin or i == 0)
     first = parts[index][1]
-    until, why = None if view.status == FINISHED else view.step, ""
-    for start, attempt in parts[index + 1 :]:
+    until, why, by_itself = None if view.status == FINISHED else view.step, "", view.status == FINISHED
+    for (_, before), (start, attempt) in itertools.pairwise(parts[index:]):
         why = _changed(view, first, attempt)
         if why:
-            until = start
+            until, by_itself = start, before.status == FINISHED and before.step in (None, start)
             break
     if steps is not None and begin + steps < (until or view.step):
-        until, why = begin + steps, ""
-    return Stretch(begin, until, _config(view, first), first.world, first.layout, why)
+        until, why, by_itself = begin + steps, "", False
+    return Stretch(begin, until, _config(view, first), first.world, first.layout, why, by_itself)
 
 
 def _parts(view: RunView) -> list[tuple[int, Attempt]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName, entry, iso
-from stoker.report import facts, performance, terminal
+from stoker.report import commands, facts, performance, terminal
 from stoker.report.terminal import Listed, Pending
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
@@ -28,7 +28,7 @@ def _everything(seen: RunView, sinks: Sequence[Pending]) -> dict[str, Any]:
     return {
         **entry(Listed(seen.directory, seen)),
         "recipe": seen.record.get("recipe"),
-        "command": facts.command(seen),
+        "command": "\n".join(commands.of(seen)),
         "seed": seen.record.get("seed"),
         "attempts": [
             {**{k: v for k, v in vars(a).items() if k != "spent"},

@@ -1,0 +1,114 @@
+"""The commands that train a run again, in the order in which they trained it."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stoker import redaction
+from stoker.config import DEFAULT
+from stoker.report import facts
+from stoker.reproduce import stretch
+from stoker.reproduce.stretch import Part
+from stoker.run import again
+from stoker.run.directory import SWEEP
+from stoker.run.view import RunView
+from stoker.words import some
+
+_OF_THIS_RUN = ("--name", "--runs")
+
+
+def of(view: RunView, until: int | None = None, *, elsewhere: bool = False) -> list[str]:
+    """A command, or several if the run was continued with changes; comments say which steps they made.
+
+    A trial is trained by itself, with its values.
+
+    Args:
+        until: the last step that counts; by default the run's last.
+        elsewhere: for another run in another runs folder.
+    """
+    parts = stretch.parts(view, view.step if until is None else until)
+    words = _first(view, parts[0] if parts else None, elsewhere=elsewhere)
+    if not words:
+        return []
+    said = []
+    if parts and parts[0].after:
+        said.append(f"from the checkpoint of step {parts[0].after:,} of another run")
+    name = f"{view.directory.id}-again" if elsewhere else view.directory.id
+    if len(parts) > 1:
+        said.append(f"up to step {parts[1].after:,}")
+        words += ["--name", name] if elsewhere and _reference(view) else []
+    later = (_next(view, name, before, now) for before, now in itertools.pairwise(parts))
+    return [_line(words, said), *later]
+
+
+def _first(view: RunView, part: Part | None, *, elsewhere: bool) -> list[str]:
+    """The command that started the run; composed from its config if that one started something else."""
+    words = [str(word) for word in view.record.get("command", [])]
+    if _reference(view) and part is not None and _is_of_another(view, part):
+        return _composed(view, part)
+    if not words:
+        return []
+    program = Path(words[0])
+    is_script = program.suffix == ".py" and program.name != "__main__.py"
+    words = ["python", *words] if is_script else ["stoker", *words[1:]]
+    return _without_names(words) if elsewhere and _reference(view) else words
+
+
+def _is_of_another(view: RunView, part: Part) -> bool:
+    """Whether the recorded command is that of a sweep, repeats a run, or trained nothing that counts."""
+    relations = [parent.get("relation") for parent in view.record.get("parents", ())]
+    if again.TAG in relations or (view.directory.path.parent / SWEEP).is_file():
+        return True
+    return bool(part.drift) or part.world != view.attempts[0].world
+
+
+def _reference(view: RunView) -> str:
+    """What starts the recipe; empty for a script without one."""
+    return str((view.record.get("recipe") or {}).get("reference") or "")
+
+
+def _composed(view: RunView, part: Part) -> list[str]:
+    """`stoker train` with all values that are not defaults."""
+    sources = view.record.get("sources", {})
+    given = [key for key in part.config if key in part.drift or sources.get(key, DEFAULT) != DEFAULT]
+    target = _reference(view).removeprefix(f"{view.record.get('cwd', '')}/")
+    target = target.removesuffix(":train")  # which is the default
+    ranks = ["--nproc", str(part.world)] if part.world > 1 else []
+    return ["stoker", "train", target, *(_override(key, part.config[key]) for key in given), *ranks]
+
+
+def _override(key: str, value: Any) -> str:
+    if redaction.holds_redacted(value):
+        return f"{key}=..."
+    return f"{key}={'none' if value is None else facts.text(value)}"
+
+
+def _without_names(words: Sequence[str]) -> list[str]:
+    """A command without the options that name the run and its folder."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word.partition("=")[0] not in _OF_THIS_RUN:
+            kept.append(word)
+        skip = not skip and word in _OF_THIS_RUN
+    return kept
+
+
+def _next(view: RunView, name: str, before: Part, now: Part) -> str:
+    """The command that continued the run with changes; for a script without a recipe, what they were."""
+    keys = [key for key in now.config if now.config[key] != before.config.get(key)]
+    given = [_override(key, now.config[key]) for key in keys]
+    ranks = ["--nproc", str(now.world)] if now.world != before.world else []
+    changed = [path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)]
+    said = [f"from step {now.after + 1:,} on", *([f"other code: {some(changed)}"] if changed else [])]
+    if _reference(view):
+        return _line(["stoker", "resume", name, *given, *ranks], said)
+    return _line([], [*said, *given, *([f"{now.world} ranks"] if ranks else [])])
+
+
+def _line(words: Sequence[str], said: Sequence[str]) -> str:
+    comment = f"# {', '.join(said)}" if said else ""
+    return "  ".join(part for part in (shlex.join(words), comment) if part)
