@@ -232,6 +232,8 @@ class Search:
     def _is_over(self, trial: Seen, state: State) -> None:
         """Note that a trial has ended."""
         trial.state = state
+        if trial.unfit:
+            trial.values, trial.others = {}, {}  # its donor's
         if state == "complete" and trial.value is not None:
             self._best = min(trial, self._best or trial, key=self._order)
 
@@ -511,6 +513,7 @@ class Search:
         else:
             trial.error, trial.trace = self._error_of(ended), ended.trace
             self._tell(trial, state)
+            forking.say_unfit(trial, self.trials, self._space)
             self._failures.check(ended)
 
     def _error_of(self, ended: Ended) -> str:

@@ -71,6 +71,14 @@ class Seen:
         return self.state not in ("running", "paused")
 
     @property
+    def unfit(self) -> bool:
+        """Whether it is a fork that failed before it reported anything of its own.
+
+        So does one whose values make another model or optimizer than that of its donor's checkpoint.
+        """
+        return self.parent is not None and self.state == "failed" and self.step <= self.origin[0]
+
+    @property
     def value(self) -> float | None:
         """The newest value; None before the first."""
         return next(reversed(self.values.values()), None)
