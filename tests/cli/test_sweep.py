@@ -123,6 +123,9 @@ def test_a_search_of_which_no_trial_was_trained_to_its_end_says_so(stoker: Comma
     assert (second["state"], second["values"][-1][0]) == ("pruned", 1)
     report = Path(stoker("report", "early", "--json").answer["report"]).read_text(encoding="utf-8")
     assert "1 complete, 1 pruned" in report
+    two = stoker("report", "early", "early")
+    assert two.code == 2
+    assert "stoker runs compare early/trial-0000 early/trial-0000" in two.err
 
 
 def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:
