@@ -16,6 +16,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import fsspec
+import hypothesis
 import pytest
 from stoker import object_store, storage
 
@@ -23,6 +24,9 @@ import warm
 from commands import SECRET, Command, Done, Point, Start
 from servers import Proxy, s3_server
 from support import LONG, SOAK
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 STARTING = {"cli", "engine", "language", "launch", "tracking", "report", "run"}
 """The folders whose tests start processes by the forkserver."""

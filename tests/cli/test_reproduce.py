@@ -632,6 +632,9 @@ def test_a_trial_that_was_ended_early_is_made_again_up_to_there(project: Path, s
     done = stoker("reproduce", stopped, "--json", cwd=project)
     assert done.code == 0, done.err
     assert done.answer["steps"] == runs[stopped].step < 6
+    assert done.answer["again"] == f"search-again/{stopped}-again", "it is no trial"
+    assert len(stoker("runs", "list", "search", "--json", cwd=project).answer["runs"]) == 4
+    assert stoker("reproduce", stopped, "--json", cwd=project).answer["again"].endswith("-again-2")
 
 
 def test_several_ranks_are_several_again(project: Path, stoker: Command) -> None:

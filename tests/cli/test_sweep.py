@@ -112,10 +112,20 @@ def test_its_report_draws_what_it_has(stoker: Command, tmp_path: Path) -> None:
 
 def test_a_search_of_which_no_trial_was_trained_to_its_end_says_so(stoker: Command) -> None:
     given = ("sweep", RECIPE, "x=uniform(0, 1)", "--sampler", "random", "--trials", "2")
-    early = stoker(*given, "--name", "early", "--scheduler", "asha", "--least", "1", "--most", "9")
-    assert "no trial was trained to its end: the best of 2 trials ended early" in " ".join(early.out.split())
-    whole = stoker(*given, "--name", "whole")
-    assert "trained to its end" not in whole.out
+    asha = (*given, "--name", "early", "--scheduler", "asha", "--least", "1", "--most", "9")
+    early = " ".join(stoker(*asha).out.split())
+    assert "no trial was trained to its end: the best of 2 trials ended early, at step 1;" in early
+    assert "`stoker resume early/trial-0000` trains this one to its end" in early
+    assert stoker("resume", "early/trial-0000").code == 0
+    assert "trained to its end" not in stoker(*asha).out
+    first, second = stoker(*asha, "--json").answer["trials"]
+    assert (first["state"], first["values"][-1]) == ("complete", [9, first["value"]])
+    assert (second["state"], second["values"][-1][0]) == ("pruned", 1)
+    report = Path(stoker("report", "early", "--json").answer["report"]).read_text(encoding="utf-8")
+    assert "1 complete, 1 pruned" in report
+    two = stoker("report", "early", "early")
+    assert two.code == 2
+    assert "stoker runs compare early/trial-0000 early/trial-0000" in two.err
 
 
 def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:
@@ -130,6 +140,8 @@ def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:
     assert reached.count(1) >= 5, "most end at the first rung"
     assert {t["state"] for t in answer["trials"]} == {"complete", "pruned"}
     assert answer["best"]["state"] == "complete"
+    ends = {t["state"]: loaded(Path(t["run"])).status for t in answer["trials"]}
+    assert ends == {"complete": "finished", "pruned": "stopped"}
     promoted = [loaded(Path(t["run"])) for t in answer["trials"] if t["values"][-1][0] == 9]
     for run in promoted:
         assert [step for step, _ in run.points["val_loss"].items()] == list(range(1, 10))
@@ -736,7 +748,7 @@ def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_p
 
     for trials in ("2", "4"):
         done = stoker(
-            "sweep", RECIPE, *SPACE, "--trials", trials, "--name", "s", "--parallel", "2",
+            "sweep", RECIPE, *SPACE, "--trials", trials, "--name", "s", "--parallel", "2", "--json",
             env={"STOKER_SINKS": "mlflow"},
         )  # fmt: skip
         assert done.code == 0, done.err
@@ -747,6 +759,9 @@ def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_p
         runs = client.search_runs([experiment.experiment_id])
         (parent,) = [run for run in runs if "stoker.sweep" in run.data.tags]
         assert parent.data.params["space.x"] == "uniform(0.0, 1.0)"
+        best = done.answer["best"]
+        assert parent.data.tags["stoker.best"] == Path(best["run"]).name
+        assert parent.data.metrics == {"val_loss": best["value"]}
         children = [run for run in runs if run is not parent]
         assert len(children) == int(trials)
         assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from stoker.data import chunks, stream
@@ -86,7 +86,6 @@ def test_each_record_is_in_exactly_one_chunk(folder: Path) -> None:
     assert read == [text(n) for n in range(800)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=80), st.integers(1, 200), st.booleans())
 def test_lines_of_any_lengths_are_each_of_one_part(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], size: int, ended: bool

@@ -138,7 +138,7 @@ def test_packing_many_pieces_wastes_little() -> None:
     assert lengths.sum() / (256 * len(counts)) > 0.99
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=st.lists(st.text(alphabet="abcxyz", min_size=1, max_size=25), min_size=1, max_size=30))
 def test_all_text_is_in_the_rows(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     dataset = packed(tmp_path_factory.mktemp("cache"), [("", text) for text in texts], length=6)

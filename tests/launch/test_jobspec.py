@@ -26,7 +26,7 @@ def _job(runs: Path = Path("/runs"), **fields: object) -> Job:
 
 
 @given(st.lists(WORDS, max_size=4), WORDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bash_hands_on_every_argument_and_variable_as_it_was_given(words: list[str], value: str) -> None:
     program = ("/usr/bin/printf", r"%s\0", "-", *words, f"at {RENDEZVOUS}", f"{ELEMENT}-th", "last")
     script = slurm.render(_job(command=program, environment={"GIVEN": value}))

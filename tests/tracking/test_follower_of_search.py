@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from stoker import storage
+from stoker.run import additions, view
 from stoker.run.directory import SWEEP, SWEEP_LOCK, RunDirectory
 from stoker.threads import begun
 from stoker.tracking import follower, ledger
 from stoker.tracking.shipping import SweepShipping
 from stoker.tracking.sink import Batch, Ending, SinkRun
+from stoker.tune import record
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
 
@@ -147,19 +148,39 @@ def test_the_search_in_mlflow_began_with_it_and_has_the_best_trial(
     about = {"uid": "one", "space": {"lr": "log(0.1, 1)"}, "metric": "loss", "goal": "min"}
     storage.write_json(folder / SWEEP, about)
     os.utime(folder / SWEEP, (1e9, 1e9))
-    for number, losses in enumerate([[2.0, 5.0], [6.0, 3.0], [1.0], [math.nan]]):
-        trainer = Trainer(_new(folder, number))
-        for step, loss in enumerate(losses, 1):
-            trainer.log(step, loss=loss)
-        trainer.end("failed" if number == 2 else "finished")
-    for _ in range(2):
+    _trial(folder, 0)
+    best = {"run": "trial-0001", "metric": "loss", "value": 3.0, "params": {"lr": 0.1, "rank": 4}}
+    later = {"run": "trial-0000", "metric": "loss", "value": 1.0, "params": {"lr": 0.2}}
+    for known in (None, best, best, later):
+        if known is not None:
+            record.note_best(folder, known)
         assert follower.follow_sweep(folder)
         (parent,) = (run for run in seen(runs).runs if "stoker.sweep.uid" in run.data.tags)
         assert (parent.info.start_time, parent.info.status) == (1e12, "FINISHED")
-        assert parent.data.metrics == {"loss": 3.0}
-        assert len(seen(runs).client.get_metric_history(parent.info.run_id, "loss")) == 1
-        assert parent.data.tags["stoker.best"] == "trial-0001"
-        assert parent.data.tags["stoker.best.lr"] == "0.1"
+        assert parent.data.metrics == ({"loss": known["value"]} if known is not None else {})
+        tags = {k: v for k, v in parent.data.tags.items() if k.startswith("stoker.best")}
+        assert tags == _best_as_tags(known)
+    assert len(seen(runs).client.get_metric_history(parent.info.run_id, "loss")) == 2
+
+
+def _best_as_tags(known: Mapping[str, Any] | None) -> dict[str, str]:
+    if known is None:
+        return {}
+    values = {f"stoker.best.{key}": str(value) for key, value in known["params"].items()}
+    return {"stoker.best": known["run"], **values}
+
+
+def test_a_trial_that_its_search_gives_up_is_stopped_and_one_that_goes_on_is_not(
+    folder: Path, tracker: Tracker, following: Callable[[], Future[bool]]
+) -> None:
+    given_up, resumed = _trial(folder, 0, "paused"), _trial(folder, 1, "paused")
+    following()
+    until(lambda: tracker.ended == {given_up.id: "paused", resumed.id: "paused"})
+    for trial in (given_up, resumed):
+        additions.add(trial, {"given_up": {"of": 1}})
+    Trainer(resumed).end("finished")
+    until(lambda: tracker.ended == {given_up.id: "stopped", resumed.id: "finished"})
+    assert [view.load(trial).status for trial in (given_up, resumed)] == ["stopped", "finished"]
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from optuna.trial import TrialState
-from stoker import Run, Trainer, Training
+from stoker import Run, Trainer, Training, storage
 from stoker.cli import trials as trials_seen
 from stoker.duration import Duration
 from stoker.errors import StokerError
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import BEST, RunDirectory
 from stoker.tune import forking, samplers, schedulers, search, stores
 from stoker.tune import study as studies
 from stoker.tune.plan import SHARE, Objective, Plan
@@ -270,12 +270,16 @@ def test_the_best_is_printed_where_no_trial_was_trained_to_its_end(
 
 
 class Script:
-    """Room for some; each thing that happens is written down beforehand."""
+    """Room for some; each thing that happens is written down beforehand.
+
+    Args:
+        begun: the trials that finish as soon as they are begun, after all that is written down.
+    """
 
     takes_ahead = False
 
-    def __init__(self, events: list[Report | Ended], room: int = 4) -> None:
-        self._events, self._room = events, room
+    def __init__(self, events: list[Report | Ended], room: int = 4, begun: Sequence[int] = (4,)) -> None:
+        self._events, self._room, self._begun = events, room, begun
         self.running: list[int] = []
 
     free = property(lambda self: len(self.running) < self._room)
@@ -285,8 +289,8 @@ class Script:
 
     def start(self, job: Job) -> None:
         self.running.append(job.number)
-        if job.number == 4:  # the one that is begun in another's place
-            self._events.append(Ended(4, "finished", logged=("val_loss",)))
+        if job.number in self._begun:  # in another's place
+            self._events += [Report(job.number, 40, 1.0), Ended(job.number, "finished", logged=("val_loss",))]
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended]:
         event = self._events.pop(0)
@@ -388,6 +392,56 @@ def test_another_donor_is_chosen_if_one_fails_before_its_first_checkpoint(tmp_pa
     found = _search(tmp_path / "sweep", Saving([*reports, *ends], lambda: None), 4, rule)  # type: ignore[arg-type]
     found.run()
     assert (found.trials[4].parent, found.trials[4].origin[0]) == (1, 6)
+
+
+def test_a_fork_that_fails_at_once_is_followed_by_one_that_keeps_what_is_no_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    monkeypatch.setattr(forking, "take_checkpoint", lambda donor, run, *, ended: 20)
+    error = "the checkpoint is from a different model; tensors with a different shape: weight"
+    rest = [Ended(4, "failed", error), Report(5, 30, 1.5), *_REST, Ended(5, "finished", logged=("val_loss",))]
+    rule = schedulers.make("pbt", least=10, most=40, population=4, resample=1.0)
+    found = _search(tmp_path, Script([*_STOPPED, *rest], begun=()), 4, rule)  # type: ignore[arg-type]
+    found.run()
+    donor, unfit, other = (found.trials[number] for number in (3, 4, 5))
+    assert [(t.state, t.replaces) for t in (unfit, other)] == [("failed", 2), ("complete", 2)]
+    assert unfit.params["layers"] != donor.params["layers"] == other.params["layers"]
+    assert other.params["x"] != donor.params["x"]
+    assert list(other.values.items()) == [(10.0, 1.0), (20.0, 1.0), (30.0, 1.5)]
+    assert f"trial 4 cannot go on from the checkpoint of trial 3 with other values ({error})" in caplog.text
+    assert "copies keep their donor's layers and explore x, as no key" in caplog.text
+    again = _search(tmp_path, Script([]), 4, rule)  # type: ignore[arg-type]
+    for searched in (found, again):
+        told = trials_seen.told(searched.trials[4], searched)
+        assert (told["value"], told["values"], told["objectives"]) == (None, [], {"val_loss": None})
+    again.run()
+    assert list(again.trials) == [0, 1, 2, 3, 4, 5]
+
+
+def test_two_forks_that_fail_at_once_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "take_checkpoint", lambda donor, run, *, ended: 20)
+    events = [*_STOPPED, Ended(4, "failed", "no"), Ended(5, "failed", "no"), *_REST]
+    rule = schedulers.make("pbt", least=10, most=40, population=4)
+    found = _search(tmp_path, Script(events, begun=()), 4, rule)  # type: ignore[arg-type]
+    found.run()
+    assert [trial.state for trial in found.trials.values()] == [
+        "complete", "complete", "pruned", "complete", "failed", "failed",
+    ]  # fmt: skip
+
+
+def test_the_best_that_a_search_writes_down_is_the_one_that_it_prints(tmp_path: Path) -> None:
+    rule = schedulers.make("asha-stop", least=5, most=100, factor=2)
+    stopped = [Report(0, 10, 2.0), Report(1, 10, 1.0), Ended(0, "stopped"), Ended(1, "stopped")]
+    _search(tmp_path, Script(stopped, room=2), 2, rule).run()  # type: ignore[arg-type]
+    best = storage.read_json(tmp_path / BEST)
+    assert (best["run"], best["metric"], best["value"]) == ("trial-0001", "val_loss", 1.0), "none is complete"
+    with Run(tmp_path.name, "trial-0000", runs=tmp_path.parent) as run:  # by hand, to its end
+        run.log(step=100, val_loss=1.5)
+    again = _search(tmp_path, Script([]), 2, rule)  # type: ignore[arg-type]
+    again.run()
+    assert [(t.state, t.value) for t in again.trials.values()] == [("complete", 1.5), ("pruned", 1.0)]
+    assert storage.read_json(tmp_path / BEST)["run"] == "trial-0000"
 
 
 def test_a_donor_of_which_nothing_is_saved_ends_the_search(tmp_path: Path) -> None:

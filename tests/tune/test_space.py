@@ -628,7 +628,7 @@ def test_an_object_that_can_mean_several_things_is_refused(given: dict[str, Any]
     assert said in str(error.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     names=st.lists(texts, min_size=1, max_size=4, unique=True),
     lists=st.lists(st.lists(texts, max_size=3), min_size=1, max_size=3, unique_by=json.dumps),
@@ -648,7 +648,7 @@ def test_a_description_reads_back_as_the_same_space(
     assert parse([f"{name}={text}" for name, text in space.described().items()], Config) == space
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(-1000, 1000), st.integers(1, 50), st.integers(0, 100), st.data())
 def test_stepped_ranges_hold_their_steps_and_nothing_else(
     low: int, step: int, count: int, data: st.DataObject

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from stoker import storage
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer
+from stoker.errors import BadInput
 from stoker.report import html, scaling
 from stoker.run import finding, view
+from stoker.run.directory import BEST
 from stoker.tune import record
 
 
@@ -17,7 +20,8 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Runs, each by id, the start of its id, experiment/id, or path; or the name of one sweep.",
+            help="One sweep, by name or path; or runs, each by id, the start of its id, experiment/id, or "
+            "path. For several sweeps give the best trial of each.",
         ),
     ],
     output: Annotated[
@@ -45,6 +49,7 @@ def report(
     if len(run) == 1 and (sweep := _sweep(runs, run[0])) is not None:
         _say(_of_sweep(sweep, output or sweep / "report.html"), [str(sweep)], json=json)
         return
+    _refuse_sweeps(runs, run)
     found = {found.path.resolve(): found for found in (finding.find(runs, name) for name in run)}
     views = [view.load(directory_) for directory_ in found.values()]
     default = views[0].directory.artifacts / "report.html" if len(views) == 1 else Path("report.html")
@@ -56,6 +61,21 @@ def report(
 def _say(file: Path, about: list[str], *, json: bool) -> None:
     file = file.absolute()
     answer(json, {"report": str(file), "runs": about, "bytes": file.stat().st_size}, str(file))
+
+
+def _refuse_sweeps(runs: Path, names: list[str]) -> None:
+    """Refuse a sweep among several arguments. Raises BadInput."""
+    trials = [_best_trial(folder) if (folder := _sweep(runs, name)) else name for name in names]
+    if trials != names:
+        raise BadInput(
+            "a report is of one sweep, or of one or more runs; of the best trials: "
+            f"stoker report {' '.join(trials)}, or stoker runs compare {' '.join(trials)}"
+        )
+
+
+def _best_trial(folder: Path) -> str:
+    """The name of a sweep's best trial, as far as it has one."""
+    return f"{folder.name}/{storage.read_json(folder / BEST).get('run', 'TRIAL')}"
 
 
 def _sweep(runs: Path, name: str) -> Path | None:

@@ -58,7 +58,7 @@ from stoker.reproduce.inputs import Input
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
 from stoker.run import finding, view
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import SWEEP, RunDirectory
 from stoker.run.series import measures_machine
 from stoker.run.view import RunView
 
@@ -94,8 +94,8 @@ def reproduce(
     """Train a run again from its record and compare each step.
 
     The recorded code is unpacked, data and environment are checked, and training is repeated as a new run,
-    RUN-again. KEY=VALUE overrides a key, such as the path of data that has moved. Exit code 0: bit-identical;
-    3: the results differ.
+    RUN-again; of a trial, SWEEP-again/TRIAL-again. KEY=VALUE overrides a key, such as the path of data that
+    has moved. Exit code 0: bit-identical; 3: the results differ.
     """
     show_messages()
     seen = view.load(finding.find(runs, run))
@@ -115,7 +115,7 @@ def reproduce(
         return _answer_not_begun(target, getattr(told, "status", view.INTERRUPTED), json)
     finally:
         if not target.exists():  # a run that never started leaves nothing behind
-            shutil.rmtree(target.path, ignore_errors=True)
+            target.remove()
     made = _made(target, code, seen, part)
     if made.status in STOP_CODES:
         return _answer_stopped(made, json)
@@ -166,12 +166,17 @@ def _steps_to_begin_from(seen: RunView) -> list[int]:
 
 
 def _free(of: RunDirectory) -> RunDirectory:
-    """The new run: the first unused name of ID-again, ID-again-2 and so on."""
-    name, number = finding.checked(f"{of.id}-again"), 1
-    while (of.path.parent / name).exists():
+    """The new run: the first unused name of ID-again, ID-again-2 and so on.
+
+    It is in the experiment of the original; of a trial, in one of its own, as it is no trial of the search.
+    """
+    folder, name, number = of.path.parent, finding.checked(f"{of.id}-again"), 1
+    if (folder / SWEEP).is_file():
+        folder = folder.with_name(finding.checked(f"{of.experiment}-again", "experiment"))
+    while (folder / name).exists():
         number += 1
         name = f"{of.id}-again-{number}"
-    return RunDirectory(of.path.parent / name)
+    return RunDirectory(folder / name)
 
 
 # -- before the training --------------------------------------------------------------------

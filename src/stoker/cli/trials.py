@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from stoker.cli.output import console, print_json
+from stoker.tune.plan import SHARE
 from stoker.tune.schedulers import State
 from stoker.words import counted
 
@@ -186,11 +187,7 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
             out.print(f"  {key:24} {_number(value)}")
         out.print(f"  {'trial':24} {plan.folder.name}/{best.run}")
     if search.over and best is not None and best.state != "complete":
-        many = counted(len(search.trials), "trial")
-        out.print(
-            f"no trial was trained to its end: the best of {many} ended early, at step {best.step:,.0f}; "
-            "with more --trials, the best are trained further"
-        )
+        out.print(_ended_early(search, best))
     if best is not None:
         out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
     if error:
@@ -204,6 +201,18 @@ def all_failed(search: Search) -> str:
         return ""
     said = failed[0].error.partition("\n")[0]
     return f"every trial failed, the first with: {said}; see stoker report {search.plan.folder.name}"
+
+
+def _ended_early(search: Search, best: Seen) -> str:
+    """That the best trial ended early, and what to do about it."""
+    said = f"no trial was trained to its end: the best of {counted(len(search.trials), 'trial')} ended early"
+    if search.plan.unit == SHARE:  # to train on all of the data is another training
+        return f"{said}, on {best.step:.4g} % of the data; with more --trials, some get further"
+    resume = f"stoker resume {search.plan.folder.name}/{best.run}"
+    return (
+        f"{said}, at step {best.step:,.0f}; with more --trials, some get further, and `{resume}` trains "
+        "this one to its end"
+    )
 
 
 def _ended(trial: Seen) -> State:

@@ -154,8 +154,9 @@ def next_commands(view: RunView) -> list[str]:
     run = view.directory.id
     if view.status == "running":
         return [f"stoker runs show {run}", f"stoker report {run}"]
-    first = [f"stoker runs export {run}"] if view.status == "finished" else [f"stoker resume {run}"]
-    return [*first, f"stoker report {run}", "stoker ui"]
+    over = view.status in ("finished", "stopped")
+    first = f"stoker runs export {run}" if over else f"stoker resume {run}"
+    return [first, f"stoker report {run}", "stoker ui"]
 
 
 def plain(text: str) -> str:

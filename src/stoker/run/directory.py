@@ -29,6 +29,8 @@ SWEEP = "sweep.json"
 """A file in an experiment's folder, whose runs are then the trials of a search."""
 SWEEP_LOCK = "sweep.lock"
 """A file next to it, locked while the search runs."""
+BEST = "best.json"
+"""A file next to it with the best trial so far, which only the search can tell."""
 FORMAT = 1  # of run.json and of the journal
 MANIFEST = "manifest.json"
 """The manifest of a checkpoint, written after all its other files."""

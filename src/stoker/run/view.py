@@ -233,6 +233,13 @@ def _failed(view: RunView, event: Event) -> None:
             attempt.error = event["error"]
 
 
+def _given_up(view: RunView, event: Event) -> None:
+    """Set the status of an attempt that a search will not continue; a later attempt is not affected."""
+    for attempt in view.attempts:
+        if attempt.number == event["of"]:
+            attempt.status = STOPPED
+
+
 _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "plan": _plan,
     "begun_from": _begun_from,
@@ -245,6 +252,7 @@ _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "rewound": _rewound,
     "attempt_ended": _ended,
     "attempt_failed": _failed,
+    "given_up": _given_up,
     "checkpoint": lambda view, event: view.checkpoints.append(event["step"]),
     "artifact": lambda view, event: view.artifacts.update({event["name"]: event}),
     "used": lambda view, e: view.used.update({e["name"]: Use(e["name"], e.get("run"), e["files"])}),

@@ -51,6 +51,8 @@ class Feed:
         self._ending: Ending | None = None
         self._errors: dict[int, str | None] = {}
         """Of attempts, as their launchers recorded it; they know more than rank 0."""
+        self._given_up: set[int] = set()
+        """The attempts after which a search has given the run up."""
         self._last_event = 0.0
         for event in journal.read(folder, self.cursor, until=cursor):
             self._add(event, Batch())
@@ -68,6 +70,8 @@ class Feed:
     def ending(self) -> Ending:
         """How the run ended, once its process is gone: killed, unless the journal says otherwise."""
         ending = self._ending or Ending(view.KILLED, self._last_event)
+        if self._attempt in self._given_up:
+            ending = replace(ending, status=view.STOPPED)
         return replace(ending, error=self._errors.get(self._attempt, ending.error))
 
     def _add(self, event: Event, batch: Batch) -> None:
@@ -93,14 +97,21 @@ class Feed:
                 self._attempt, self._ending = event["attempt"], None
                 batch.attempt_started = True
                 batch.tags.update(_drift(event))
-            elif kind == "attempt_ended":
-                self._ending = Ending(event["status"], event["time"], event.get("error"))
-            elif kind == "attempt_failed":
-                self._errors[event["of"]] = event["error"]
+            elif kind in ("attempt_ended", "attempt_failed", "given_up"):
+                self._end(event)
             elif kind == "artifact":
                 self._add_artifact(event, batch)
             else:
                 _add_other(event, batch)
+
+    def _end(self, event: Event) -> None:
+        """Take in how an attempt ended, as it says itself, or as is known from outside."""
+        if event["type"] == "attempt_ended":
+            self._ending = Ending(event["status"], event["time"], event.get("error"))
+        elif event["type"] == "attempt_failed":
+            self._errors[event["of"]] = event["error"]
+        else:
+            self._given_up.add(event["of"])
 
     def _attend(self, event: Event) -> None:
         """Track when something last happened, and the number of ranks of each attempt."""

@@ -502,7 +502,7 @@ def _end_sweep(folder: Path) -> bool:
         from stoker.tracking.mlflow_sink import MlflowSink
 
         try:
-            MlflowSink(runs[0]).conclude_sweep(runs)
+            MlflowSink(runs[0]).conclude_sweep()
         except Exception as error:  # whatever MLflow's client raises
             log.warning("the end of the search: %s: %s", type(error).__name__, error)
             return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import os
 import re
 import tempfile
@@ -27,9 +26,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_USER
 from stoker import storage
 from stoker.errors import StokerError
 from stoker.run import media, view
-from stoker.run.directory import SWEEP, RunDirectory
+from stoker.run.directory import BEST, SWEEP, RunDirectory
 from stoker.tracking import identity, store
-from stoker.tracking.sink import Batch, Ending, Point, SinkRun
+from stoker.tracking.sink import Batch, Ending, SinkRun
 
 log = logging.getLogger(__name__)
 
@@ -126,21 +125,24 @@ class MlflowSink:
         status = _STATUS.get(ending.status, "KILLED")
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
 
-    def conclude_sweep(self, trials: Sequence[RunDirectory]) -> None:
+    def conclude_sweep(self) -> None:
         """End the MLflow run of the search that this run is a trial of; it gets the best trial's value."""
         self._client = self._connected()
         parent = self._sweep(self._experiment())
         if parent is None:
             return
-        about = storage.read_json(self._directory.path.parent / SWEEP)
-        best = _best(trials, str(about.get("metric")), str(about.get("goal")))
-        if best is not None:
-            trial, point = best
-            config = trial.record()["config"]
-            found = {f"{_BEST}.{name}": config.get(name) for name in about["space"]}
-            tags = [RunTag(key(k), _cut(str(v), _LONGEST_TAG)) for k, v in {_BEST: trial.id, **found}.items()]
-            metric = Metric(key(point.metric), point.value, int(point.time * 1000), 0)
-            self._mlflow.log_batch(parent, metrics=[metric], tags=tags[:_TEXTS_PER_REQUEST])
+        file = self._directory.path.parent / BEST
+        best = storage.read_json(file)
+        if best:
+            found = {_BEST: best["run"], **{f"{_BEST}.{name}": v for name, v in best["params"].items()}}
+            tags = {key(name): _cut(str(value), _LONGEST_TAG) for name, value in found.items()}
+            for name in self._mlflow.get_run(parent).data.tags:
+                if name.startswith(f"{_BEST}.") and name not in tags:  # of a trial that was the best before
+                    self._mlflow.delete_tag(parent, name)
+            since = int(file.stat().st_mtime * 1000)
+            metric = Metric(key(best["metric"]), best["value"], since, 0)
+            told = [RunTag(*tag) for tag in tags.items()][:_TEXTS_PER_REQUEST]
+            self._mlflow.log_batch(parent, metrics=[metric], tags=told)
         self._mlflow.set_terminated(parent)
 
     def close(self) -> None:
@@ -442,25 +444,6 @@ def _input(name: str, fingerprint: str, source: str) -> DatasetInput:
     digest = str(fingerprint).rpartition(":")[2][:_LONGEST_DIGEST] or "unknown"
     where = orjson.dumps({"uri": str(source)}).decode()
     return DatasetInput(Dataset(_cut(name, _LONGEST_KEY), digest, "local", where))
-
-
-def _best(trials: Sequence[RunDirectory], metric: str, goal: str) -> tuple[RunDirectory, Point] | None:
-    """The finished trial with the best newest value of the objective; None with several objectives.
-
-    Of trials that trained on shares of the data, it is one of those with the largest.
-    """
-    sign = {"min": 1.0, "max": -1.0}.get(goal)
-    found: list[tuple[float, RunDirectory, Point]] = []
-    views = [view.load(trial) for trial in trials] if sign else []
-    shares = [float(seen.config.get("data_share") or 1.0) for seen in views]
-    for trial, seen, share in zip(trials, views, shares, strict=False):
-        if share < max(shares):
-            continue
-        series = seen.points.get(metric)
-        if seen.status == view.FINISHED and series and math.isfinite(value := float(series.y[-1])):
-            newest = Point(metric, int(series.x[-1]), value, float(series.time[-1]))
-            found.append(((sign or 1.0) * value, trial, newest))
-    return min(found, key=lambda one: one[0])[1:] if found else None
 
 
 def plotly_page(figure: str) -> str:

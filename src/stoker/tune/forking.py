@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +21,11 @@ from stoker.tune.plan import Plan
 from stoker.tune.schedulers import PopulationBased, Trials
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
+
+log = logging.getLogger("stoker")
+
+_TRIES = 2
+"""How many unfit forks a trial is replaced by: after the first, only floats are explored."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,14 @@ def awaited(trials: Mapping[int, Seen]) -> bool:
 
 
 def _not_replaced(trials: Mapping[int, Seen]) -> list[Seen]:
-    """The trials that were stopped and have no replacement yet."""
-    replaced = {trial.replaces for trial in trials.values()}
-    return [trial for trial in trials.values() if trial.state == "pruned" and trial.number not in replaced]
+    """The trials that were stopped and have no replacement yet; after an unfit one there is another."""
+    replaced = {trial.replaces for trial in trials.values() if not trial.unfit}
+    tried = Counter(trial.replaces for trial in trials.values() if trial.unfit)
+    return [
+        trial
+        for trial in trials.values()
+        if trial.state == "pruned" and trial.number not in replaced and tried[trial.number] < _TRIES
+    ]
 
 
 def _check_saves(donor: RunDirectory) -> None:
@@ -132,19 +144,49 @@ def _check_saves(donor: RunDirectory) -> None:
 def explored(
     fork: Fork, rule: PopulationBased, trials: Mapping[int, Seen], space: Space, plan: Plan
 ) -> dict[str, Any]:
-    """The values of a fork: near the donor's, or those that promise most by what others have gained."""
+    """The values of a fork: near the donor's, or those that promise most by what others have gained.
+
+    Once a fork was unfit, only floats are explored, as they hardly ever decide on the model and optimizer.
+    """
     random = np.random.default_rng([plan.seed, len(trials)])
     donor = trials[fork.donor]
-    if rule.learns:
-        known = [
-            gain for trial in trials.values()
-            for gain in bandit.gains(trial.params, trial.known(plan.first).values, trial.origin[1], rule.turn)
-        ]  # fmt: skip
-        pending = [trial.params for trial in trials.values() if not trial.over]
-        found = bandit.chosen(space, known, rule.turn(donor.amount(fork.step)) + 1, pending, random)
-        if found is not None:
-            return found
-    return space.perturbed(donor.params, random, resample=rule.resample, factors=rule.factors)
+    found = _promising(fork, rule, trials, space, plan, random)
+    if found is None:
+        found = space.perturbed(donor.params, random, resample=rule.resample, factors=rule.factors)
+    if not any(trial.unfit for trial in trials.values()):
+        return found
+    return {**donor.params, **{key: found[key] for key in space.free_floats(donor.params) if key in found}}
+
+
+def _promising(
+    fork: Fork, rule: PopulationBased, trials: Mapping[int, Seen], space: Space, plan: Plan,
+    random: np.random.Generator,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The values that promise most by what others have gained, if the rule learns and there is enough."""
+    if not rule.learns:
+        return None
+    known = [
+        gain for trial in trials.values()
+        for gain in bandit.gains(trial.params, trial.known(plan.first).values, trial.origin[1], rule.turn)
+    ]  # fmt: skip
+    pending = [trial.params for trial in trials.values() if not trial.over]
+    turn = rule.turn(trials[fork.donor].amount(fork.step)) + 1
+    return bandit.chosen(space, known, turn, pending, random)
+
+
+def say_unfit(trial: Seen, trials: Mapping[int, Seen], space: Space) -> None:
+    """Say what becomes of the search if this trial is the first unfit fork."""
+    if not trial.unfit or sum(other.unfit for other in trials.values()) > 1:
+        return
+    free = space.free_floats(trial.params)
+    kept = [key for key in trial.params if key not in free]
+    log.warning(
+        "trial %d cannot go on from the checkpoint of trial %s with other values (%s): from now on copies "
+        "keep their donor's %s and explore %s, as no key that changes the model or the optimizer can change "
+        "in training",
+        trial.number, trial.parent, trial.error.partition("\n")[0], ", ".join(kept) or "values",
+        ", ".join(free) or "nothing else",
+    )  # fmt: skip
 
 
 def inherit(trial: Seen, fork: Fork | None, trials: Mapping[int, Seen]) -> None:

@@ -4,6 +4,7 @@ runs/<sweep>/
   sweep.json       written once: recipe, space, metric, sampler, scheduler, seed
   study.journal    Optuna's journal, see `study`
   provenance/      the code of the trials; provenance-2/ after the code has changed
+  best.json        the best trial so far, rewritten when it changes
   sweep.lock       locked by the controller while it runs
   trial-0000/ ...  the runs of the trials
 """
@@ -23,7 +24,7 @@ from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
 from stoker.run import artifacts
-from stoker.run.directory import SWEEP, SWEEP_LOCK
+from stoker.run.directory import BEST, SWEEP, SWEEP_LOCK
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -110,6 +111,13 @@ def provenance_of(folder: Path, code: Path) -> Path:
     target.mkdir(exist_ok=True)
     provenance.write(target, now, artifacts.store(folder.parent))
     return target
+
+
+def note_best(folder: Path, best: Mapping[str, Any]) -> None:
+    """Write down the best trial for those who read a sweep's folder, if it has changed."""
+    said = redaction.tree(dict(best))
+    if storage.read_json(folder / BEST) != said:
+        storage.write_json(folder / BEST, said)
 
 
 def is_sweep(folder: Path) -> bool:

@@ -17,11 +17,11 @@ from optuna.trial import FrozenTrial
 from stoker import config as configs
 from stoker import storage
 from stoker.errors import StokerError
-from stoker.run import finding, view
+from stoker.run import additions, finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import pareto_front
 from stoker.run.view import RunView
-from stoker.tune import forking, seen
+from stoker.tune import forking, record, seen
 from stoker.tune import study as studies
 from stoker.tune.entries import Entries
 from stoker.tune.executor import Executor
@@ -44,6 +44,8 @@ _LOOK = 1.0
 _OF_A_RUN: dict[str, State] = {
     view.FINISHED: "complete", view.STOPPED: "pruned", view.PAUSED: "paused", view.FAILED: "failed"
 }  # fmt: skip
+_WAITING = (view.PAUSED, view.PREEMPTED, view.INTERRUPTED, view.KILLED)
+"""The statuses of a run that is to be continued."""
 _ANSWERS = {Decision.CONTINUE: "continue", Decision.PAUSE: "paused", Decision.STOP: "stopped"}
 
 
@@ -105,6 +107,7 @@ class Search:
             raise
         finally:
             self._workers.close()
+        self._note_best()
         self._kept.sync()
         if self._disk_failed:
             raise StokerError(self._disk_failed)
@@ -158,7 +161,7 @@ class Search:
         if self._ending or self.overspent:
             return True
         for number in self._scheduler.given_up(self._known()):
-            self._tell(self.trials[number], "pruned")
+            self._give_up(self.trials[number])
         return self._peers is None or all(trial.over for trial in self.trials.values())
 
     def _hear(self) -> None:
@@ -172,6 +175,7 @@ class Search:
                 self._decide(happened)
             elif isinstance(happened, Ended):
                 self._end(happened)
+                self._note_best()
             else:
                 self.trials[happened.number] = self._ahead.pop(happened.number)
                 self._started[happened.number] = time.monotonic()
@@ -219,9 +223,17 @@ class Search:
         """The sort key of trials with a value, the best first."""
         return self.plan.first.lower(trial.value or 0.0), trial.number
 
+    def _note_best(self) -> None:
+        """Write down the best trial so far, which trackers are told."""
+        if (best := self.best) is not None:
+            about = {"run": best.run, "metric": self.plan.first.metric, "value": best.value}
+            record.note_best(self.plan.folder, {**about, "params": best.params})
+
     def _is_over(self, trial: Seen, state: State) -> None:
         """Note that a trial has ended."""
         trial.state = state
+        if trial.unfit:
+            trial.values, trial.others = {}, {}  # its donor's
         if state == "complete" and trial.value is not None:
             self._best = min(trial, self._best or trial, key=self._order)
 
@@ -342,7 +354,7 @@ class Search:
         if decision is Decision.PAUSE:
             self._pause(trial)
         elif decision is Decision.STOP:
-            self._tell(trial, "pruned")
+            self._give_up(trial)
         return decision is Decision.CONTINUE
 
     def _fork(self) -> int | None:
@@ -380,6 +392,9 @@ class Search:
         forking.inherit(trial, forking.of(found), self.trials)
         if not found.state.is_finished():
             self._take_up(trial, run)
+            return
+        if run is not None and self.plan.unit != SHARE and seen.is_whole(run, self.plan.objectives):
+            self._is_over(trial, "complete")  # even if it ended here before that, and was then resumed
             return
         self._is_over(trial, seen.ENDED[found.state])
         trial.error = str(found.user_attrs.get("error", ""))
@@ -462,6 +477,13 @@ class Search:
         trial.state = "paused"
         self._entries.publish(trial, paused=True)
 
+    def _give_up(self, trial: Seen) -> None:
+        """End a trial that has no process; its run says so, unless somebody else trains that now."""
+        run = self._run_of(trial)
+        if run is not None and run.attempts and run.status in _WAITING:
+            additions.add(run.directory, {"given_up": {"of": run.attempts[-1].number}})
+        self._tell(trial, "pruned")
+
     def _end(self, ended: Ended) -> None:
         """Take in the end of a trial's processes."""
         trial = self.trials[ended.number]
@@ -491,6 +513,7 @@ class Search:
         else:
             trial.error, trial.trace = self._error_of(ended), ended.trace
             self._tell(trial, state)
+            forking.say_unfit(trial, self.trials, self._space)
             self._failures.check(ended)
 
     def _error_of(self, ended: Ended) -> str:

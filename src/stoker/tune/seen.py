@@ -11,6 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from stoker import duration
 from stoker.checkpoint import manifest
+from stoker.run import view
 from stoker.run.view import RunView
 from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.promising import NEWEST
@@ -68,6 +69,14 @@ class Seen:
     def over(self) -> bool:
         """Whether it has ended, in whatever state."""
         return self.state not in ("running", "paused")
+
+    @property
+    def unfit(self) -> bool:
+        """Whether it is a fork that failed before it reported anything of its own.
+
+        So does one whose values make another model or optimizer than that of its donor's checkpoint.
+        """
+        return self.parent is not None and self.state == "failed" and self.step <= self.origin[0]
 
     @property
     def value(self) -> float | None:
@@ -147,6 +156,12 @@ def newest(run: RunView, objectives: Iterable[Objective]) -> dict[str, float]:
     """The newest values of the objectives that a run has logged, by metric."""
     found = {one.metric: run.last(one.metric) for one in objectives}
     return {metric: value for metric, value in found.items() if value is not None}
+
+
+def is_whole(run: RunView, objectives: Sequence[Objective]) -> bool:
+    """Whether a run was trained to its end, with a value of each objective."""
+    values = [run.last(one.metric) for one in objectives]
+    return run.status == view.FINISHED and all(value is not None and math.isfinite(value) for value in values)
 
 
 def spent(run: RunView) -> float:

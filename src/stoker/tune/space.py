@@ -217,6 +217,19 @@ class Space:
             explored |= parameter.spread(value)
         return explored
 
+    def free_floats(self, values: Mapping[str, Any]) -> list[str]:
+        """The keys among these values that hold floats on which no condition depends.
+
+        Keys that take their values as a row are all among them, or none.
+        """
+        conditions = {p.condition.key for p in self.parameters if p.condition is not None}
+        return [
+            key
+            for parameter in self.parameters
+            if all(type(values.get(key)) is float and key not in conditions for key in parameter.keys)
+            for key in parameter.keys
+        ]
+
     def drawn(self, random: np.random.Generator) -> dict[str, Any]:
         """Values drawn from the whole space."""
         return self.perturbed({}, random, resample=1.0, factors=(1.0, 1.0))

@@ -6,10 +6,12 @@ By default the storage is Optuna's journal, in a file next to the trials (see `s
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -19,8 +21,9 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from stoker import redaction
 from stoker.errors import BadInput
-from stoker.tune import record
-from stoker.tune.plan import Goal
+from stoker.run import finding, view
+from stoker.tune import record, seen
+from stoker.tune.plan import SHARE, Goal, Objective
 from stoker.tune.samplers import Seeded, as_far
 from stoker.tune.space import Space
 from stoker.tune.stores import Database, Kept
@@ -106,16 +109,52 @@ def read(file: Path) -> Study:
 
 
 def of(folder: Path) -> Study:
-    """The study of the search in a folder, whatever its storage. Raises BadInput."""
+    """The study of the search in a folder, whatever its storage, as its trials stand. Raises BadInput."""
     known = record.read(folder)
     url = known.get("storage", "")
     if not url:
-        return read(folder / record.STUDY)
+        return _as_trained(read(folder / record.STUDY), folder, known)
     if redaction.holds_redacted(url):
         url = os.environ.get("STOKER_STORAGE") or ""
     if not url:
         raise BadInput(f"{folder.name} is stored in {known['storage']}: set STOKER_STORAGE to its URL")
-    return read_shared(url, known["study"])
+    return _as_trained(read_shared(url, known["study"]), folder, known)
+
+
+def _as_trained(study: Study, folder: Path, known: Mapping[str, Any]) -> Study:
+    """A study in which those trials are complete, too, whose runs were resumed later and then finished.
+
+    Optuna never changes a trial that has ended, so it is a copy.
+    """
+    goals = zip(known["metric"].split(", "), known["goal"].split(", "), strict=True)
+    objectives = [Objective(metric, "max" if goal == "max" else "min") for metric, goal in goals]
+    trials = study.get_trials(deepcopy=False)
+    now = [_trained_since(trial, folder, objectives) or trial for trial in trials]
+    if all(one is other for one, other in zip(now, trials, strict=True)):
+        return study
+    copied = optuna.create_study(directions=study.directions)
+    copied.add_trials(now)
+    for name, value in study.user_attrs.items():
+        copied.set_user_attr(name, value)
+    return copied
+
+
+def _trained_since(trial: FrozenTrial, folder: Path, objectives: Sequence[Objective]) -> FrozenTrial | None:
+    """A trial that ended early or failed, with what its run has reached since, if it has finished."""
+    told = trial.user_attrs
+    if trial.state not in (TrialState.PRUNED, TrialState.FAIL) or EARLIER in told or "run" not in told:
+        return None
+    run = finding.locate(folder.parent, told.get("sweep", folder.name), told["run"])
+    found = view.load(run) if run.exists() and SHARE not in told.get("spent", {}) else None
+    if found is None or not seen.is_whole(found, objectives):
+        return None
+    values, points = seen.newest(found, objectives), seen.points(found, objectives[0].metric)
+    several = {"values": [list(point) for point in points.items()]} if len(objectives) > 1 else {}
+    whole = copy.copy(trial)
+    whole.state, whole.values = TrialState.COMPLETE, [values[one.metric] for one in objectives]
+    whole.intermediate_values = {} if several else {int(step): value for step, value in points.items()}
+    whole.user_attrs = {**told, **several}
+    return whole
 
 
 def read_shared(url: str, name: str) -> Study:
