@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stoker import Training, config, other_names
 from stoker.errors import BadInput
-from stoker.recipes import llm
+from stoker.recipes import image, llm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,13 @@ def test_of_a_config_of_one_s_own_only_its_own_keys_are_named_with_its_own_words
     assert "--runs DIR" in said(Own, "default_root_dir=a")
 
 
+def test_what_is_of_language_models_is_not_answered_to_others() -> None:
+    assert "cross-entropy" not in said(Script, "loss=mse")
+    assert "cross-entropy" in said(llm.Config, "loss=mse")
+    assert "; leave it out: it is off without quan" in said(llm.Config, "load_in_4bit=false")
+    assert "; use workers (" in said(image.Config, "num_workers=4")
+
+
 def test_of_a_class_whose_source_is_not_there_the_key_is_named_all_the_same() -> None:
     made = make_dataclass("C", [("lr", float, 1.0)])
     made.__module__ = "builtins"
@@ -83,13 +90,13 @@ def test_of_many_keys_those_of_the_config_itself_are_named_and_how_all_are_seen(
     assert len(said(llm.Config, "frobnicate=1")) < 200
 
 
-def test_every_name_leads_to_a_key_of_the_language_recipe_and_is_none_itself() -> None:
-    keys = config.describe(llm.Config)
+def test_every_name_leads_to_a_key_of_a_recipe_and_is_none_itself() -> None:
+    keys = config.describe(llm.Config) | config.describe(image.Config)
     ours = {name: other_names.keys_for(name, keys) for name in other_names._OURS}
     assert len(ours) > 100
     assert all(ours.values())
     assert not (ours.keys() | other_names._OPTIONS.keys()) & keys.keys()
-    assert not ours.keys() & other_names._OPTIONS.keys()
+    assert ours.keys() & other_names._OPTIONS.keys() == {"dataloader_num_workers", "num_workers"}
     for given in {given for names in ours.values() for given in names if "=" in given}:
         assert config.checked(llm.Config, *given.split("=")) is not None
 
@@ -126,6 +133,8 @@ def test_all_keys_of_another_trainers_file_are_answered_at_once(tmp_path: Path) 
         ("load_in_4bit: true", "use quantisation=nf4"),
         ("load_in_4bit: false", "leave it out: it is off without quantisation=nf4"),
         ("load_in_4bit:", "leave it out: it is off without quantisation=nf4"),
+        ("bf16: false", "use precision (fp32, bf16 or fp16"),
+        ("dataset: {lora_attn_modules: [q]}", "use lora.targets ("),
     ],
 )
 def test_a_key_within_a_group_is_answered_by_its_own_name_or_its_groups(

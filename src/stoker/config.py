@@ -385,7 +385,8 @@ def _all_known(cls: type, given: Mapping[str, tuple[Any, str]], leaves: Mapping[
     """
     wrong = [key for key in given if key not in leaves]
     if len(wrong) == 1:
-        _known(cls, wrong[0], leaves, given[wrong[0]][1])
+        value, source = given[wrong[0]]
+        _known(cls, wrong[0], leaves, source, value)
     if wrong:
         files = sorted({given[key][1] for key in wrong})
         lines = []
@@ -399,10 +400,10 @@ def _all_known(cls: type, given: Mapping[str, tuple[Any, str]], leaves: Mapping[
         raise BadInput("\n  ".join([f"{len(wrong)} unknown keys ({', '.join(files)}):", *lines]))
 
 
-def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
+def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str, value: object = ...) -> None:
     """Raises BadInput for an unknown key."""
     if key not in leaves:
-        named, why = _why(cls, key, leaves)
+        named, why = _why(cls, key, leaves, value)
         raise BadInput(f"{named} ({source}){why}")
 
 

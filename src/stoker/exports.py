@@ -261,7 +261,7 @@ def cast(folder: Path, precision: str) -> None:
         if lost is not None:
             raise BadInput(f"--dtype {precision}: {lost} has values outside its range; use bf16")
         save_file(tensors, file, {"format": "pt"})
-        storage.permit_by_umask(file)
+        storage.permit_as_folder(file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if index := storage.read_json(folder / _INDEX):
         index["metadata"]["total_size"] = total
@@ -289,7 +289,7 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     if not there:
         file = folder / ("adapter_model.safetensors" if is_adapter(folder) else "model.safetensors")
         save_file(plain, file, {"format": "pt"})
-        storage.permit_by_umask(file)
+        storage.permit_as_folder(file)
         return
     known = {name for file in there for name in load_file(file)}
     lost, kept = sorted(plain.keys() - known), sorted(known - plain.keys())
@@ -301,4 +301,4 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     for file in there:
         tensors = load_file(file)
         save_file({name: plain.get(name, old) for name, old in tensors.items()}, file, {"format": "pt"})
-        storage.permit_by_umask(file)
+        storage.permit_as_folder(file)

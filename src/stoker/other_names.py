@@ -27,6 +27,7 @@ _KEYS = {
     "schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler",
     "warmup": "num_warmup_steps warmup_ratio warmup_steps",
     "optimizer": "optim optimizer_name",
+    "workers": "dataloader_num_workers num_workers",
     "weight_decay": "wd",
     "betas": "adam_beta1 adam_beta2 adam_betas",
     "eps": "adam_eps adam_epsilon epsilon",
@@ -55,8 +56,8 @@ _KEYS = {
     "lora.alpha": "lora.lora_alpha lora_alpha peft_config.lora_alpha",
     "lora.dropout": "lora.lora_dropout lora_dropout peft_config.lora_dropout",
     "lora.targets": (
-        "lora.target_modules lora_target lora_target_linear lora_target_modules peft_config.target_modules "
-        "target_modules"
+        "apply_lora_to_mlp apply_lora_to_output lora.target_modules lora_attn_modules lora_target "
+        "lora_target_linear lora_target_modules peft_config.target_modules target_modules"
     ),
     "lora.modules_to_save": (
         "additional_target lora_modules_to_save modules_to_save peft_config.modules_to_save"
@@ -69,7 +70,7 @@ _KEYS = {
     "train_only": "unfrozen_parameters freeze_trainable_modules",
     "router_aux_loss": "aux_loss_coef moe_aux_loss_coef output_router_logits router_aux_loss_coef",
     "neftune": "neftune_noise_alpha noisy_embedding_alpha",
-    "quantisation=nf4": "load_in_4bit qlora quantization quantization_bit",
+    "quantisation=nf4": "load_in_4bit qlora quantization quantization_bit quantize_base",
     "precision": "dtype mixed_precision torch_dtype",
     "precision=bf16": "bf16",
     "precision=fp16": "fp16",
@@ -109,25 +110,11 @@ _COMMANDS = {
     "wandb_project": (
         "set environment variables: STOKER_SINKS=wandb, and W&B's own, such as WANDB_PROJECT and WANDB_ENTITY"
     ),
-    "flash_attention": "not needed: on GPUs attention is one kernel, which attends within each document",
-    "pad_to_sequence_len": (
-        "not needed: packed rows are full, and others are padded to the longest row of their batch"
-    ),
-    "group_by_length": "not needed: with packing=true, documents share rows with almost no padding",
-    "dataset_prepared_path": "not needed: tokenised data is cached in STOKER_CACHE and found by its content",
     "shuffle": "not needed: data is always shuffled, in an order that depends on seed",
     "local_rank": "not needed: the option --nproc N starts the ranks",
     "overwrite_output_dir": "not needed: give another run another --name NAME",
     "save_strategy": "set intervals, as in checkpoint_every=500 and eval_every=1ep",
-    "adapter": "to train adapters, set lora.rank, as in lora.rank=16; otherwise the model's own weights are",
-    "loraplus_lr_embedding": "with lora.lr_ratio, the adapter of an embedding learns at lr",
-    "dataset_split": (
-        "give the split with the name: data=org/name#/split, org/name#config/split, or a slice, "
-        "org/name#/train[:20%]"
-    ),
     "model_revision": "give the revision with the name: model=org/name@revision",
-    "eos_token": "special tokens come from the tokenizer; add_tokens adds others",
-    "system_prompt": "put it into each record: a field `system`, or a first message with that role",
     "model_type": "not needed: it is read from the model's files",
     "trust_remote_code": "not supported: code from a hub is never run",
     "label_smoothing_factor": "stoker has no equivalent",
@@ -135,26 +122,40 @@ _COMMANDS = {
         "not needed: the export has the weights alone, and checkpoints have what a run is resumed from"
     ),
     "save_safetensors": "not needed: all weights are written as safetensors",
-    "interleave_probs": "give each source its weight, as in data: {a.jsonl: 3, b.jsonl: 1}",
-    "dataset_dir": "not needed: data takes paths, and a folder as a whole",
     "do_train": "not needed: `stoker train` trains, `stoker evaluate` only evaluates",
-    "stage": (
-        "not needed: texts are pretraining, pairs and conversations are fine-tuning; ZeRO's stage is "
-        "deepspeed.stage"
-    ),
     "per_device_eval_batch_size": "not needed: evaluations take batches as training does",
-    "dataloader_num_workers": (
-        "images are decoded by workers=N processes; tokenised texts are read from memory, by none"
-    ),
-    "eval_table_size": "the texts in prompts are answered at each evaluation, with generate_tokens at most",
-    "plugins": "not supported; Liger's kernels are kernels=liger",
-    "loss": "not needed: cross-entropy, which is computed in pieces where that saves memory",
     "gradient_checkpointing_kwargs": "not needed: activation checkpointing is never re-entrant",
-    "lora_fan_in_fan_out": "not needed: it is known from the model's layers",
     "log_peak_memory_stats": "not needed: the peak memory of each rank is in every run",
     "checkpointer": "not needed: models are read and exported as Hugging Face files",
     "device": "not needed: GPUs are used if there are any",
     "profiler": "use the option --profile FIRST:LAST, with two steps",
+    "dataset_split": (
+        "give the split with the name: data=org/name#/split, org/name#config/split, or a slice, "
+        "org/name#/train[:20%]"
+    ),
+}
+_OF_TEXTS = {
+    "flash_attention": "not needed: on GPUs attention is one kernel, which attends within each document",
+    "pad_to_sequence_len": (
+        "not needed: packed rows are full, and others are padded to the longest row of their batch"
+    ),
+    "group_by_length": "not needed: with packing=true, documents share rows with almost no padding",
+    "dataset_prepared_path": "not needed: tokenised data is cached in STOKER_CACHE and found by its content",
+    "adapter": "to train adapters, set lora.rank, as in lora.rank=16; otherwise the model's own weights are",
+    "loraplus_lr_embedding": "with lora.lr_ratio, the adapter of an embedding learns at lr",
+    "eos_token": "special tokens come from the tokenizer; add_tokens adds others",
+    "system_prompt": "put it into each record: a field `system`, or a first message with that role",
+    "interleave_probs": "give each source its weight, as in data: {a.jsonl: 3, b.jsonl: 1}",
+    "dataset_dir": "not needed: data takes paths, and a folder as a whole",
+    "stage": (
+        "not needed: texts are pretraining, pairs and conversations are fine-tuning; ZeRO's stage is "
+        "deepspeed.stage"
+    ),
+    "dataloader_num_workers": "not needed: tokenised texts are read from memory",
+    "eval_table_size": "the texts in prompts are answered at each evaluation, with generate_tokens at most",
+    "plugins": "not supported; Liger's kernels are kernels=liger",
+    "loss": "not needed: cross-entropy, which is computed in pieces where that saves memory",
+    "lora_fan_in_fan_out": "not needed: it is known from the model's layers",
 }
 _SAME = {
     "output_dir": "default_root_dir log_dir logging_dir out_dir",
@@ -190,7 +191,11 @@ _SAME = {
     "push_to_hub": "hub_model_id",
 }
 _OURS = {name: key for key, names in _KEYS.items() for name in names.split()}
-_OPTIONS = _COMMANDS | {name: _COMMANDS[key] for key, names in _SAME.items() for name in names.split()}
+_OPTIONS = _COMMANDS | _OF_TEXTS
+_OPTIONS |= {name: _OPTIONS[key] for key, names in _SAME.items() for name in names.split()}
+_FOR_TEXTS = {*_OF_TEXTS, *(name for key in _OF_TEXTS for name in _SAME.get(key, "").split())}
+_KEY_OF_TEXTS = "loss_on"
+"""A key that only the configs of language models have."""
 
 _LEAST = 5  # the fewest letters that identify a name by its beginning
 
@@ -201,8 +206,14 @@ def keys_for(name: str, keys: Container[str]) -> tuple[str, ...]:
     return found if all(key.partition("=")[0] in keys for key in found) else ()
 
 
-def command_for(name: str) -> str:
-    """A clause that says what replaces another trainer's key; empty if nothing is known."""
+def command_for(name: str, keys: Container[str] | None = None) -> str:
+    """A clause that says what replaces another trainer's key; empty if unknown.
+
+    Args:
+        keys: of the config, if it is known: for some names there is an answer only in a language model's.
+    """
+    if keys is not None and name in _FOR_TEXTS and _KEY_OF_TEXTS not in keys:
+        return ""
     return _OPTIONS.get(name, "")
 
 

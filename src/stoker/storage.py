@@ -59,10 +59,13 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def permit_by_umask(path: Path) -> None:
-    """Give a safetensors file, or all in a folder, the permissions of the umask: safetensors sets 600."""
+def permit_as_folder(path: Path) -> None:
+    """Let whoever may read its folder read a safetensors file, or all in a folder: they are made with 600.
+
+    The folder's permissions are those of the umask; where everybody may write, as in /tmp, others may not.
+    """
     for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
-        file.chmod(file.parent.stat().st_mode & 0o666)
+        file.chmod(file.parent.stat().st_mode & 0o664)
 
 
 def said_of_full_disk(error: BaseException) -> str:

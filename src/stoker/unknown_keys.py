@@ -18,6 +18,8 @@ from stoker.meanings import meanings_of
 _MISSPELT = 0.8  # similarity from which a name counts as a misspelling
 _SIMILAR = 0.6  # the same, for a name that no other trainer uses
 _LISTED = 20  # the most keys that a message lists
+_CLASS = "_component_"  # in torchtune's files, what a group builds
+_MAY_BE_ON = ("precision=bf16",)  # also if it is not set
 _SHOWN = 3  # the most keys suggested by their description
 
 
@@ -32,9 +34,10 @@ def meant(config: type, key: str, keys: Collection[str], value: object = ...) ->
     if misspelt := nearest(key, keys, alike=_MISSPELT):  # first, since a user's config may have such a key
         return misspelt
     group, _, leaf = key.rpartition(".")
-    for name in (key, leaf, group) if group else (key,):  # dataset.packed; dataset._component_
+    names = [key, *([leaf] if group else []), *([group] if leaf == _CLASS or group not in keys else [])]
+    for name in names:
         ours = (name,) if name in keys else other_names.keys_for(name, keys)
-        if ours or (command := other_names.command_for(name)):
+        if ours or (command := other_names.command_for(name, keys)):
             return _called_here(config, ours, value) if ours else f"; {command}"
     if ours := other_names.keys_for(other_names.begun(key), keys):
         return _called_here(config, ours)
@@ -45,8 +48,10 @@ def meant(config: type, key: str, keys: Collection[str], value: object = ...) ->
 
 
 def _called_here(config: type, ours: Sequence[str], value: object = ...) -> str:
-    if (value is None or value is False) and all("=" in name for name in ours):
-        return f"; leave it out: it is off without {' '.join(ours)}"
+    if str(value).lower() in ("none", "false") and all("=" in name for name in ours):
+        if ours != _MAY_BE_ON:
+            return f"; leave it out: it is off without {' '.join(ours)}"
+        ours = tuple(name.partition("=")[0] for name in ours)
     meanings = _meanings(config)
     told = [_with_meaning(name, meanings.get(name, "")) for name in ours]
     return f"; instead, set {' and '.join(told)}" if len(told) > 1 else f"; use {told[0]}"

@@ -37,10 +37,11 @@ def test_the_command_can_be_typed_again(argv: list[str], expected: list[str]) ->
     assert commands.of(_view(record={"command": argv})) == expected
 
 
-def test_elsewhere_a_run_has_a_name_and_a_folder_of_its_own() -> None:
-    typed = ["x/stoker", "train", "llm", "--name", "a", "--runs=/mine", "lr=1", "--runs", "b", "--nproc", "2"]
-    view = _view({}, record={**LLM, "command": typed})
-    assert commands.of(view, elsewhere=True) == ["stoker train llm lr=1 --nproc 2"]
+def test_elsewhere_a_run_has_its_values_and_nothing_of_its_place() -> None:
+    typed = ["stoker", "train", "llm", "--config", "my.yml", "--name", "a", "--runs=/mine", "--on", "slurm"]
+    view = _view({"world": 2}, record={**LLM, "command": typed, "sources": {"lr": "my.yml"}})
+    assert commands.of(view, elsewhere=True) == ["stoker train llm lr=0.5 --nproc 2"]
+    assert commands.of(view) == [f"stoker {' '.join(typed[1:])}"]
     own = _view({}, record={"command": ["own.py", "--name", "a"]})
     assert commands.of(own, elsewhere=True) == ["python own.py --name a"], "it is an option of the script's"
 
@@ -90,3 +91,18 @@ def test_a_trial_and_a_run_again_are_trained_by_themselves(tmp_path: Path) -> No
 def test_a_run_that_began_from_a_checkpoint_of_another_says_so() -> None:
     (only,) = commands.of(_view({"resumed_from": 8}))
     assert only.endswith("--name a  # from the checkpoint of step 8 of another run")
+
+
+@pytest.mark.parametrize(
+    ("reference", "target"),
+    [
+        ("llm", "llm"),
+        ("/work/own.py:train", "own.py"),
+        ("/work/own.py:fit", "own.py:fit"),
+        ("/work/pkg.mod:train", "./pkg.mod:train"),
+        ("/elsewhere/pkg.mod:train", "/elsewhere/pkg.mod:train"),
+    ],
+)
+def test_a_recipe_is_named_as_the_command_takes_it(reference: str, target: str) -> None:
+    record = {"recipe": {"reference": reference}, "cwd": "/work", "sources": {}}
+    assert commands.of(_view({}, record=record), elsewhere=True) == [f"stoker train {target}"]

@@ -593,6 +593,11 @@ numbers = st.floats(min_value=1e-6, max_value=1e6)
     [
         ({"batch_size": range(4, 9)}, ["batch_size=int(4, 8)"]),
         ({"width": range(64, 7, -8)}, ["width=int(8, 64, step=8)"]),
+        ({"width": range(8, 9), "lr": [1e-3, 1e-2]}, ["width=8", "lr=[1e-3, 1e-2]"]),
+        (
+            {("lr", "batch_size"): [(1e-3, np.int64(16)), (1e-2, np.int64(32))]},
+            ["(lr, batch_size)=[(1e-3, 16), (1e-2, 32)]"],
+        ),
         ({"lr": np.array([1e-3, 1e-2])}, ["lr=[1e-3, 1e-2]"]),
         ({"batch_size": list(np.array([16, 32]))}, ["batch_size=[16, 32]"]),
         ({"model": ("a", "b")}, ["model=[a, b]"]),

@@ -51,7 +51,7 @@ def _write(file: Path, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor
         save_file({part.name: tensors[part.name] for part in parts}, file, about)
     except SafetensorError as error:  # for example, a full disk
         raise _os_error(error, file) from error
-    storage.permit_by_umask(file)
+    storage.permit_as_folder(file)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         synced = pool.submit(storage.sync_file, file)  # the disk writes while the checksum is computed
         known = File.of(file)

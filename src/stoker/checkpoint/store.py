@@ -271,5 +271,5 @@ def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     into = {source: torch.empty(there[source][0], dtype=there[source][1]) for source in sources.values()}
     load_tensors(checkpoint, into)
     save_file({name: into[source] for name, source in sources.items()}, target)
-    storage.permit_by_umask(target)
+    storage.permit_as_folder(target)
     return target

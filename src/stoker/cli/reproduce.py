@@ -171,8 +171,8 @@ def _free(of: RunDirectory) -> RunDirectory:
     It is in the experiment of the original; of a trial, in one of its own, as it is no trial of the search.
     """
     folder, name, number = of.path.parent, finding.checked(f"{of.id}-again"), 1
-    if (folder / SWEEP).is_file():
-        folder = folder.with_name(finding.checked(f"{of.experiment}-again", "experiment"))
+    while (folder / SWEEP).is_file():
+        folder = folder.with_name(finding.checked(f"{folder.name}-again", "experiment"))
     while (folder / name).exists():
         number += 1
         name = f"{of.id}-again-{number}"

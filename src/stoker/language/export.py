@@ -46,7 +46,7 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
         size = sum(tensor.nbytes for tensor in tensors.values())
         save_torch_state_dict(exports.as_in_files(target, tensors), target)
         _say_twice_as_large(language, trainer.run.directory.id, size)
-    storage.permit_by_umask(target)
+    storage.permit_as_folder(target)
     return trainer.run.artifact(target, kind=name)
 
 

@@ -95,7 +95,7 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
         tokenizer = building.load_tokenizer(str(adapter))
         merged.generation_config.eos_token_id = building.stop_tokens(tokenizer, merged.generation_config)
     merged.save_pretrained(target)
-    storage.permit_by_umask(target)
+    storage.permit_as_folder(target)
     own = (exports.ADAPTER, saved_adapters.WEIGHTS, exports.BASE, "README.md")
     for file in adapter.iterdir():  # the tokenizer's files
         if file.is_file() and file.name not in own and not (target / file.name).exists():

@@ -22,7 +22,7 @@ def export(trainer: Trainer, describe: Describe) -> Path | None:
         return None
     target = _described(trainer, "model", describe)
     save_torch_state_dict(tensors, target)
-    storage.permit_by_umask(target)
+    storage.permit_as_folder(target)
     return trainer.run.artifact(target, kind="model")
 
 

@@ -18,8 +18,6 @@ from stoker.run.directory import SWEEP
 from stoker.run.view import RunView
 from stoker.words import some
 
-_OF_THIS_RUN = ("--name", "--runs")
-
 
 def of(view: RunView, until: int | None = None, *, elsewhere: bool = False) -> list[str]:
     """A command, or several if the run was continued with changes; comments say which steps they made.
@@ -28,34 +26,33 @@ def of(view: RunView, until: int | None = None, *, elsewhere: bool = False) -> l
 
     Args:
         until: the last step that counts; by default the run's last.
-        elsewhere: for another run in another runs folder.
+        elsewhere: for somebody else: with the values themselves instead of `--config`, and without options
+            that say where the run was kept and launched.
     """
     parts = stretch.parts(view, view.step if until is None else until)
-    words = _first(view, parts[0] if parts else None, elsewhere=elsewhere)
+    anew = bool(parts and _reference(view) and (elsewhere or _is_of_another(view, parts[0])))
+    words = _composed(view, parts[0]) if anew else _typed(view)
     if not words:
         return []
     said = []
     if parts and parts[0].after:
         said.append(f"from the checkpoint of step {parts[0].after:,} of another run")
-    name = f"{view.directory.id}-again" if elsewhere else view.directory.id
+    name = f"{view.directory.id}-again" if anew else view.directory.id
     if len(parts) > 1:
         said.append(f"up to step {parts[1].after:,}")
-        words += ["--name", name] if elsewhere and _reference(view) else []
+        words += ["--name", name] if anew else []
     later = (_next(view, name, before, now) for before, now in itertools.pairwise(parts))
     return [_line(words, said), *later]
 
 
-def _first(view: RunView, part: Part | None, *, elsewhere: bool) -> list[str]:
-    """The command that started the run; composed from its config if that one started something else."""
+def _typed(view: RunView) -> list[str]:
+    """The command that started the run."""
     words = [str(word) for word in view.record.get("command", [])]
-    if _reference(view) and part is not None and _is_of_another(view, part):
-        return _composed(view, part)
     if not words:
         return []
     program = Path(words[0])
     is_script = program.suffix == ".py" and program.name != "__main__.py"
-    words = ["python", *words] if is_script else ["stoker", *words[1:]]
-    return _without_names(words) if elsewhere and _reference(view) else words
+    return ["python", *words] if is_script else ["stoker", *words[1:]]
 
 
 def _is_of_another(view: RunView, part: Part) -> bool:
@@ -75,26 +72,24 @@ def _composed(view: RunView, part: Part) -> list[str]:
     """`stoker train` with all values that are not defaults."""
     sources = view.record.get("sources", {})
     given = [key for key in part.config if key in part.drift or sources.get(key, DEFAULT) != DEFAULT]
-    target = _reference(view).removeprefix(f"{view.record.get('cwd', '')}/")
-    target = target.removesuffix(":train")  # which is the default
     ranks = ["--nproc", str(part.world)] if part.world > 1 else []
-    return ["stoker", "train", target, *(_override(key, part.config[key]) for key in given), *ranks]
+    return ["stoker", "train", _target(view), *(_override(key, part.config[key]) for key in given), *ranks]
+
+
+def _target(view: RunView) -> str:
+    """What starts the recipe, relative to the folder in which the run was started."""
+    target = _reference(view)
+    inside = target.removeprefix(f"{view.record.get('cwd', '')}/")
+    file, _, function = inside.partition(":")
+    if file.endswith(".py"):
+        return file if function == "train" else inside  # which is the default
+    return inside if inside == target else f"./{inside}"  # a module, whose folder is needed
 
 
 def _override(key: str, value: Any) -> str:
     if redaction.holds_redacted(value):
         return f"{key}=..."
     return f"{key}={'none' if value is None else facts.text(value)}"
-
-
-def _without_names(words: Sequence[str]) -> list[str]:
-    """A command without the options that name the run and its folder."""
-    kept, skip = [], False
-    for word in words:
-        if not skip and word.partition("=")[0] not in _OF_THIS_RUN:
-            kept.append(word)
-        skip = not skip and word in _OF_THIS_RUN
-    return kept
 
 
 def _next(view: RunView, name: str, before: Part, now: Part) -> str:

@@ -427,6 +427,8 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
                 if _end_sweep(folder):
                     return True
                 untold += 1
+            else:
+                untold = 0
             over_since = (over_since or time.monotonic()) if over else None
             if over_since is not None and time.monotonic() - over_since > patience:
                 _end_sweep(folder)  # the sink that fails may be another

@@ -302,13 +302,11 @@ def _spelled(value: Any) -> Any:
     """A value from Python as it is written in a file."""
     from optuna.distributions import BaseDistribution
 
-    if isinstance(value, range) and len(value) > 1:
-        return f"int({min(value)}, {max(value)}, step={abs(value.step)})"
+    if isinstance(value, range) and value:
+        return f"int({min(value)}, {max(value)}, step={abs(value.step)})" if len(value) > 1 else value[0]
     if isinstance(value, BaseDistribution):
         return _of_optuna(value)
-    if isinstance(value, list):
-        return [_listed(one) for one in value]
-    return tuple(_listed(one) for one in value) if isinstance(value, tuple) else _listed(value)
+    return _listed(value)
 
 
 def _of_optuna(given: Any) -> Any:
@@ -324,7 +322,9 @@ def _of_optuna(given: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """A numpy array as a list, and a number of numpy's as one of Python's."""
+    """A numpy array as a list, and a number of numpy's as one of Python's, also in rows of values."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_listed, value))
     return value.tolist() if hasattr(value, "tolist") else value
 
 
