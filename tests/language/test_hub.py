@@ -72,12 +72,12 @@ def test_a_hub_that_is_silent_is_not_waited_for_and_what_was_brought_serves(
         began = time.monotonic()
         with pytest.raises(BadInput, match=r"the hub cannot be reached \(.*timed out\)"):
             hub.find("org/two")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9
         assert hub.find("org/one") == folder
         monkeypatch.setattr(hub, "_ANSWER", 60.0)
         began = time.monotonic()
         assert hub.find("org/one") == folder  # it is not asked again
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9
         monkeypatch.setattr(hub, "_ANSWER", 0.3)
         with pytest.raises(BadInput, match=r"the hub cannot be reached \(.*timed out\)"):
             hub.find("org/two")  # but for what is not here

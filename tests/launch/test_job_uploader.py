@@ -139,9 +139,9 @@ def test_a_store_that_stays_away_does_not_keep_a_job(job: Job, proxy: Proxy, beg
     _write(job, "node-0.log", "begins\n")
     process = begin("--patience", "1")
     begun = time.monotonic()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 1
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 25
 
 
 def test_a_log_that_grows_elsewhere_is_read_in_the_store_and_joined_stretches_are_no_gap(

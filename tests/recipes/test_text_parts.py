@@ -301,7 +301,7 @@ def test_a_model_of_the_hub_serves_where_the_hub_says_nothing_any_more(
         point_at(f"http://{address}")
         began = time.monotonic()
         again = of_the_hub("org/one")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9
         with pytest.raises(BadInput, match=r"model org/two .*the hub cannot be reached"):
             of_the_hub("org/two")
     for name, tensor in first.model.state_dict().items():

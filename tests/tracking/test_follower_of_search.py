@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -127,7 +128,8 @@ def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
     trial = _trial(folder, 0)
     following()
     until(lambda: len(attempts) >= 5)
-    assert attempts[4] - attempts[3] > 2 * (attempts[1] - attempts[0])
+    waits = [after - before for before, after in itertools.pairwise(attempts)]
+    assert all(waits[n] >= follower._backoff(n + 1, alone=False) == 0.1 * 2**n for n in range(4)), waits
     shipping = SweepShipping(folder, ["tensorboard"])
     shipping._process = cast("Any", _Runs())
     for _ in range(2):
