@@ -207,6 +207,7 @@ _FULL = "OSError: [Errno 28] No space left on device: 'checkpoints/step-00000005
 
 def test_a_trial_that_the_disk_ended_resumes_when_there_is_room_again(tmp_path: Path) -> None:
     """Whether its controller heard of it, or was killed before."""
+    (tmp_path / BEST).mkdir()  # the best trial cannot be written down either
     full = Script([Report(0, 1, 1.0), Ended(0, "failed", _FULL, "Traceback"), Ended(1, "preempted")], room=2)
     stopped = _search(tmp_path, full, 3)
     with pytest.raises(
