@@ -18,6 +18,7 @@ from stoker import Run, Trainer, Training, storage
 from stoker.cli import trials as trials_seen
 from stoker.duration import Duration
 from stoker.errors import StokerError
+from stoker.run import view
 from stoker.run.directory import BEST, RunDirectory
 from stoker.tune import forking, samplers, schedulers, search, stores
 from stoker.tune import study as studies
@@ -350,9 +351,15 @@ class Saving(Script):
         return []
 
 
-def _trained(runs: Path, experiment: str, name: str, steps: int) -> Run:
-    """A run that trained with a Trainer, with a checkpoint every second step."""
+def _trained(runs: Path, experiment: str, name: str, steps: int, at_start: float | None = None) -> Run:
+    """A run that trained with a Trainer, with a checkpoint every second step.
+
+    Args:
+        at_start: what it measures before the first step, and at no other.
+    """
     with Run(experiment, name, runs=runs) as run:
+        if at_start is not None:
+            run.log(step=0, val_loss=at_start)
         trainer = Trainer(
             run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
             loss=lambda output, batch: (output.sum(), len(output)),
@@ -443,6 +450,31 @@ def test_the_best_that_a_search_writes_down_is_the_one_that_it_prints(tmp_path: 
     again.run()
     assert [(t.state, t.value) for t in again.trials.values()] == [("complete", 1.5), ("pruned", 1.0)]
     assert storage.read_json(tmp_path / BEST)["run"] == "trial-0000"
+
+
+@pytest.mark.parametrize("ended", [
+    Ended(0, "finished", logged=("val_loss",), values={"val_loss": 9.0}),  # logged before the first step only
+    Ended(0, "failed", "rank 1 failed: no"),  # after rank 0 had finished
+], ids=["without a value", "of two ranks"])  # fmt: skip
+def test_a_trial_that_failed_though_its_run_has_finished_is_not_complete_later(
+    ended: Ended, tmp_path: Path
+) -> None:
+    run = _trained(tmp_path, "sweep", "trial-0000", 2, at_start=9.0)
+    if ended.status == "failed":
+        with Run("sweep", "trial-0000", runs=tmp_path) as run:
+            run.log(step=3, val_loss=1.0)
+    assert view.load(run.directory).status == "finished"
+    first = _search(tmp_path / "sweep", Script([ended], begun=()), 1)  # type: ignore[arg-type]
+    first.run()
+    again = _search(tmp_path / "sweep", Script([]), 1)  # type: ignore[arg-type]
+    for searched in (first, again):
+        assert searched.trials[0].state == "failed"
+        assert searched.best is None
+    as_reported = studies._as_trained(
+        studies.read(tmp_path / "sweep" / "study.journal"), tmp_path / "sweep",
+        {"metric": "val_loss", "goal": "min"},
+    )  # fmt: skip
+    assert [trial.state for trial in as_reported.trials] == [TrialState.FAIL]
 
 
 def test_a_donor_of_which_nothing_is_saved_ends_the_search(tmp_path: Path) -> None:

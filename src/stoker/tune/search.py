@@ -393,8 +393,11 @@ class Search:
         if not found.state.is_finished():
             self._take_up(trial, run)
             return
-        if run is not None and self.plan.unit != SHARE and seen.is_whole(run, self.plan.objectives):
-            self._is_over(trial, "complete")  # even if it ended here before that, and was then resumed
+        if (
+            run is not None and self.plan.unit != SHARE
+            and seen.trained_since(found, run, self.plan.objectives)
+        ):  # fmt: skip
+            self._is_over(trial, "complete")
             return
         self._is_over(trial, seen.ENDED[found.state])
         trial.error = str(found.user_attrs.get("error", ""))
