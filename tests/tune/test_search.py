@@ -18,6 +18,7 @@ from stoker import Run, Trainer, Training, storage
 from stoker.cli import trials as trials_seen
 from stoker.duration import Duration
 from stoker.errors import StokerError
+from stoker.report import sweep
 from stoker.run import view
 from stoker.run.directory import BEST, RunDirectory
 from stoker.tune import forking, samplers, schedulers, search, stores
@@ -452,6 +453,20 @@ def test_the_best_that_a_search_writes_down_is_the_one_that_it_prints(tmp_path: 
     assert storage.read_json(tmp_path / BEST)["run"] == "trial-0000"
 
 
+def test_its_report_names_the_same_best_where_a_step_is_more_to_one_trial_than_to_another(
+    tmp_path: Path,
+) -> None:
+    rule = schedulers.make("asha-stop", least=5, most=100, factor=2)
+    stopped = [Report(0, 40, 2.0, 0.25), Report(1, 10, 1.0, 1.0), Ended(0, "stopped"), Ended(1, "stopped")]
+    searched = _search(tmp_path, Script(stopped, room=2), 2, rule, unit="epoch")  # type: ignore[arg-type]
+    searched.run()
+    assert searched.best is searched.trials[1]
+    said = {"metric": "val_loss", "goal": "min", "sampler": "random", "scheduler": "asha-stop",
+            "recipe": "a.py", "seed": 0}  # fmt: skip
+    page = sweep.render(studies.read(tmp_path / "study.journal"), said, "search")
+    assert "trial-0001" in page.partition("Best</h2>")[2].partition("</section>")[0]
+
+
 @pytest.mark.parametrize("ended", [
     Ended(0, "finished", logged=("val_loss",), values={"val_loss": 9.0}),  # logged before the first step only
     Ended(0, "failed", "rank 1 failed: no"),  # after rank 0 had finished
@@ -506,3 +521,11 @@ def test_what_is_taken_in_of_a_training_on_a_share_is_a_number(tmp_path: Path) -
     trial = Seen(0, {})
     assert searched._run_of_shares(trial) is None
     assert trial.values == {50.0: 1.0}
+
+
+def test_shares_of_the_data_are_told_as_they_are(tmp_path: Path) -> None:
+    end = Ended(0, "finished", logged=("val_loss",), values={"val_loss": 2.0})
+    rule = schedulers.make("asha", least=100 / 9, most=100, factor=9)
+    searched = _search(tmp_path, Script([end], begun=()), 1, rule, unit=SHARE)  # type: ignore[arg-type]
+    searched.run()
+    assert trials_seen.told(searched.trials[0], searched)["values"] == [[100 / 9, 2.0]]
