@@ -211,7 +211,7 @@ def _ended_early(search: Search, best: Seen) -> str:
     resume = f"stoker resume {search.plan.folder.name}/{best.run}"
     return (
         f"{said}, at step {best.step:,.0f}; with more --trials, some get further, and `{resume}` trains "
-        "this one to its end"
+        "this one to its end, from its newest checkpoint; then run the same search again to count it"
     )
 
 
