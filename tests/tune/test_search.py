@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from optuna.trial import TrialState
@@ -27,8 +28,9 @@ from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
+from stoker.tune.space import parse
 from stoker.tune.trial import Began, Ended, Job, Report
-from test_study import SPACE
+from test_study import SPACE, Searched
 
 
 class Cluster:
@@ -426,6 +428,44 @@ def test_a_fork_that_fails_at_once_is_followed_by_one_that_keeps_what_is_no_floa
         assert (told["value"], told["values"], told["objectives"]) == (None, [], {"val_loss": None})
     again.run()
     assert list(again.trials) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("ends", [
+    [Ended(4, "killed")] * (search._RESTARTS + 1),
+    [Ended(4, "failed", "trial-0004 made no step for 1800 s and was stopped")],
+    [Ended(4, "failed", "AcceleratorError: CUDA error: unspecified launch failure", "Traceback")],
+], ids=["killed", "hung", "raised"])  # fmt: skip
+def test_a_fork_that_fails_at_once_for_another_reason_is_followed_by_one_that_explores_all(
+    ends: list[Report | Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    monkeypatch.setattr(forking, "take_checkpoint", lambda donor, run, *, ended: 20)
+    rest = [*ends, Report(5, 30, 1.5), *_REST, Ended(5, "finished", logged=("val_loss",))]
+    rule = schedulers.make("pbt", least=10, most=40, population=4, resample=1.0)
+    found = _search(tmp_path, Script([*_STOPPED, *rest], begun=()), 4, rule)  # type: ignore[arg-type]
+    found.run()
+    assert [(found.trials[n].state, found.trials[n].replaces) for n in (4, 5)] == [
+        ("failed", 2), ("complete", 2),
+    ]  # fmt: skip
+    drawn = SPACE.perturbed(
+        found.trials[3].params, np.random.default_rng([0, 5]), resample=1.0, factors=rule.factors
+    )
+    assert found.trials[5].params == drawn
+    assert drawn["layers"] != found.trials[3].params["layers"]
+    assert "cannot go on from the checkpoint" not in caplog.text
+
+
+def test_of_an_unfit_fork_in_a_space_of_floats_only_its_error_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    error = "the checkpoint is from a different model; tensors missing: weight"
+    unfit = Seen(4, {"x": 0.5}, "failed", parent=3, error=error)
+    forking.say_unfit(unfit, {4: unfit}, parse(["x=uniform(0, 1)"], Searched))
+    assert caplog.messages == [
+        f"trial 4 cannot go on from the checkpoint of trial 3 with other values ({error})"
+    ]
 
 
 def test_two_forks_that_fail_at_once_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

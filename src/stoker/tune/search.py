@@ -232,7 +232,7 @@ class Search:
     def _is_over(self, trial: Seen, state: State) -> None:
         """Note that a trial has ended."""
         trial.state = state
-        if trial.unfit:
+        if trial.failed_at_once:
             trial.values, trial.others = {}, {}  # its donor's
         if state == "complete" and trial.value is not None:
             self._best = min(trial, self._best or trial, key=self._order)

@@ -71,12 +71,14 @@ class Seen:
         return self.state not in ("running", "paused")
 
     @property
-    def unfit(self) -> bool:
-        """Whether it is a fork that failed before it reported anything of its own.
-
-        So does one whose values make another model or optimizer than that of its donor's checkpoint.
-        """
+    def failed_at_once(self) -> bool:
+        """Whether it is a fork that failed before it reported anything of its own."""
         return self.parent is not None and self.state == "failed" and self.step <= self.origin[0]
+
+    @property
+    def unfit(self) -> bool:
+        """Whether it is a fork whose model or optimizer is another than that of its donor's checkpoint."""
+        return self.failed_at_once and manifest.says_unfit(self.error)
 
     @property
     def value(self) -> float | None:
