@@ -413,6 +413,7 @@ def test_a_checkpoint_of_another_model_names_what_differs(open_run: Callable[...
         _trainer(run, other)
     assert "unexpected: model.4.bias, model.4.weight" in str(error.value)
     assert "with a different shape: model.0.weight (16, 6) -> (17, 6)" in str(error.value)
+    assert manifest.says_unfit(str(error.value))
 
 
 def test_a_checkpoint_with_weight_decay_on_norms_too_goes_on(
@@ -1044,8 +1045,9 @@ def test_a_checkpoint_of_other_optimizers_is_refused(
 ) -> None:
     with open_run() as run:
         _run_on(_trainer(run, _model()), 2)
-    with open_run() as run, pytest.raises(StokerError, match=said):
+    with open_run() as run, pytest.raises(StokerError, match=said) as refused:
         _trainer(run, _model(), optimizer=now)
+    assert manifest.says_unfit(str(refused.value))
 
 
 def test_a_metric_that_was_not_a_number_is_remembered_over_a_resume(open_run: Callable[..., Run]) -> None:

@@ -19,7 +19,7 @@ from stoker.errors import BadInput
 from stoker.report import terminal
 from stoker.report.terminal import Listed
 from stoker.run import journal, view
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import SWEEP, RunDirectory
 from typer.testing import CliRunner, Result
 
 Cli = Callable[..., Result]
@@ -317,6 +317,18 @@ def test_show_as_json_has_attempts_config_and_best_metrics(cli: Cli, killed_twic
     assert answer["metrics"]["loss"]["best_step"] == 7
     assert answer["metrics"]["val_loss"]["non_finite"] == 2
     assert answer["next"][0] == "stoker runs export a"
+
+
+def test_show_offers_to_go_on_with_a_trial_that_ended_early(cli: Cli, tmp_path: Path) -> None:
+    stopped = [
+        _create(tmp_path, name, experiment) for name, experiment in (("trial-0001", "search"), ("a", "llm"))
+    ]
+    for directory in stopped:
+        _log(directory, _metrics(1, loss=1.0), _ended("stopped"))
+    (stopped[0].path.parent / SWEEP).write_text("{}")
+    asked = [json.loads(cli("show", name, "--json").stdout)["next"] for name in ("search/trial-0001", "a")]
+    assert asked[0][:2] == ["stoker runs export search/trial-0001", "stoker resume search/trial-0001"]
+    assert asked[1] == ["stoker runs export a", "stoker report a", "stoker ui"]
 
 
 def test_show_tells_a_config_that_changed_on_the_way(cli: Cli, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def test_a_search_of_which_no_trial_was_trained_to_its_end_says_so(stoker: Comma
     asha = (*given, "--name", "early", "--scheduler", "asha", "--least", "1", "--most", "9")
     early = " ".join(stoker(*asha).out.split())
     assert "no trial was trained to its end: the best of 2 trials ended early, at step 1;" in early
-    assert "`stoker resume early/trial-0000` trains this one to its end" in early
+    assert "`stoker resume early/trial-0000` trains this one to its end, from its newest checkpoint;" in early
+    assert "then run the same search again to count it" in early
     assert stoker("resume", "early/trial-0000").code == 0
     assert "trained to its end" not in stoker(*asha).out
     first, second = stoker(*asha, "--json").answer["trials"]

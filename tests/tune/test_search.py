@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from optuna.trial import TrialState
@@ -18,6 +19,8 @@ from stoker import Run, Trainer, Training, storage
 from stoker.cli import trials as trials_seen
 from stoker.duration import Duration
 from stoker.errors import StokerError
+from stoker.report import sweep
+from stoker.run import view
 from stoker.run.directory import BEST, RunDirectory
 from stoker.tune import forking, samplers, schedulers, search, stores
 from stoker.tune import study as studies
@@ -25,8 +28,9 @@ from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
+from stoker.tune.space import parse
 from stoker.tune.trial import Began, Ended, Job, Report
-from test_study import SPACE
+from test_study import SPACE, Searched
 
 
 class Cluster:
@@ -207,6 +211,7 @@ _FULL = "OSError: [Errno 28] No space left on device: 'checkpoints/step-00000005
 
 def test_a_trial_that_the_disk_ended_resumes_when_there_is_room_again(tmp_path: Path) -> None:
     """Whether its controller heard of it, or was killed before."""
+    (tmp_path / BEST).mkdir()  # the best trial cannot be written down either
     full = Script([Report(0, 1, 1.0), Ended(0, "failed", _FULL, "Traceback"), Ended(1, "preempted")], room=2)
     stopped = _search(tmp_path, full, 3)
     with pytest.raises(
@@ -349,9 +354,15 @@ class Saving(Script):
         return []
 
 
-def _trained(runs: Path, experiment: str, name: str, steps: int) -> Run:
-    """A run that trained with a Trainer, with a checkpoint every second step."""
+def _trained(runs: Path, experiment: str, name: str, steps: int, at_start: float | None = None) -> Run:
+    """A run that trained with a Trainer, with a checkpoint every second step.
+
+    Args:
+        at_start: what it measures before the first step, and at no other.
+    """
     with Run(experiment, name, runs=runs) as run:
+        if at_start is not None:
+            run.log(step=0, val_loss=at_start)
         trainer = Trainer(
             run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
             loss=lambda output, batch: (output.sum(), len(output)),
@@ -419,6 +430,44 @@ def test_a_fork_that_fails_at_once_is_followed_by_one_that_keeps_what_is_no_floa
     assert list(again.trials) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("ends", [
+    [Ended(4, "killed")] * (search._RESTARTS + 1),
+    [Ended(4, "failed", "trial-0004 made no step for 1800 s and was stopped")],
+    [Ended(4, "failed", "AcceleratorError: CUDA error: unspecified launch failure", "Traceback")],
+], ids=["killed", "hung", "raised"])  # fmt: skip
+def test_a_fork_that_fails_at_once_for_another_reason_is_followed_by_one_that_explores_all(
+    ends: list[Report | Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    monkeypatch.setattr(forking, "take_checkpoint", lambda donor, run, *, ended: 20)
+    rest = [*ends, Report(5, 30, 1.5), *_REST, Ended(5, "finished", logged=("val_loss",))]
+    rule = schedulers.make("pbt", least=10, most=40, population=4, resample=1.0)
+    found = _search(tmp_path, Script([*_STOPPED, *rest], begun=()), 4, rule)  # type: ignore[arg-type]
+    found.run()
+    assert [(found.trials[n].state, found.trials[n].replaces) for n in (4, 5)] == [
+        ("failed", 2), ("complete", 2),
+    ]  # fmt: skip
+    drawn = SPACE.perturbed(
+        found.trials[3].params, np.random.default_rng([0, 5]), resample=1.0, factors=rule.factors
+    )
+    assert found.trials[5].params == drawn
+    assert drawn["layers"] != found.trials[3].params["layers"]
+    assert "cannot go on from the checkpoint" not in caplog.text
+
+
+def test_of_an_unfit_fork_in_a_space_of_floats_only_its_error_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+    error = "the checkpoint is from a different model; tensors missing: weight"
+    unfit = Seen(4, {"x": 0.5}, "failed", parent=3, error=error)
+    forking.say_unfit(unfit, {4: unfit}, parse(["x=uniform(0, 1)"], Searched))
+    assert caplog.messages == [
+        f"trial 4 cannot go on from the checkpoint of trial 3 with other values ({error})"
+    ]
+
+
 def test_two_forks_that_fail_at_once_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forking, "take_checkpoint", lambda donor, run, *, ended: 20)
     events = [*_STOPPED, Ended(4, "failed", "no"), Ended(5, "failed", "no"), *_REST]
@@ -442,6 +491,45 @@ def test_the_best_that_a_search_writes_down_is_the_one_that_it_prints(tmp_path: 
     again.run()
     assert [(t.state, t.value) for t in again.trials.values()] == [("complete", 1.5), ("pruned", 1.0)]
     assert storage.read_json(tmp_path / BEST)["run"] == "trial-0000"
+
+
+def test_its_report_names_the_same_best_where_a_step_is_more_to_one_trial_than_to_another(
+    tmp_path: Path,
+) -> None:
+    rule = schedulers.make("asha-stop", least=5, most=100, factor=2)
+    stopped = [Report(0, 40, 2.0, 0.25), Report(1, 10, 1.0, 1.0), Ended(0, "stopped"), Ended(1, "stopped")]
+    searched = _search(tmp_path, Script(stopped, room=2), 2, rule, unit="epoch")  # type: ignore[arg-type]
+    searched.run()
+    assert searched.best is searched.trials[1]
+    said = {"metric": "val_loss", "goal": "min", "sampler": "random", "scheduler": "asha-stop",
+            "recipe": "a.py", "seed": 0}  # fmt: skip
+    page = sweep.render(studies.read(tmp_path / "study.journal"), said, "search")
+    assert "trial-0001" in page.partition("Best</h2>")[2].partition("</section>")[0]
+
+
+@pytest.mark.parametrize("ended", [
+    Ended(0, "finished", logged=("val_loss",), values={"val_loss": 9.0}),  # logged before the first step only
+    Ended(0, "failed", "rank 1 failed: no"),  # after rank 0 had finished
+], ids=["without a value", "of two ranks"])  # fmt: skip
+def test_a_trial_that_failed_though_its_run_has_finished_is_not_complete_later(
+    ended: Ended, tmp_path: Path
+) -> None:
+    run = _trained(tmp_path, "sweep", "trial-0000", 2, at_start=9.0)
+    if ended.status == "failed":
+        with Run("sweep", "trial-0000", runs=tmp_path) as run:
+            run.log(step=3, val_loss=1.0)
+    assert view.load(run.directory).status == "finished"
+    first = _search(tmp_path / "sweep", Script([ended], begun=()), 1)  # type: ignore[arg-type]
+    first.run()
+    again = _search(tmp_path / "sweep", Script([]), 1)  # type: ignore[arg-type]
+    for searched in (first, again):
+        assert searched.trials[0].state == "failed"
+        assert searched.best is None
+    as_reported = studies._as_trained(
+        studies.read(tmp_path / "sweep" / "study.journal"), tmp_path / "sweep",
+        {"metric": "val_loss", "goal": "min"},
+    )  # fmt: skip
+    assert [trial.state for trial in as_reported.trials] == [TrialState.FAIL]
 
 
 def test_a_donor_of_which_nothing_is_saved_ends_the_search(tmp_path: Path) -> None:
@@ -473,3 +561,11 @@ def test_what_is_taken_in_of_a_training_on_a_share_is_a_number(tmp_path: Path) -
     trial = Seen(0, {})
     assert searched._run_of_shares(trial) is None
     assert trial.values == {50.0: 1.0}
+
+
+def test_shares_of_the_data_are_told_as_they_are(tmp_path: Path) -> None:
+    end = Ended(0, "finished", logged=("val_loss",), values={"val_loss": 2.0})
+    rule = schedulers.make("asha", least=100 / 9, most=100, factor=9)
+    searched = _search(tmp_path, Script([end], begun=()), 1, rule, unit=SHARE)  # type: ignore[arg-type]
+    searched.run()
+    assert trials_seen.told(searched.trials[0], searched)["values"] == [[100 / 9, 2.0]]

@@ -32,6 +32,9 @@ NAME = directory.MANIFEST
 _VOID = "void-manifest.json"
 _THREADS = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
+_OF_ANOTHER = re.compile(
+    "the checkpoint (is from a different model|has .*, but the model has no)|the checkpoint's optimizers? "
+)
 
 Mend = Callable[[Path, Callable[[bytes], "list[File]"]], None]
 """Restores the files of a checkpoint that do not match its manifest in an object store; the second argument
@@ -247,6 +250,11 @@ def metrics(path: Path) -> dict[str, float]:
     """The newest value of every metric when a checkpoint was saved. Raises InvalidCheckpoint."""
     found: dict[str, float] = _read(path).get("metrics", {})
     return found
+
+
+def says_unfit(error: str) -> bool:
+    """Whether the text of an error is that of `state.load` for a checkpoint of another model or optimizer."""
+    return _OF_ANOTHER.search(error) is not None
 
 
 def prune(checkpoints: Path, keep: int, also: Path | None = None, every: int | None = None) -> None:

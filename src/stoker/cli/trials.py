@@ -211,7 +211,7 @@ def _ended_early(search: Search, best: Seen) -> str:
     resume = f"stoker resume {search.plan.folder.name}/{best.run}"
     return (
         f"{said}, at step {best.step:,.0f}; with more --trials, some get further, and `{resume}` trains "
-        "this one to its end"
+        "this one to its end, from its newest checkpoint; then run the same search again to count it"
     )
 
 
@@ -224,10 +224,11 @@ def told(trial: Seen, search: Search) -> dict[str, Any]:
     """The result of a trial for `--json`, once the search has ended."""
     plan = search.plan
     outcome = trial.outcome(plan.objectives)
+    of_share = plan.unit == SHARE
     return {
         "number": trial.number, "state": _ended(trial), "params": trial.params, "value": trial.value,
         "objectives": {one.metric: value for one, value in zip(plan.objectives, outcome, strict=True)},
         "parent": trial.parent,
-        "values": [[int(step), value] for step, value in trial.values.items()],
+        "values": [[step if of_share else int(step), value] for step, value in trial.values.items()],
         "run": str(plan.folder / trial.run), "error": trial.error or None,
     }  # fmt: skip

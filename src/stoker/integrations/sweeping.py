@@ -37,7 +37,7 @@ class Trial:
     """The latest value of the first metric."""
     objectives: Mapping[str, float | None]
     """The latest value of each metric."""
-    values: tuple[tuple[int, float], ...]
+    values: tuple[tuple[float, float], ...]
     """Each logged value of the first metric with its step; with shares of the data, with the share in
     percent."""
     parent: int | None

@@ -58,9 +58,14 @@ def _typed(view: RunView) -> list[str]:
 def _is_of_another(view: RunView, part: Part) -> bool:
     """Whether the recorded command is that of a sweep, repeats a run, or trained nothing that counts."""
     relations = [parent.get("relation") for parent in view.record.get("parents", ())]
-    if again.TAG in relations or (view.directory.path.parent / SWEEP).is_file():
+    if again.TAG in relations or is_trial(view):
         return True
     return bool(part.drift) or part.world != view.attempts[0].world
+
+
+def is_trial(view: RunView) -> bool:
+    """Whether a run is a trial of a sweep."""
+    return (view.directory.path.parent / SWEEP).is_file()
 
 
 def _reference(view: RunView) -> str:

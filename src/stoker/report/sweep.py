@@ -96,10 +96,15 @@ def _best_of(study: Study, record: Mapping[str, Any]) -> FrozenTrial | None:
     """The complete trial with the best value; if none is complete, the best of those that got furthest."""
     sign = -1.0 if record["goal"].startswith("max") else 1.0
     reached = [t for t in _own(study) if points_of(t) and t.state.name != "FAIL"]
-    furthest = max((max(points_of(t)) for t in reached), default=0)
+    furthest = max(map(_reached, reached), default=0)
     complete = [t for t in _own(study) if t.state.name == "COMPLETE"]
-    pool = complete or [t for t in reached if max(points_of(t)) >= furthest]
+    pool = complete or [t for t in reached if _reached(t) >= furthest]
     return min(pool, key=lambda t: sign * (_values(t, 1)[0] or 0.0), default=None)
+
+
+def _reached(trial: FrozenTrial) -> float:
+    """How far a trial was trained, in the unit by which its search compares trials, as a step may be more."""
+    return float(trial.user_attrs.get("reached", max(points_of(trial), default=0)))
 
 
 def _front(study: Study, metrics: Sequence[str]) -> Html:

@@ -151,12 +151,15 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
 
 def next_commands(view: RunView) -> list[str]:
     """The commands to type next, given the status of the run."""
-    run = view.directory.id
+    trial = commands.is_trial(view)
+    run = view.directory.name if trial else view.directory.id  # each sweep has a trial-0000
     if view.status == "running":
         return [f"stoker runs show {run}", f"stoker report {run}"]
     over = view.status in ("finished", "stopped")
-    first = f"stoker runs export {run}" if over else f"stoker resume {run}"
-    return [first, f"stoker report {run}", "stoker ui"]
+    first = [f"stoker runs export {run}"] if over else []
+    if not over or (trial and view.status == "stopped"):  # what a search ended early may go on
+        first.append(f"stoker resume {run}")
+    return [*first, f"stoker report {run}", "stoker ui"]
 
 
 def plain(text: str) -> str:

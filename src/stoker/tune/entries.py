@@ -145,12 +145,13 @@ class Entries:
         return params
 
     def _write_values(self, trial: Seen, entry: Trial) -> None:
-        """Write what a trial has spent, and its values by step.
+        """Write what a trial has spent, how far it has got, and its values by step.
 
         Optuna has no intermediate values with several objectives, and only at whole steps, which shares of
         the data are not; then they are an attribute.
         """
         entry.set_user_attr("spent", {"hour": trial.spent / 3600, self._plan.unit: trial.done})
+        entry.set_user_attr("reached", trial.amount(trial.step))
         if trial.share is not None:
             entry.set_user_attr("run", trial.run)
         if trial.share is not None or len(self._plan.objectives) > 1:

@@ -25,7 +25,7 @@ from stoker.tune.space import Space
 log = logging.getLogger("stoker")
 
 _TRIES = 2
-"""How many unfit forks a trial is replaced by: after the first, only floats are explored."""
+"""By how many forks that fail at once a trial is replaced."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def awaited(trials: Mapping[int, Seen]) -> bool:
 
 
 def _not_replaced(trials: Mapping[int, Seen]) -> list[Seen]:
-    """The trials that were stopped and have no replacement yet; after an unfit one there is another."""
-    replaced = {trial.replaces for trial in trials.values() if not trial.unfit}
-    tried = Counter(trial.replaces for trial in trials.values() if trial.unfit)
+    """The trials that were stopped and have no replacement yet, or one that failed at once."""
+    replaced = {trial.replaces for trial in trials.values() if not trial.failed_at_once}
+    tried = Counter(trial.replaces for trial in trials.values() if trial.failed_at_once)
     return [
         trial
         for trial in trials.values()
@@ -180,12 +180,14 @@ def say_unfit(trial: Seen, trials: Mapping[int, Seen], space: Space) -> None:
         return
     free = space.free_floats(trial.params)
     kept = [key for key in trial.params if key not in free]
+    then = (
+        f": from now on copies keep their donor's {', '.join(kept)} and explore "
+        f"{', '.join(free) or 'nothing else'}, as no key that changes the model or the optimizer can change "
+        "in training"
+    )
     log.warning(
-        "trial %d cannot go on from the checkpoint of trial %s with other values (%s): from now on copies "
-        "keep their donor's %s and explore %s, as no key that changes the model or the optimizer can change "
-        "in training",
-        trial.number, trial.parent, trial.error.partition("\n")[0], ", ".join(kept) or "values",
-        ", ".join(free) or "nothing else",
+        "trial %d cannot go on from the checkpoint of trial %s with other values (%s)%s",
+        trial.number, trial.parent, trial.error.partition("\n")[0], then if kept else "",
     )  # fmt: skip
 
 

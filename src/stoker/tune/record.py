@@ -114,10 +114,13 @@ def provenance_of(folder: Path, code: Path) -> Path:
 
 
 def note_best(folder: Path, best: Mapping[str, Any]) -> None:
-    """Write down the best trial for those who read a sweep's folder, if it has changed."""
+    """Write down the best trial for those who read a sweep's folder, if it has changed.
+
+    Running trials go on if the disk refuses it: it is written again after the next end.
+    """
     said = redaction.tree(dict(best))
     if storage.read_json(folder / BEST) != said:
-        storage.write_json(folder / BEST, said)
+        storage.try_to_write_json(folder / BEST, said)
 
 
 def is_sweep(folder: Path) -> bool:

@@ -232,7 +232,7 @@ class Search:
     def _is_over(self, trial: Seen, state: State) -> None:
         """Note that a trial has ended."""
         trial.state = state
-        if trial.unfit:
+        if trial.failed_at_once:
             trial.values, trial.others = {}, {}  # its donor's
         if state == "complete" and trial.value is not None:
             self._best = min(trial, self._best or trial, key=self._order)
@@ -393,8 +393,11 @@ class Search:
         if not found.state.is_finished():
             self._take_up(trial, run)
             return
-        if run is not None and self.plan.unit != SHARE and seen.is_whole(run, self.plan.objectives):
-            self._is_over(trial, "complete")  # even if it ended here before that, and was then resumed
+        if (
+            run is not None and self.plan.unit != SHARE
+            and seen.trained_since(found, run, self.plan.objectives)
+        ):  # fmt: skip
+            self._is_over(trial, "complete")
             return
         self._is_over(trial, seen.ENDED[found.state])
         trial.error = str(found.user_attrs.get("error", ""))

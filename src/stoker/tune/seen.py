@@ -71,12 +71,14 @@ class Seen:
         return self.state not in ("running", "paused")
 
     @property
-    def unfit(self) -> bool:
-        """Whether it is a fork that failed before it reported anything of its own.
-
-        So does one whose values make another model or optimizer than that of its donor's checkpoint.
-        """
+    def failed_at_once(self) -> bool:
+        """Whether it is a fork that failed before it reported anything of its own."""
         return self.parent is not None and self.state == "failed" and self.step <= self.origin[0]
+
+    @property
+    def unfit(self) -> bool:
+        """Whether it is a fork whose model or optimizer is another than that of its donor's checkpoint."""
+        return self.failed_at_once and manifest.says_unfit(self.error)
 
     @property
     def value(self) -> float | None:
@@ -158,10 +160,18 @@ def newest(run: RunView, objectives: Iterable[Objective]) -> dict[str, float]:
     return {metric: value for metric, value in found.items() if value is not None}
 
 
-def is_whole(run: RunView, objectives: Sequence[Objective]) -> bool:
-    """Whether a run was trained to its end, with a value of each objective."""
+def trained_since(trial: FrozenTrial, run: RunView, objectives: Sequence[Objective]) -> bool:
+    """Whether a trial that had ended was resumed after that and trained to its end, with all objectives.
+
+    Its run may say that it finished before, too: of several ranks, one failed after that, or it lacked a
+    value.
+    """
+    ended = trial.datetime_complete
+    if run.status != view.FINISHED or ended is None or run.attempts[-1].started < ended.timestamp():
+        return False
     values = [run.last(one.metric) for one in objectives]
-    return run.status == view.FINISHED and all(value is not None and math.isfinite(value) for value in values)
+    whole = all(value is not None and math.isfinite(value) for value in values)
+    return whole and bool(points(run, objectives[0].metric))
 
 
 def spent(run: RunView) -> float:

@@ -146,7 +146,7 @@ def _trained_since(trial: FrozenTrial, folder: Path, objectives: Sequence[Object
         return None
     run = finding.locate(folder.parent, told.get("sweep", folder.name), told["run"])
     found = view.load(run) if run.exists() and SHARE not in told.get("spent", {}) else None
-    if found is None or not seen.is_whole(found, objectives):
+    if found is None or not seen.trained_since(trial, found, objectives):
         return None
     values, points = seen.newest(found, objectives), seen.points(found, objectives[0].metric)
     several = {"values": [list(point) for point in points.items()]} if len(objectives) > 1 else {}
