@@ -34,7 +34,7 @@ import os, subprocess, sys
 import ray, stoker
 
 recipe = sys.argv[1]
-ray.init("local", num_cpus=1, include_dashboard=False)  # a cluster that asks for a token, which this process has
+ray.init("local", num_cpus=1, include_dashboard=False)  # it asks for a token, which this process has
 here = ray.get_runtime_context().gcs_address
 
 def search(address):
