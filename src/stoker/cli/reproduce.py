@@ -58,7 +58,7 @@ from stoker.reproduce.inputs import Input
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
 from stoker.run import finding, view
-from stoker.run.directory import SWEEP, RunDirectory
+from stoker.run.directory import RunDirectory
 from stoker.run.series import measures_machine
 from stoker.run.view import RunView
 
@@ -171,7 +171,7 @@ def _free(of: RunDirectory) -> RunDirectory:
     It is in the experiment of the original; of a trial, in one of its own, as it is no trial of the search.
     """
     folder, name, number = of.path.parent, finding.checked(f"{of.id}-again"), 1
-    while (folder / SWEEP).is_file():
+    while RunDirectory(folder / name).is_trial:
         folder = folder.with_name(finding.checked(f"{folder.name}-again", "experiment"))
     while (folder / name).exists():
         number += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,10 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
 def _metadata(view: RunView, about: About) -> str:
     from huggingface_hub import ModelCardData
 
-    hub_sets = [_on_hub(view, name) for name in _sources(view)]
-    base = _on_hub(view, about.base or "")
+    read = facts.provenance(view.directory).data.values()
+    local = frozenset(str(about["path"]) for about in read if "absolute" in about)
+    hub_sets = [_on_hub(view, name, local) for name in _sources(view)]
+    base = _on_hub(view, about.base or "", local)
     adapter = about.kind == "adapter"
     metadata = ModelCardData(
         base_model=base,
@@ -114,21 +116,17 @@ def _metadata(view: RunView, about: About) -> str:
     return str(metadata.to_yaml())
 
 
-def _on_hub(view: RunView, name: str) -> str | None:
-    """The id that the hub links to, without revision, config or split; None if it is none of the hub's."""
-    bare = hub_datasets.parse(name).name
-    return bare if _HUB_ID.fullmatch(bare) and not _is_local(view, name) else None
-
-
-def _is_local(view: RunView, name: str) -> bool:
-    """Whether a name is that of a file or folder, which may be gone by now: the run recorded those it read.
+def _on_hub(view: RunView, name: str, local: Set[str]) -> str | None:
+    """The id that the hub links to, without revision, config or split; None if it is none of the hub's.
 
     A relative path starts from the folder that the run was started in; that of `--base` from the current one.
+
+    Args:
+        local: the files and folders that the run has read, which may be gone by now.
     """
-    read = facts.provenance(view.directory).data.values()
-    if any(about["path"] == name and "absolute" in about for about in read):
-        return True
-    return Path(name).exists() or Path(view.record.get("cwd", ""), name).exists()
+    bare = hub_datasets.parse(name).name
+    is_local = name in local or Path(name).exists() or Path(view.record.get("cwd", ""), name).exists()
+    return bare if _HUB_ID.fullmatch(bare) and not is_local else None
 
 
 def _summary(view: RunView, about: About) -> str:

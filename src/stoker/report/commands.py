@@ -14,7 +14,6 @@ from stoker.report import facts
 from stoker.reproduce import stretch
 from stoker.reproduce.stretch import Part
 from stoker.run import again
-from stoker.run.directory import SWEEP
 from stoker.run.view import RunView
 from stoker.words import some
 
@@ -58,14 +57,9 @@ def _typed(view: RunView) -> list[str]:
 def _is_of_another(view: RunView, part: Part) -> bool:
     """Whether the recorded command is that of a sweep, repeats a run, or trained nothing that counts."""
     relations = [parent.get("relation") for parent in view.record.get("parents", ())]
-    if again.TAG in relations or is_trial(view):
+    if again.TAG in relations or view.directory.is_trial:
         return True
     return bool(part.drift) or part.world != view.attempts[0].world
-
-
-def is_trial(view: RunView) -> bool:
-    """Whether a run is a trial of a sweep."""
-    return (view.directory.path.parent / SWEEP).is_file()
 
 
 def _reference(view: RunView) -> str:

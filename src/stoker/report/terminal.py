@@ -151,7 +151,7 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
 
 def next_commands(view: RunView) -> list[str]:
     """The commands to type next, given the status of the run."""
-    trial = commands.is_trial(view)
+    trial = view.directory.is_trial
     run = view.directory.name if trial else view.directory.id  # each sweep has a trial-0000
     if view.status == "running":
         return [f"stoker runs show {run}", f"stoker report {run}"]

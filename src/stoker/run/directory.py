@@ -103,6 +103,11 @@ class RunDirectory:
         """Whether a process is training this run now, here or, as far as known, on another machine."""
         return self.trained_here or bool(lease.held_elsewhere(self.path))
 
+    @property
+    def is_trial(self) -> bool:
+        """Whether the run is a trial of a search."""
+        return (self.path.parent / SWEEP).is_file()
+
     def exists(self) -> bool:
         """Whether the run exists; an empty `run.json`, left by a power cut, does not count."""
         try:

@@ -30,7 +30,7 @@ import wandb
 from requests.utils import get_netrc_auth
 from stoker.errors import StokerError
 from stoker.run import media, view
-from stoker.run.directory import SWEEP, RunDirectory
+from stoker.run.directory import RunDirectory
 from stoker.tracking import identity, sink, wandb_files
 from stoker.tracking.feed import SYSTEM
 from stoker.tracking.sink import Batch, Ending, Point, SinkRun
@@ -119,7 +119,7 @@ class WandbSink:
             id=run,
             name=self._directory.id,
             project=os.environ.get("WANDB_PROJECT") or self._directory.experiment,
-            group=self._directory.experiment if (self._directory.path.parent / SWEEP).is_file() else None,
+            group=self._directory.experiment if self._directory.is_trial else None,
             config=self._record["config"],
             dir=str(self._directory.path),
             mode="online" if self._online else "offline",

@@ -13,7 +13,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunNames
 from stoker.errors import BadInput
 from stoker.run import artifacts, finding, mirror, opening
-from stoker.run.directory import SWEEP, RunDirectory
+from stoker.run.directory import RunDirectory
 from stoker.words import counted
 
 log = logging.getLogger("stoker")
@@ -47,7 +47,7 @@ def remove(
 
 
 def _tell_of_trials(found: list[RunDirectory]) -> None:
-    trials = Counter(each.path.parent.name for each in found if (each.path.parent / SWEEP).is_file())
+    trials = Counter(each.path.parent.name for each in found if each.is_trial)
     for sweep, count in trials.items():
         log.warning(
             "%s of the sweep %s: its study keeps what they came to, and a trial that has not ended would be "
