@@ -67,6 +67,9 @@ def test_a_rank_that_does_not_end_is_ended_soon_and_not_blamed(stoker: Command, 
     assert done.code == 1
     assert "RuntimeError: what one rank cannot do" in done.err
     assert "SIGKILL" not in done.err
+    seen = loaded(tmp_path / "runs" / "ranked" / "a")
+    assert seen.status == "failed"  # although the rank that says so was ended
+    assert (seen.attempts[-1].error or "").startswith("rank 1: RuntimeError: what one rank cannot do")
 
 
 def test_a_signal_to_the_whole_process_group_costs_no_checkpoint(

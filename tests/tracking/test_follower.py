@@ -236,6 +236,11 @@ def test_mlflow_says_why_a_run_ended_and_no_longer_once_it_goes_on(
         mlflow = seen(runs)
         assert (mlflow.status, mlflow.run.data.tags["stoker.status"]) == ("KILLED", status)
         assert "stoker.error" not in mlflow.run.data.tags
+    trainer = Trainer(run)
+    trainer.die()
+    journal.note_failure(run.journal, trainer.number, "rank 1: what it raised", raised=True)
+    finish(run)
+    assert (seen(runs).status, seen(runs).run.data.tags["stoker.status"]) == ("FAILED", "failed")
 
 
 def test_mlflow_has_who_began_a_run_its_script_and_its_inputs_once(

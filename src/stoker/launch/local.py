@@ -174,7 +174,7 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
         if watch.told:  # it did end as asked, if not in the intended way
             raise StokerError(str(failure)) from failure
         failure.step, failure.saved = _progress(folder)
-        _tell_run(folder, failure.brief or str(failure).partition("\n")[0])
+        _tell_run(folder, failure.brief or str(failure).partition("\n")[0], raised=failure.raised)
         raise
     return _code([end.code or 0 for _, end in sorted(ends.items())])
 
@@ -187,12 +187,12 @@ def _code(codes: Sequence[int]) -> int:
     return EXIT_INTERRUPTED if codes[0] and EXIT_INTERRUPTED in codes else codes[0]
 
 
-def _tell_run(folder: Path, error: str) -> None:
+def _tell_run(folder: Path, error: str, *, raised: bool = False) -> None:
     """Record in the run's journal why its ranks failed: those that lost a peer only know that."""
     run = supervision.run_of(folder)
     newest = run and journal.newest_attempt(RunDirectory(run).journal)
     if run and newest:
-        journal.note_failure(RunDirectory(run).journal, newest[0], error)
+        journal.note_failure(RunDirectory(run).journal, newest[0], error, raised=raised)
 
 
 def _progress(folder: Path) -> tuple[int, int]:

@@ -191,11 +191,16 @@ def control(journal: Path) -> JournalWriter:
             continue
 
 
-def note_failure(journal: Path, attempt: int, error: str) -> None:
-    """Record from outside why an attempt failed; does nothing if that cannot be written."""
+def note_failure(journal: Path, attempt: int, error: str, *, raised: bool = False) -> None:
+    """Record from outside why an attempt failed; does nothing if that cannot be written.
+
+    Args:
+        raised: whether a rank raised an exception: then the attempt has failed, even if rank 0 was ended
+            before it could say so.
+    """
     with contextlib.suppress(OSError):
         writer = control(journal)
-        writer.append("attempt_failed", of=attempt, error=error)
+        writer.append("attempt_failed", of=attempt, error=error, raised=raised)
         writer.close()
 
 

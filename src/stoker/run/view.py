@@ -231,6 +231,8 @@ def _failed(view: RunView, event: Event) -> None:
     for attempt in view.attempts:
         if attempt.number == event["of"]:
             attempt.error = event["error"]
+            if event.get("raised") and attempt.ended is None:  # what it says itself, it may say later
+                attempt.status = FAILED
 
 
 def _given_up(view: RunView, event: Event) -> None:

@@ -51,6 +51,8 @@ class Feed:
         self._ending: Ending | None = None
         self._errors: dict[int, str | None] = {}
         """Of attempts, as their launchers recorded it; they know more than rank 0."""
+        self._raised: set[int] = set()
+        """The attempts that an exception of a rank has ended."""
         self._given_up: set[int] = set()
         """The attempts after which a search has given the run up."""
         self._last_event = 0.0
@@ -69,7 +71,8 @@ class Feed:
 
     def ending(self) -> Ending:
         """How the run ended, once its process is gone: killed, unless the journal says otherwise."""
-        ending = self._ending or Ending(view.KILLED, self._last_event)
+        unsaid = view.FAILED if self._attempt in self._raised else view.KILLED
+        ending = self._ending or Ending(unsaid, self._last_event)
         if self._attempt in self._given_up:
             ending = replace(ending, status=view.STOPPED)
         return replace(ending, error=self._errors.get(self._attempt, ending.error))
@@ -110,6 +113,7 @@ class Feed:
             self._ending = Ending(event["status"], event["time"], event.get("error"))
         elif event["type"] == "attempt_failed":
             self._errors[event["of"]] = event["error"]
+            self._raised.update([event["of"]] if event.get("raised") else [])
         else:
             self._given_up.add(event["of"])
 
