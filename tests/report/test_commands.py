@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from stoker.report import commands
+from stoker.reproduce import stretch
 from stoker.run.directory import RunDirectory
 from stoker.run.state import Attempt, RunView
 
@@ -63,6 +64,20 @@ def test_a_run_that_was_continued_with_changes_is_that_of_several_commands() -> 
     assert commands.of(view, 18, elsewhere=True) == ["stoker train llm lr=0.5"]
     own = _view({}, longer, record={"command": ["own.py"]})
     assert commands.of(own) == ["python own.py  # up to step 18", "# from step 19 on, epochs=4"]
+
+
+def test_a_run_that_was_continued_on_another_device_is_that_of_two_commands() -> None:
+    gpu, cpu = ({"layout": {"device": name}} for name in ("NVIDIA H200", "cpu"))
+    view = _view(gpu, {**gpu, "resumed_from": 10}, {**cpu, "resumed_from": 20})
+    assert commands.of(view) == [
+        "stoker train llm lr=0.5 --name a  # up to step 20",
+        "stoker resume a  # from step 21 on, on another device: cpu",
+    ]
+    found = stretch.find(view)
+    assert (found.until, found.why) == (20, "it resumed on cpu instead of NVIDIA H200")
+    unknown = _view(gpu, {"resumed_from": 10})  # such as a loop without a Trainer
+    assert len(commands.of(unknown)) == 1
+    assert not stretch.find(unknown).why
 
 
 def test_what_the_first_command_trained_in_vain_does_not_count() -> None:

@@ -98,6 +98,7 @@ def _next(view: RunView, name: str, before: Part, now: Part) -> str:
     ranks = ["--nproc", str(now.world)] if now.world != before.world else []
     changed = [path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)]
     said = [f"from step {now.after + 1:,} on", *([f"other code: {some(changed)}"] if changed else [])]
+    said += [f"on another device: {now.device}"] if now.device != before.device else []
     if _reference(view):
         return _line(["stoker", "resume", name, *given, *ranks], said)
     return _line([], [*said, *given, *([f"{now.world} ranks"] if ranks else [])])

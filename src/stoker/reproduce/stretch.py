@@ -1,7 +1,8 @@
 """The steps of a run that a single training can repeat: with one config, on one number of ranks.
 
-A run that was continued on a different number of ranks, or with a changed config or code, differs from what
-one training gives: the repetition ends where that changed, or starts after it, from a checkpoint.
+A run that was continued on a different number of ranks or another kind of device, or with a changed config or
+code, differs from what one training gives: the repetition ends where that changed, or starts after it, from a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -52,13 +53,18 @@ class Part:
     """The keys of the config that differ from the run's record."""
     code: Mapping[str, str | None]
     """The code files that differ from those at the run's start."""
+    device: str
+    """The kind of device; empty if that was not recorded."""
 
 
 def parts(view: RunView, until: int) -> list[Part]:
     """The parts of a run that made its first steps, in their order; a run without steps has one."""
     found: list[Part] = []
     for start, attempt in _parts(view):
-        made = Part(start, _config(view, attempt), attempt.world, frozenset(attempt.drift), attempt.code)
+        made = Part(
+            start, _config(view, attempt), attempt.world, frozenset(attempt.drift), attempt.code,
+            _device(attempt) or (found[-1].device if found else ""),
+        )  # fmt: skip
         if not found or (start < until and made != replace(found[-1], after=start)):
             found.append(made)
     return found
@@ -117,10 +123,16 @@ def _config(view: RunView, attempt: Attempt) -> dict[str, Any]:
     return {**view.record["config"], **{key: new for key, (_, new) in attempt.drift.items()}}
 
 
+def _device(attempt: Attempt) -> str:
+    return str(attempt.layout.get("device", ""))
+
+
 def _changed(view: RunView, before: Attempt, now: Attempt) -> str:
     """What changed between two attempts, as text; empty if nothing did."""
     if before.world != now.world:
         return f"it resumed with {now.world} ranks instead of {before.world}"
+    if "" not in (_device(before), _device(now)) and _device(before) != _device(now):
+        return f"it resumed on {_device(now)} instead of {_device(before)}"
     one, other = _config(view, before), _config(view, now)
     changes = [f"{key} from {one.get(key)} to {other[key]}" for key in other if one.get(key) != other[key]]
     if changes:
