@@ -33,6 +33,7 @@ from stoker.engine import (
     batches,
     blocks,
     counting,
+    deepspeed_file,
     determinism,
     device,
     early_stopping,
@@ -123,7 +124,7 @@ class Trainer:
         self.run, self._attempt = run, run.attempt
         self.world = run.world
         arguments.check(training, model, optimizer, loss, schedule)
-        self.training = options.with_deepspeed_file(training)
+        self.training = deepspeed_file.completed(training)
         options.check(self.training, ranks=self.world.size, gpus=device.count(self.world))
         if self.training.deterministic:
             determinism.require()
@@ -274,7 +275,7 @@ class Trainer:
             options.check_pipeline_batch(self.training, share, self.mesh.size("stage"))
         if self.training.micro_batch != "auto":
             parts = -(-share // (self.training.micro_batch or share))
-            options.check_deepspeed_batch(
+            deepspeed_file.check_batch(
                 self.training, batch_size=batch_size, ranks=self.world.size, parts=parts
             )
         loader = Loader(

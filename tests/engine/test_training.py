@@ -16,7 +16,17 @@ import pytest
 import torch
 from stoker import BadInput, Run, Trainer, Training
 from stoker.duration import Duration
-from stoker.engine import device, memory, micro_batch, optimizers, options, rehearsal, schedule, strategies
+from stoker.engine import (
+    deepspeed_file,
+    device,
+    memory,
+    micro_batch,
+    optimizers,
+    options,
+    rehearsal,
+    schedule,
+    strategies,
+)
 from stoker.engine.loss_scale import LossScale
 from stoker.errors import StokerError
 from stoker.world import World
@@ -572,9 +582,9 @@ def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
         tmp_path, train_micro_batch_size_per_gpu=2, gradient_clipping=0.7, bf16={"enabled": True},
         zero_optimization={"stage": 1, "reduce_bucket_size": 1000}, train_batch_size="auto",
     )  # fmt: skip
-    found = options.with_deepspeed_file(Training(parallel="deepspeed", deepspeed=chosen))
+    found = deepspeed_file.completed(Training(parallel="deepspeed", deepspeed=chosen))
     assert (found.micro_batch, found.clip_norm, found.precision) == (2, 0.7, "bf16")
-    assert options.zero_stage(chosen) == 1
+    assert deepspeed_file.stage(chosen) == 1
 
 
 @pytest.mark.parametrize(
@@ -597,7 +607,7 @@ def test_what_a_deepspeed_file_sets_twice_is_refused(
 ) -> None:
     training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content), **settings)
     with pytest.raises(BadInput, match=said):
-        options.with_deepspeed_file(training)
+        deepspeed_file.completed(training)
 
 
 @pytest.mark.parametrize(
@@ -608,6 +618,9 @@ def test_what_a_deepspeed_file_sets_twice_is_refused(
             {"zero_optimization": {"stage": "abc"}},
             'zero_optimization.stage is "abc": must be 0, 1, 2 or 3',
         ),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2: must be 0 or 1, since"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2: must be 1, since"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel.enabled is true: must be false, since"),
         ({"bf16": True}, "bf16 is true: must be an object"),
         ({"activation_checkpointing": 3}, "activation_checkpointing is 3: must be an object"),
         ({"bf16": {"enabled": "yes"}}, 'bf16.enabled is "yes": must be true or false'),
@@ -620,7 +633,7 @@ def test_what_a_deepspeed_file_sets_twice_is_refused(
 )
 def test_a_mistake_in_a_deepspeed_file_is_named(content: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=re.escape(said)):
-        options.with_deepspeed_file(Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content)))
+        deepspeed_file.completed(Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content)))
 
 
 @pytest.mark.parametrize(
@@ -636,7 +649,7 @@ def test_a_deepspeed_file_sets_the_precision_or_leaves_it(
     content: dict[str, Any], precision: str, tmp_path: Path
 ) -> None:
     training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content))
-    assert options.with_deepspeed_file(training).precision == precision
+    assert deepspeed_file.completed(training).precision == precision
 
 
 @pytest.mark.parametrize(
@@ -646,9 +659,10 @@ def test_a_deepspeed_file_sets_the_precision_or_leaves_it(
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs stage 1, 2 or 3"),
         ({"stage": 2, "offload_param": {"device": "none"}}, ""),
         ({"stage": 3, "offload_param": {"device": "cpu"}}, ""),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param is on nvme, where no checkpoint"),
     ],
 )
-def test_what_no_stage_offloads_is_refused_in_a_deepspeed_file_too(
+def test_what_its_stage_or_no_checkpoint_reaches_is_refused_in_a_deepspeed_file_too(
     content: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, zero_optimization=content))
@@ -671,11 +685,11 @@ def test_what_no_stage_offloads_is_refused_in_a_deepspeed_file_too(
         ),
         (
             {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
-            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is 1",
+            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but it is 1",
         ),
         (
             {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}},
-            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is 0: remove it",
+            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but it is 0: remove it",
         ),
     ],
 )
@@ -701,7 +715,7 @@ def test_on_a_cpu_zero_keeps_a_frozen_weight_without_copying_it(open_run: Callab
 
 
 def test_a_deepspeed_file_may_switch_clipping_off(tmp_path: Path) -> None:
-    found = options.with_deepspeed_file(
+    found = deepspeed_file.completed(
         Training(parallel="deepspeed", deepspeed=_file(tmp_path, gradient_clipping=0.0))
     )
     assert found.clip_norm is None
@@ -728,7 +742,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_deepspeed_file_with_another_stage_or_batch_is_refused(tmp_path: Path) -> None:
     chosen = _file(tmp_path, zero_optimization={"stage": 3}, train_batch_size=64)
     with pytest.raises(BadInput, match=r"the ZeRO stage is set twice: deepspeed.stage=2, but 3"):
-        options.zero_stage(dataclasses.replace(chosen, stage=2))
+        deepspeed_file.stage(dataclasses.replace(chosen, stage=2))
     training = Training(parallel="deepspeed", deepspeed=chosen)
     with pytest.raises(BadInput, match="sets train_batch_size to 64, but the run uses 32"):
-        options.check_deepspeed_batch(training, batch_size=32, ranks=2, parts=1)
+        deepspeed_file.check_batch(training, batch_size=32, ranks=2, parts=1)

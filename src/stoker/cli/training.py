@@ -14,7 +14,7 @@ from stoker import machine, recipes
 from stoker.cli import outcome
 from stoker.cli.output import say_error, show_messages
 from stoker.config import Resolved
-from stoker.engine import options, random_state
+from stoker.engine import deepspeed_file, options, random_state
 from stoker.engine.options import Training
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, Stopped, stops_as_raised
 from stoker.launch import alone, ranks
@@ -99,7 +99,7 @@ def check_ranks(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None
     """The quick part of `check`, which depends on the number of ranks. Raises BadInput."""
     if isinstance(config, Training):
         options.check(
-            options.with_deepspeed_file(config), ranks=ranks,
+            deepspeed_file.completed(config), ranks=ranks,
             gpus=_gpus(config, ranks) if gpus is None else gpus,
             batch_size=getattr(config, "batch_size", None),
         )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from stoker import words
-from stoker.engine import blocks, gradients, options, quiet
+from stoker.engine import blocks, deepspeed_file, gradients, quiet
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
@@ -69,7 +69,7 @@ class DeepSpeedStep:
         _quieten()
         import deepspeed
 
-        self.stage = options.zero_stage(training.deepspeed)
+        self.stage = deepspeed_file.stage(training.deepspeed)
         if setting.precision == "fp16" and self.stage > 0 and setting.mesh.device.type == "cpu":
             raise BadInput("parallel=deepspeed supports precision=fp16 on GPUs only: use bf16 or fp32")
         self._setting = setting
@@ -384,7 +384,7 @@ def partition(
 
 def _casts(model: nn.Module, training: Training, setting: Setting) -> bool:
     """Whether the weights of the forward pass have the run's precision. If not, autocast does the casting."""
-    halved = setting.precision != "fp32" and options.zero_stage(training.deepspeed) > 0
+    halved = setting.precision != "fp32" and deepspeed_file.stage(training.deepspeed) > 0
     return halved and not blocks.has_batch_norm(model)
 
 
@@ -441,7 +441,7 @@ def check_file(training: Training, setting: Setting, model: nn.Module) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
-        given = options.read_deepspeed(file)
+        given = deepspeed_file.read(file)
         section = [s for s, held in given.items() if place and isinstance(held, dict) and place[0] in held]
         where = ".".join([*section[:1], *place]) or "DeepSpeed refuses it"
         raise BadInput(f"{file}: {where}: {first['msg']}") from error
@@ -454,7 +454,7 @@ def config(training: Training, setting: Setting, model: nn.Module) -> dict[str, 
     bucket = min(_BUCKET, sum(_shape(p).numel() for p in model.parameters() if p.requires_grad))
     halved = setting.precision if _casts(model, training, setting) else "fp32"
     chosen = training.deepspeed
-    zero: dict[str, Any] = {"stage": options.zero_stage(chosen), "reduce_bucket_size": bucket}
+    zero: dict[str, Any] = {"stage": deepspeed_file.stage(chosen), "reduce_bucket_size": bucket}
     if chosen.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if chosen.offload_parameters:
@@ -471,9 +471,9 @@ def config(training: Training, setting: Setting, model: nn.Module) -> dict[str, 
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    given = options.read_deepspeed(chosen.config)
+    given = deepspeed_file.read(chosen.config)
     for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"):
-        given.pop(key, None)  # checked against the run's own: see `options.with_deepspeed_file`
+        given.pop(key, None)  # checked against the run's own: see `deepspeed_file.completed`
     # Whatever the file says: it may only repeat the run's precision, which is not always DeepSpeed's.
     own = {"bf16": {"enabled": halved == "bf16"}, "fp16": {"enabled": halved == "fp16", "loss_scale": 1.0}}
     return _merged(_merged(made, given), own)
