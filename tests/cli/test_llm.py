@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from stoker import config as configs
 from stoker.data import python_docs
 from stoker.errors import BadInput
-from stoker.recipes.llm import Config
+from stoker.recipes.llm import Config, check_launch
 
 import families
 from support import loaded, wait_for_points
@@ -346,6 +346,21 @@ def test_what_is_asked_of_evaluations_that_are_turned_off_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=said):
         configs.resolve(Config, given)
+
+
+def test_an_adapter_of_a_new_model_which_nobody_else_has_is_refused_and_a_folder_of_its_name_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = ("lora.rank=4", "lora.adapter=adapter")
+    for given in adapter:
+        with pytest.raises(BadInput, match="model=tiny is a new one of that size: name the model"):
+            check_launch(configs.resolve(Config, [given]).config)
+    check_launch(configs.resolve(Config, ["model=tiny"]).config)
+    assert not caplog.text
+    families.save(tmp_path / "tiny", "gpt2")
+    check_launch(configs.resolve(Config, ["model=tiny"]).config)
+    assert "the one in the folder of this name is model=./tiny" in caplog.text
 
 
 def test_a_generation_ends_with_the_positions_of_the_model(

@@ -330,6 +330,11 @@ def test_what_is_left_out_is_said_of_each_file_and_of_what_is_evaluated_on(tmp_p
             '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}',
         ),
         ("{}", "no known field; the record's fields are none; "),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+            "a preference, 'chosen' over 'rejected': there is no DPO or reward modelling here; to train on "
+            "the chosen answers alone, as in columns='{prompt: prompt, completion: chosen}'",
+        ),
         ('{"conversations": "hi"}', "'conversations' must be a list of messages, not a string"),
         ("[" * 100_000, "not usable JSON: nested too deeply"),
     ],

@@ -581,6 +581,10 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert "1 document is left out, as nothing remains of the answer" in caplog.text
     with pytest.raises(BadInput, match=r"^validation: no tokens are left of 1 document"):
         data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
+    caplog.clear()
+    with caplog.at_level("WARNING", "stoker"):
+        data.pack_evaluated([source([], [long, short], [])], tokenizer, sequence_length=32)
+    assert "made: 1 document is left out" in caplog.text, "evaluation data is no split"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -104,7 +104,9 @@ def prepare(
 
         merging.merge(made.folder, merged, base)
         folder = merged
-    elif adapter and Path(of or "").is_dir():
+    elif adapter and not of:
+        log.warning("the adapter does not say which model it is for: others need that to use it, give --base")
+    elif of and adapter and Path(of).is_dir():
         log.warning(
             "the adapter's base model is the local folder %s: for others, give --base org/name or --merge",
             of,

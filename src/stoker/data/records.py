@@ -216,6 +216,11 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
         return "", "", ()
     if chat is not None:
         raise BadInput(f"{where}: {chat!r} must be a list of messages, not {kind_of(record[chat])}")
+    if "chosen" in record and "rejected" in record:
+        raise BadInput(
+            f"{where}: a preference, 'chosen' over 'rejected': there is no DPO or reward modelling here; to "
+            f"train on the chosen answers alone, as in columns='{_columns_for(record)}'"
+        )
     has = ", ".join(repr(name) for name in record) or "none"
     raise BadInput(
         f"{where}: no known field; the record's fields are {has}; known formats are {_FORMS_TEXT}; map other "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 from stoker import config
 from stoker.duration import Duration
+
+log = logging.getLogger("stoker")
 
 
 def _parts(value: Any) -> Any:
@@ -52,6 +56,15 @@ def check_length(max_steps: Duration | None, epochs: float | None) -> None:
     """Raises ValueError if the length of training is given twice."""
     if max_steps is not None and epochs is not None:
         raise ValueError(f"max_steps={max_steps} and epochs={epochs}: give only one of the two")
+
+
+def warn_of_folder(size: str) -> None:
+    """Warn if a model lies in a folder whose name is that of a size, which means a new model."""
+    if Path(size, "config.json").is_file():
+        log.warning(
+            "model=%s is a new model of that size; the one in the folder of this name is model=./%s",
+            size, size,
+        )  # fmt: skip
 
 
 def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:

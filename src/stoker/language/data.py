@@ -109,7 +109,7 @@ def pack_evaluated(
     packed = _Packer(
         found, tokenizer, sequence_length=sequence_length, loss_on=loss_on, packing=packing, values=values
     )
-    return {source.name: packed(source, "validation") for source in found}
+    return {source.name: packed(source, "validation", source.name) for source in found}
 
 
 class _Packer:
@@ -134,10 +134,13 @@ class _Packer:
         }  # fmt: skip
         """Those that `tokens.tokenise` and `Stream` share."""
 
-    def __call__(self, source: Source, split: str) -> PackedDataset:
+    def __call__(self, source: Source, split: str, name: str | None = None) -> PackedDataset:
+        """Args:
+        name: what messages call it, if not by its split.
+        """
         documents: list[Document] = getattr(source.splits, split)
         corpus = make_corpus(documents, split).fingerprint
-        name = _named(self._found, source, split)
+        name = name or _named(self._found, source, split)
         with _naming(name):
             made = tokens.tokenise(documents, fingerprint=(corpus, self.encoder.fingerprint), **self.settings)
         data_messages.say_what_is_lost(name, [made])

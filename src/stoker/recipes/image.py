@@ -117,7 +117,9 @@ def check_launch(config: Config) -> None:
             "parallel=pipeline: a ResNet cannot be split into stages, its blocks differ too much in size; "
             "use parallel=ddp or fsdp"
         )
-    if config.model not in SIZES:
+    if config.model in SIZES:
+        keys.warn_of_folder(config.model)
+    else:
         from stoker.language import hub
 
         hub.find(config.model, known=tuple(SIZES), weights=False)

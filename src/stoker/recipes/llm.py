@@ -226,6 +226,8 @@ def check_launch(config: Config) -> None:
         chat_template.read(config.chat_template)
     sources.check(config.named, config.columns)
     is_new = config.model in shape.SIZES
+    if is_new:
+        _check_new(config)
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
     if config.rope_scaling.used:
         _check_scaling(config, model)
@@ -248,6 +250,16 @@ def check_launch(config: Config) -> None:
         from stoker.language import quantised
 
         quantised.check()
+
+
+def _check_new(config: Config) -> None:
+    """Raises BadInput if an adapter of a new model would be trained: nobody else has its random weights."""
+    if config.lora.used:
+        raise BadInput(
+            f"lora trains an adapter of a model that there is, but model={config.model} is a new one of that "
+            "size: name the model, a folder or a hub id, or omit lora to train all weights"
+        )
+    keys.warn_of_folder(config.model)
 
 
 def _check_scaling(config: Config, model: Path | None) -> None:

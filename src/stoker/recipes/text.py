@@ -140,6 +140,7 @@ def check_launch(config: Config) -> None:
 
         hub.check_tokenizer(config.tokenizer)
     if config.is_new:
+        keys.warn_of_folder(config.model)
         config.shape  # noqa: B018 (raises if the shape is invalid)
         return
     own = ("layers", "width", "heads", "feed_forward", "dropout")
