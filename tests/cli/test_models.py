@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stoker.checkpoint import manifest, store
+from stoker.cli import models
 from stoker.run import artifacts, journal
 from stoker.run.directory import RunDirectory
 from stoker.tracking import store as tracking_store
@@ -139,3 +140,11 @@ def test_nothing_of_mlflow_is_printed(run: RunDirectory, stoker: Any) -> None:
     done = stoker("models", "pull", "fraud", "-o", "here", cold=True)
     assert (done.out, done.err) == ("here\n", "")
     assert json.loads(stoker("models", "show", "fraud", "--json").out)["name"] == "fraud"
+
+
+def test_a_list_in_a_pipe_leaves_nothing_out(capsys: pytest.CaptureFixture[str]) -> None:
+    name, run = "a-model-" * 10, "experiment/" + "a-run-" * 10
+    models._print_list([models.Version(name, 12, 0.0, "production", [], run, 5, {"metric.val_loss": "0.5"})])
+    headings, line = capsys.readouterr().out.splitlines()
+    assert headings.split() == ["model", "stage", "run", "val_loss", "registered"]
+    assert line.split()[:4] == [f"{name}@12", "production", run, "0.5"]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from stoker import config as configs
 from stoker import machine, recipes
 from stoker.cli import training
@@ -26,6 +25,7 @@ from stoker.errors import BadInput
 from stoker.launch import local
 from stoker.recipes import Recipe
 from stoker.report import scaling as report
+from stoker.report.terminal import print_whole, table
 from stoker.run import directory, finding, view
 from stoker.words import counted
 
@@ -219,12 +219,11 @@ def _share_cores(most: int) -> None:
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in report.headings(rows):
-        table.add_column(heading, justify="left" if heading == "scaling" else "right", no_wrap=True)
+    headings = report.headings(rows)
+    made = table(headings, right=set(headings) - {"scaling"})
     for row in rows:
-        table.add_row(*report.cells(row))
-    console().print(table)
+        made.add_row(*report.cells(row))
+    print_whole(console(), made)
     for row in rows:
         if row["cause"]:
             console().print(f"{row['scaling']} scaling to {row['ranks']} ranks is poor: {row['cause']}")

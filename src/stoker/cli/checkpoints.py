@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from stoker import exports, words
 from stoker.checkpoint import manifest
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer, console, print_json
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, StokerError
 from stoker.report import facts
-from stoker.report.terminal import print_whole
+from stoker.report.terminal import print_whole, table
 from stoker.run import finding, mirror, opening, view
 from stoker.run.view import RunView
 from typer.core import TyperGroup
@@ -188,16 +187,14 @@ def _row(path: Path) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]], decides: str) -> None:
     shown = list(dict.fromkeys(["loss", "val_loss", decides]))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("step", "size", *shown):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    numbers = ("step", "size", *shown)
+    made = table([*numbers, ""], right=numbers)
     for row in rows:
         size = words.size(row["bytes"]) if row["bytes"] is not None else ""
         name = Path(row["path"]).name + (f", best by {decides}" if row["best"] else "")
         values = [_measured(row, metric) for metric in shown]
-        table.add_row(str(row["step"]), size, *values, row["problem"] or name)
-    print_whole(console(), table)
+        made.add_row(str(row["step"]), size, *values, row["problem"] or name)
+    print_whole(console(), made)
 
 
 def _measured(row: dict[str, Any], metric: str) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from stoker import config as configs
 from stoker import recipes
@@ -19,7 +18,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.resume import return_to
 from stoker.config import Resolved
 from stoker.errors import BadInput
-from stoker.report.terminal import plain
+from stoker.report.terminal import plain, print_whole, table
 from stoker.run import finding, view
 from stoker.words import counted
 
@@ -342,13 +341,10 @@ def _print_numbers(out: Console, source: Source, splits: Mapping[str, Numbers], 
     looked_at = _looked_at(source)
     if looked_at:
         out.print(Text(f"{looked_at['parts']:,} of {looked_at['of']:,} parts were read:"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("")
-    for split in splits:
-        table.add_column(split, justify="right", no_wrap=True)
+    made = table(["", *splits], right=splits, dim=True)
     for heading, cells in _lines(list(splits.values())):
-        table.add_row(Text(heading, "dim"), *cells)
-    out.print(table)
+        made.add_row(Text(heading, "dim"), *cells)
+    print_whole(out, made)
     split, first = next(iter(splits.items()))
     _print_histogram(out, split, first, row)
 
@@ -392,16 +388,15 @@ def _print_histogram(out: Console, split: str, numbers: Numbers, row: int) -> No
 
 
 def _print_mixture(out: Console, found: Sequence[Source], rows: Rows) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("mixture", "weight", "share of rows", "rows per epoch", "passes per epoch"):
-        table.add_column(heading, justify="left" if heading == "mixture" else "right", no_wrap=True)
+    numbers = ("weight", "share of rows", "rows per epoch", "passes per epoch")
+    made = table(["mixture", *numbers], right=numbers, dim=True)
     for source, share in zip(found, _shares(found, rows), strict=True):
-        table.add_row(
-            source.name, f"{source.weight:g}", f"{share['share']:.1%}", f"{share['rows_per_epoch']:,}",
-            f"{share['passes']:.2f}",
+        made.add_row(
+            Text(plain(source.name)), f"{source.weight:g}", f"{share['share']:.1%}",
+            f"{share['rows_per_epoch']:,}", f"{share['passes']:.2f}",
         )  # fmt: skip
     out.print()
-    out.print(table)
+    print_whole(out, made)
 
 
 def _print_epoch(out: Console, about: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.errors import BadInput, StokerError
@@ -20,7 +19,7 @@ from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.targets import Status
 from stoker.object_store import Unreachable
-from stoker.report.terminal import print_whole
+from stoker.report.terminal import print_whole, table
 from stoker.run import finding, mirror, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
@@ -154,16 +153,15 @@ def _entry(job: Job, status: Status) -> dict[str, Any]:
 
 
 def _print(known: Sequence[Job], states: dict[str, Status]) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("job", "on", "id", "state", "run", "step", "nodes", "submitted"):
-        table.add_column(column, no_wrap=True, justify="right" if column in ("step", "nodes") else "left")
+    headings = ("job", "on", "id", "state", "run", "step", "nodes", "submitted")
+    made = table(headings, right=("step", "nodes"))
     for job in known:
         status, step = states[job.id], _step(job)
-        table.add_row(
+        made.add_row(
             job.id, job.target, job.native, Text(_said(status), _STYLES.get(status.state, "yellow")),
             ", ".join(job.trains), "" if step is None else f"{step:,}", str(job.spec.nodes), _when(job),
         )  # fmt: skip
-    print_whole(console(), table)
+    print_whole(console(), made)
 
 
 def _facts(job: Job, status: Status) -> list[tuple[str, str]]:

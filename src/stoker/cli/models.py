@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 from rich.text import Text
 from stoker import exports, storage
 from stoker.checkpoint import manifest
@@ -18,7 +17,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer, console, p
 from stoker.cli.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
 from stoker.report import commands, facts
-from stoker.report.terminal import when
+from stoker.report.terminal import print_whole, table, when
 from stoker.run import finding, view
 from stoker.run.view import RunView
 from stoker.tracking.registry import STAGES, Registry, Version, write_checksums
@@ -200,14 +199,12 @@ def _entry(version: Version) -> dict[str, Any]:
 
 
 def _print_list(versions: list[Version]) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("model", "stage", "run", "val_loss", "registered"):
-        table.add_column(heading, no_wrap=True)
+    made = table(("model", "stage", "run", "val_loss", "registered"))
     now = datetime.now().astimezone()
     for version in versions:
         loss = version.lineage.get("metric.val_loss")
-        table.add_row(
+        made.add_row(
             f"{version.name}@{version.version}", version.stage, version.run,
             facts.number(float(loss)) if loss else "", when(version.created, now),
         )  # fmt: skip
-    console().print(table)
+    print_whole(console(), made)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from stoker.report import facts
-from stoker.report.terminal import plain, print_whole
+from stoker.report.terminal import plain, print_whole, table
 from stoker.reproduce import journals
 from stoker.reproduce.code import Code
 from stoker.reproduce.differences import Difference
@@ -232,12 +232,10 @@ def _verdict(outcome: Outcome) -> Text:
 
 
 def _drifts(drifts: Sequence[Drift]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for index, heading in enumerate(DRIFT_HEADINGS):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    made = table(DRIFT_HEADINGS, right=DRIFT_HEADINGS[1:], dim=True)
     for row in drift_rows(drifts):
-        table.add_row(*(Text(plain(cell)) for cell in (f"  {row[0]}", *row[1:])))
-    return table
+        made.add_row(*(Text(plain(cell)) for cell in (f"  {row[0]}", *row[1:])))
+    return made
 
 
 def _code(checked: Checked) -> str:

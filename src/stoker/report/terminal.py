@@ -7,7 +7,7 @@ interpret them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -56,6 +56,19 @@ class Pending:
     error: str | None
 
 
+def table(headings: Iterable[str], *, right: Container[str] = (), dim: bool = False) -> Table:
+    """A table without lines, whose cells are on one line.
+
+    Args:
+        right: the headings of columns of numbers, which are aligned to the right.
+        dim: whether the headings are.
+    """
+    made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim" if dim else "bold")
+    for heading in headings:
+        made.add_column(heading, no_wrap=True, justify="right" if heading in right else "left")
+    return made
+
+
 def print_whole(console: Console, table: Table) -> None:
     """Print a table without truncating anything; a terminal that is too narrow wraps it."""
     widest = table.__rich_measure__(console, console.options.update(max_width=_UNLIMITED)).maximum
@@ -84,18 +97,15 @@ def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: S
     all_columns = (*COLUMNS[:-2], *more, *judged, *COLUMNS[-2:])
     lines = [_line(run, now, [*more, *judged]) for run in runs]
     columns = fitting(lines, console.width if console.is_terminal else None, all_columns, judged)
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
-    for column in columns:
-        right = column not in ("run", "status", "started")
-        table.add_column(column, no_wrap=True, justify="right" if right else "left")
+    made = table(columns, right=set(columns) - {"run", "status", "started"})
     for line, run in zip(lines, runs, strict=True):
         cells = dict(zip(all_columns, line, strict=True))
         style = _STYLES.get(run.status, "yellow")
-        table.add_row(*(Text(cells[c], style=style if c == "status" else "") for c in columns))
+        made.add_row(*(Text(cells[c], style=style if c == "status" else "") for c in columns))
     console.width = max(
         console.width, _width(lines, columns, all_columns)
     )  # a long id is the terminal's to wrap
-    print_table(console, table)
+    print_table(console, made)
     for run in runs:
         if run.error:
             console.print(Text(f"damaged: {plain(run.error)}", "red"), soft_wrap=True)
