@@ -14,7 +14,8 @@ from stoker.errors import BadInput
 
 TRAIN = (
     "import hashlib; from stoker.data import python_docs; from stoker.data.tokenizer import train_tokenizer\n"
-    "tokenizer = train_tokenizer([d.text for d in python_docs.texts()[:600]], 2000)\n"
+    "texts = [python_docs.read_source(file) for _, file in python_docs.modules()[:150]]\n"
+    "tokenizer = train_tokenizer(texts, 2000)\n"
     "print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())"
 )
 
@@ -26,7 +27,7 @@ def test_training_twice_gives_the_same_bytes() -> None:
         ).stdout.strip()
         for _ in range(2)
     }
-    here = train_tokenizer((d.text for d in python_docs.texts()[:600]), 2000)
+    here = train_tokenizer((python_docs.read_source(file) for _, file in python_docs.modules()[:150]), 2000)
     assert digests == {hashlib.sha256(here.to_str().encode()).hexdigest()}
     assert here.get_vocab_size() == 2000
 
