@@ -177,6 +177,35 @@ def _submitted(spec: JobSpec, runs: tuple[str, ...], before_srun: str = "") -> j
     return jobs.remember(job, slurm_jobs.submit(job, script))
 
 
+def test_what_was_typed_is_worth_more_than_variables_of_the_shell_and_of_a_job_around_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = "scontrol show job $SLURM_JOB_ID > shown; echo $GIVEN ${SLURM_GPUS-no} $SLURM_MINE > has"
+    spec = JobSpec(
+        name="h", command=("bash", "-c", run), folder=folder, time=600.0, passed=("GIVEN", "SLURM_MINE")
+    )
+    shell = {
+        "SBATCH_TIMELIMIT": "1", "SBATCH_ARRAY_INX": "0-3", "SBATCH_EXPORT": "NONE", "SBATCH_WAIT": "",
+        "SBATCH_NO_REQUEUE": "", "SBATCH_OUTPUT": "none.log", "SBATCH_CPUS_PER_GPU": "9",
+        "SBATCH_PARTITION": "high", "GIVEN": "given",
+    }  # fmt: skip
+    outer = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "9999999", "SLURM_GPUS": "9", "SLURM_MINE": "mine"}
+    for name, value in (shell | outer).items():
+        monkeypatch.setenv(name, value)
+    job = _submitted(spec, ("h",))
+    assert _over(job.native) == "COMPLETED", _written(folder)
+    shown = dict(word.partition("=")[::2] for word in (folder / "shown").read_text().split())
+    kept = ("TimeLimit", "Requeue", "Partition", "ArrayTaskId")
+    assert [shown.get(name) for name in kept] == ["00:10:00", "1", "high", None]
+    assert (folder / "has").read_text() == "given no mine\n"
+    assert "# sbatch also reads: SBATCH_PARTITION\n" in (job.folder / "script.sh").read_text()
+
+    typed = dataclasses.replace(spec, options={"partition": "low", "begin": "now+1hour"})
+    number = _submitted(typed, ("h",)).native
+    assert _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%P") == "low"
+    _slurm("scancel", number)
+
+
 def test_an_array_of_which_an_element_has_ended_is_cancelled_whole(stoker: Command, folder: Path) -> None:
     run = "[ $SLURM_ARRAY_TASK_ID = 0 ] && exit 0; trap 'touch told; exit 75' TERM; touch up; sleep 60 & wait"
     spec = JobSpec(name="f", command=("bash", "-c", run), folder=folder, elements=2)

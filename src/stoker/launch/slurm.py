@@ -24,7 +24,7 @@ from pathlib import Path
 
 from stoker import object_store
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
-from stoker.launch import client, job_uploader, jobs, jobspec, tail
+from stoker.launch import client, job_uploader, jobs, jobspec, slurm_variables, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec, Nodes
 from stoker.launch.targets import Line, Status
@@ -90,7 +90,7 @@ def check(job: Job) -> None:
     if os.environ.get("SBATCH_CLUSTERS"):
         raise BadInput(f"SBATCH_CLUSTERS is set: {_ONE_CLUSTER}; unset it")
     _check_nodes(job.spec)
-    done = _call(["sbatch", "--test-only"], given=render(job))
+    done = _sbatch(job, "--test-only", given=render(job))
     if done.returncode != 0:
         raise BadInput(f"sbatch refuses the job: {_said(done)}")
 
@@ -104,7 +104,7 @@ def render(job: Job) -> str:
         "#!/bin/bash",
         *(_directive(key, value) for key, value in _directives(job).items()),
         "",
-        *_environment(spec),
+        *_environment(job),
         *_meeting(spec),
         *(_uploading(job) if stored else []),
         *_counting(job),
@@ -125,7 +125,7 @@ def code(job: Job) -> str:
 def submit(job: Job, rendered: str) -> str:
     """Submit the script; returns the job's number. Raises StokerError."""
     script = jobs.begin(job, SCRIPT, rendered)
-    done = _call(["sbatch", "--parsable", str(script)])
+    done = _sbatch(job, "--parsable", str(script))
     if done.returncode != 0:
         jobs.forget(job)
         raise StokerError(f"sbatch did not accept the job: {_said(done)}")
@@ -245,12 +245,15 @@ def _directive(key: str, value: str) -> str:
     return f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"
 
 
-def _environment(spec: JobSpec) -> list[str]:
+def _environment(job: Job) -> list[str]:
     """Variables, as lines of the script."""
+    spec = job.spec
     given = {"OMP_NUM_THREADS": str(spec.threads), **spec.environment}
     found = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
     if spec.passed:
         found.append(f"# from the shell that called sbatch: {', '.join(spec.passed)}")
+    if read := slurm_variables.read(_for_sbatch(job)):
+        found.append(f"# sbatch also reads: {', '.join(read)}")
     return [*found, ""]
 
 
@@ -415,6 +418,16 @@ def _gpus(resources: str) -> int:
 def _call(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a Slurm command. Raises BadInput if it is not found, StokerError if nothing answers."""
     return client.call(command, _NEEDS, given)
+
+
+def _sbatch(job: Job, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run sbatch for a job. Raises like `_call`."""
+    return client.call(["sbatch", *arguments], _NEEDS, given, _for_sbatch(job))
+
+
+def _for_sbatch(job: Job) -> dict[str, str]:
+    """The variables that sbatch gets for a job."""
+    return slurm_variables.for_sbatch(job.spec, _directives(job), os.environ)
 
 
 def _do(command: Sequence[str]) -> None:
