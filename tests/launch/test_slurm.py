@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -204,6 +205,19 @@ def test_what_was_typed_is_worth_more_than_variables_of_the_shell_and_of_a_job_a
     number = _submitted(typed, ("h",)).native
     assert _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%P") == "low"
     _slurm("scancel", number)
+
+
+def test_tasks_of_srun_do_not_train_one_run_each_by_itself(stoker: Command, folder: Path) -> None:
+    asked = ("train", SEARCHED, "--name")
+    srun = ("srun", "--nodes=1", "--ntasks=2", sys.executable, "-m", "stoker", *asked, "a")
+    done = subprocess.run(srun, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("srun has started this command 2 times") == 2
+    assert not list(folder.iterdir())
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    for fits in ({"name": "a-1"}, {"name": "a", "RANK": "0"}, {"name": "a", "SLURM_STEP_NUM_TASKS": "1"}):
+        name = fits.pop("name")
+        assert stoker(*asked, name, "--dry-run", env=task | fits, cwd=folder).code == 0
 
 
 def test_an_array_of_which_an_element_has_ended_is_cancelled_whole(stoker: Command, folder: Path) -> None:
