@@ -142,7 +142,7 @@ def test_a_variable_that_cannot_be_written_is_refused(text: str, said: str) -> N
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"time": 120.0}, "--time 00:02:00: Slurm tells the job to stop 2 minutes before that"),
+        ({"time": 120.0}, "--time 2min: Slurm tells the job to stop 2 minutes before that"),
         ({"options": {"nodes": "2"}}, "use --nodes instead"),
         ({"options": {"output": "x"}}, "the script sets this"),
         ({"options": {"p": "gpu"}}, "use its long name"),

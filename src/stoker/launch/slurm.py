@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stoker import object_store
+from stoker import duration, object_store
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch import client, job_uploader, jobs, jobspec, slurm_variables, tail
 from stoker.launch.jobs import Job
@@ -382,8 +382,8 @@ def _check_warning(spec: JobSpec) -> None:
     warning = _warning(spec)
     if spec.time is not None and spec.time <= warning:
         raise BadInput(
-            f"--time {_days(spec.time)}: Slurm tells the job to stop {_clock(warning)} before that; use a "
-            "longer --time, or --option signal=USR1@SECONDS for a later warning"
+            f"--time {duration.shown_clock(spec.time)}: Slurm tells the job to stop {_clock(warning)} before "
+            "that; use a longer --time, or --option signal=USR1@SECONDS for a later warning"
         )
 
 
