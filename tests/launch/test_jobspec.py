@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def test_a_script_that_could_not_go_on_is_not_written(fields: dict[str, object],
 )
 def test_gpus_are_counted_as_sinfo_says_them(resources: str, count: int) -> None:
     assert slurm._gpus(resources) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5:00", 300), ("4:00:00", 14400), ("2-00:00:30", 172830), ("infinite", math.inf)]
+)
+def test_a_limit_is_read_as_sinfo_says_it(text: str, seconds: float) -> None:
+    assert slurm._limit(text) == seconds
 
 
 def test_jobs_of_a_store_are_known_on_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

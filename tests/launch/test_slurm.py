@@ -400,6 +400,7 @@ def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Com
         (("--gpus", "3"), "--gpus 3: a node of the default partition has at most 2"),
         (("--memory", "64GB"), "--memory 64G: a node of the default partition has at most 2000M"),
         (("--nodes", "4"), "--nodes 4: the default partition has 2 nodes with the requested resources"),
+        (("--time", "1h", "--option", "partition=short"), "a job of partition short may take 5min"),
         (("--option", "partition=nope"), "invalid partition specified: nope"),
         (("--option", "clusters=other"), "submit from a login node of the other cluster"),
         (("--option", "cluster=other"), "Slurm would read it as clusters"),
@@ -413,6 +414,12 @@ def test_what_slurm_can_never_run_is_refused_before_anything_is_written(
     assert done.code == 2
     assert said in done.err
     assert not list(folder.iterdir())
+
+
+def test_a_partition_that_is_down_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = JobSpec(name="i", command=("true",), folder=folder, options={"partition": "down"})
+    slurm_jobs.check(jobs.planned("slurm", spec, folder / "runs", ("i",)))
+    assert "partition down is down: the job waits until it is up again" in caplog.text
 
 
 def test_a_job_does_not_go_to_another_cluster_by_a_variable(stoker: Command, folder: Path) -> None:

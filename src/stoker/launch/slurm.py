@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from stoker import duration, object_store
@@ -89,7 +91,7 @@ def check(job: Job) -> None:
         raise client.not_found("sbatch", _NEEDS)
     if os.environ.get("SBATCH_CLUSTERS"):
         raise BadInput(f"SBATCH_CLUSTERS is set: {_ONE_CLUSTER}; unset it")
-    _check_nodes(job.spec)
+    _check_partition(job.spec)
     done = _sbatch(job, "--test-only", given=render(job))
     if done.returncode != 0:
         raise BadInput(f"sbatch refuses the job: {_said(done)}")
@@ -387,23 +389,58 @@ def _check_warning(spec: JobSpec) -> None:
         )
 
 
-def _check_nodes(spec: JobSpec) -> None:
-    """Raises BadInput for resources that no node of the partition has."""
-    partition = spec.options.get("partition") or os.environ.get("SBATCH_PARTITION", "")
-    nodes = _nodes_of(partition)
-    if nodes:
-        where = f"partition {partition}" if partition else "the default partition"
-        jobspec.check_room(spec, nodes, where, _ELSEWHERE)
+@dataclass(frozen=True)
+class _Partition:
+    """Equal nodes of a partition, and what holds for all of it."""
+
+    up: bool
+    limit: float
+    """Seconds that a job may take."""
+    nodes: Nodes
 
 
-def _nodes_of(partition: str) -> list[Nodes]:
+def _check_partition(spec: JobSpec) -> None:
+    """Raises BadInput for what the partition cannot run: no node has it, or no job may take so long."""
+    name = spec.options.get("partition") or os.environ.get("SBATCH_PARTITION", "")
+    rows = _partition(name)
+    if not rows:
+        return
+    where = f"partition {name}" if name else "the default partition"
+    jobspec.check_room(spec, [row.nodes for row in rows], where, _ELSEWHERE)
+    most = max(row.limit for row in rows)
+    by_qos = "qos" in spec.options or "SBATCH_QOS" in os.environ  # one may replace the partition's limit
+    if spec.time is not None and spec.time > most and not by_qos:
+        asked, allowed = map(duration.shown_clock, (spec.time, most))
+        raise BadInput(
+            f"--time {asked}: a job of {where} may take {allowed}, so it would be queued forever; use --time "
+            f"{allowed}, after which it resumes, or another partition: --option partition=NAME"
+        )
+    if not any(row.up for row in rows):
+        log.warning("%s is down: the job waits until it is up again", where)
+
+
+def _partition(name: str) -> list[_Partition]:
     """The nodes of a partition, or of the default one; empty if Slurm does not say."""
-    flags = [f"--partition={partition}"] if partition else []
-    done = _call(["sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *flags])
+    flags = [f"--partition={name}"] if name else []
+    done = _call(["sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G", *flags])
     rows = [line.split("|") for line in done.stdout.splitlines() if done.returncode == 0]
-    if not partition:
-        rows = [row for row in rows if row[0].endswith("*")]
-    return [Nodes(int(row[1]), _gpus(row[4]), int(row[2]), int(row[3]) * 2**20) for row in rows]
+    return [
+        _Partition(up == "up", _limit(limit), Nodes(int(count), _gpus(gres), int(cpus), int(memory) * 2**20))
+        for partition, up, limit, count, cpus, memory, gres in rows
+        if name or partition.endswith("*")
+    ]
+
+
+def _limit(text: str) -> float:
+    """Seconds, from `30:00`, `4:00:00`, `1-00:00:00` or `infinite`."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in parts):
+        return math.inf
+    seconds = 0
+    for part in parts:
+        seconds = seconds * 60 + int(part)
+    return int(days or 0) * 86400 + seconds
 
 
 def _gpus(resources: str) -> int:
