@@ -422,10 +422,19 @@ def test_a_partition_that_is_down_is_reported(folder: Path, caplog: pytest.LogCa
     assert "partition down is down: the job waits until it is up again" in caplog.text
 
 
-def test_a_job_does_not_go_to_another_cluster_by_a_variable(stoker: Command, folder: Path) -> None:
-    done = stoker(*SAME, "--on", "slurm", env={"SBATCH_CLUSTERS": "other"}, cwd=folder)
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SBATCH_CLUSTERS", "other", "SBATCH_CLUSTERS is set"),
+        ("SLURM_CONF", "/nonexistent", "SLURM_CONF=/nonexistent: no such file, so Slurm has no"),
+    ],
+)
+def test_a_job_does_not_go_to_another_cluster_or_to_none_by_a_variable(
+    name: str, value: str, said: str, stoker: Command, folder: Path
+) -> None:
+    done = stoker(*SAME, "--on", "slurm", env={name: value}, cwd=folder)
     assert done.code == 2
-    assert "SBATCH_CLUSTERS is set" in done.err
+    assert said in done.err
     assert not list(folder.iterdir())
 
 

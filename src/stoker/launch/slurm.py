@@ -453,8 +453,21 @@ def _gpus(resources: str) -> int:
 
 
 def _call(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command. Raises BadInput if it is not found, StokerError if nothing answers."""
+    """Run a Slurm command. Raises BadInput if it or Slurm's configuration is not found, StokerError if
+    nothing answers.
+    """
+    _check_configuration()
     return client.call(command, _NEEDS, given)
+
+
+def _check_configuration() -> None:
+    """Raises BadInput if it is not where SLURM_CONF says: Slurm's commands look for it for a minute."""
+    file = os.environ.get("SLURM_CONF", "")
+    if file and not Path(file).exists():
+        raise BadInput(
+            f"SLURM_CONF={file}: no such file, so Slurm has no configuration here; unset it, or log in to a "
+            "machine that has one"
+        )
 
 
 def _sbatch(job: Job, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
