@@ -49,6 +49,8 @@ KillWait=10
 {nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=10
+PartitionName=short Nodes=ALL MaxTime=5
+PartitionName=down Nodes=ALL State=DOWN
 """
 _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000 Gres=gpu:2"
 

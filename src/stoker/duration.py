@@ -30,19 +30,36 @@ COUNTED = ("step", "sample", "token", "epoch")
 """Units that refer to the training itself."""
 _WHOLE = ("step", "token", "sample")
 _PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)")
-
-
-_CLOCK = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?")
+_CLOCKS = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?",
+        r"()(\d+):(\d\d):(\d\d)",
+        r"(\d+)-(\d\d?)(?::(\d\d)(?::(\d\d))?)?",
+    )
+]
+"""Days, hours, minutes and seconds: as they are written here, and as Slurm writes them."""
+_CLOCK_UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}
 
 
 def clock(text: str) -> float:
-    """`3h55m`, `90min`, `1d12h` or `30s` in seconds. Raises ValueError."""
-    match = _CLOCK.fullmatch(text.strip().lower().replace(" ", ""))
-    parts = [int(part or 0) for part in match.groups()] if match else []
-    seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+    """`3h55m`, `90min`, `1d12h`, `30s`, or Slurm's `4:00:00` and `1-12`, in seconds. Raises ValueError."""
+    plain = text.strip().lower().replace(" ", "")
+    match = next(filter(None, (pattern.fullmatch(plain) for pattern in _CLOCKS)), None)
+    parts = [int(part or 0) for part in match.groups()] if match else [0] * 4
+    seconds = sum(part * unit for part, unit in zip(parts, _CLOCK_UNITS.values(), strict=True))
     if seconds <= 0:
         raise ValueError(f"{text!r} is not a length of time: give one such as 3h55m, 90min or 1d12h")
     return float(seconds)
+
+
+def shown_clock(seconds: float) -> str:
+    """Seconds as `clock` reads them: `3h55min`, `1d12h`."""
+    rest, found = round(seconds), ""
+    for name, unit in _CLOCK_UNITS.items():
+        count, rest = divmod(rest, unit)
+        found += f"{count}{name}" if count else ""
+    return found
 
 
 def limit(option: str, text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_a_variable_that_cannot_be_written_is_refused(text: str, said: str) -> N
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"time": 120.0}, "--time 00:02:00: Slurm tells the job to stop 2 minutes before that"),
+        ({"time": 120.0}, "--time 2min: Slurm tells the job to stop 2 minutes before that"),
         ({"options": {"nodes": "2"}}, "use --nodes instead"),
         ({"options": {"output": "x"}}, "the script sets this"),
         ({"options": {"p": "gpu"}}, "use its long name"),
@@ -168,6 +169,13 @@ def test_a_script_that_could_not_go_on_is_not_written(fields: dict[str, object],
 )
 def test_gpus_are_counted_as_sinfo_says_them(resources: str, count: int) -> None:
     assert slurm._gpus(resources) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5:00", 300), ("4:00:00", 14400), ("2-00:00:30", 172830), ("infinite", math.inf)]
+)
+def test_a_limit_is_read_as_sinfo_says_it(text: str, seconds: float) -> None:
+    assert slurm._limit(text) == seconds
 
 
 def test_jobs_of_a_store_are_known_on_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -175,6 +176,48 @@ def _submitted(spec: JobSpec, runs: tuple[str, ...], before_srun: str = "") -> j
     job = jobs.signed(jobs.planned("slurm", spec, spec.folder / "runs", runs))
     script = slurm_jobs.render(job).replace("\nsrun ", f"\n{before_srun}\nsrun ")
     return jobs.remember(job, slurm_jobs.submit(job, script))
+
+
+def test_what_was_typed_is_worth_more_than_variables_of_the_shell_and_of_a_job_around_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = "scontrol show job $SLURM_JOB_ID > shown; echo $GIVEN ${SLURM_GPUS-no} $SLURM_MINE > has"
+    spec = JobSpec(
+        name="h", command=("bash", "-c", run), folder=folder, time=600.0, passed=("GIVEN", "SLURM_MINE")
+    )
+    shell = {
+        "SBATCH_TIMELIMIT": "1", "SBATCH_ARRAY_INX": "0-3", "SBATCH_EXPORT": "NONE", "SBATCH_WAIT": "",
+        "SBATCH_NO_REQUEUE": "", "SBATCH_OUTPUT": "none.log", "SBATCH_CPUS_PER_GPU": "9",
+        "SBATCH_PARTITION": "high", "GIVEN": "given",
+    }  # fmt: skip
+    outer = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "9999999", "SLURM_GPUS": "9", "SLURM_MINE": "mine"}
+    for name, value in (shell | outer).items():
+        monkeypatch.setenv(name, value)
+    job = _submitted(spec, ("h",))
+    assert _over(job.native) == "COMPLETED", _written(folder)
+    shown = dict(word.partition("=")[::2] for word in (folder / "shown").read_text().split())
+    kept = ("TimeLimit", "Requeue", "Partition", "ArrayTaskId")
+    assert [shown.get(name) for name in kept] == ["00:10:00", "1", "high", None]
+    assert (folder / "has").read_text() == "given no mine\n"
+    assert "# sbatch also reads: SBATCH_PARTITION\n" in (job.folder / "script.sh").read_text()
+
+    typed = dataclasses.replace(spec, options={"partition": "low", "begin": "now+1hour"})
+    number = _submitted(typed, ("h",)).native
+    assert _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%P") == "low"
+    _slurm("scancel", number)
+
+
+def test_tasks_of_srun_do_not_train_one_run_each_by_itself(stoker: Command, folder: Path) -> None:
+    asked = ("train", SEARCHED, "--name")
+    srun = ("srun", "--nodes=1", "--ntasks=2", sys.executable, "-m", "stoker", *asked, "a")
+    done = subprocess.run(srun, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("srun has started this command 2 times") == 2
+    assert not list(folder.iterdir())
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    for fits in ({"name": "a-1"}, {"name": "a", "RANK": "0"}, {"name": "a", "SLURM_STEP_NUM_TASKS": "1"}):
+        name = fits.pop("name")
+        assert stoker(*asked, name, "--dry-run", env=task | fits, cwd=folder).code == 0
 
 
 def test_an_array_of_which_an_element_has_ended_is_cancelled_whole(stoker: Command, folder: Path) -> None:
@@ -357,6 +400,7 @@ def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Com
         (("--gpus", "3"), "--gpus 3: a node of the default partition has at most 2"),
         (("--memory", "64GB"), "--memory 64G: a node of the default partition has at most 2000M"),
         (("--nodes", "4"), "--nodes 4: the default partition has 2 nodes with the requested resources"),
+        (("--time", "1h", "--option", "partition=short"), "a job of partition short may take 5min"),
         (("--option", "partition=nope"), "invalid partition specified: nope"),
         (("--option", "clusters=other"), "submit from a login node of the other cluster"),
         (("--option", "cluster=other"), "Slurm would read it as clusters"),
@@ -372,10 +416,25 @@ def test_what_slurm_can_never_run_is_refused_before_anything_is_written(
     assert not list(folder.iterdir())
 
 
-def test_a_job_does_not_go_to_another_cluster_by_a_variable(stoker: Command, folder: Path) -> None:
-    done = stoker(*SAME, "--on", "slurm", env={"SBATCH_CLUSTERS": "other"}, cwd=folder)
+def test_a_partition_that_is_down_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = JobSpec(name="i", command=("true",), folder=folder, options={"partition": "down"})
+    slurm_jobs.check(jobs.planned("slurm", spec, folder / "runs", ("i",)))
+    assert "partition down is down: the job waits until it is up again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SBATCH_CLUSTERS", "other", "SBATCH_CLUSTERS is set"),
+        ("SLURM_CONF", "/nonexistent", "SLURM_CONF=/nonexistent: no such file, so Slurm has no"),
+    ],
+)
+def test_a_job_does_not_go_to_another_cluster_or_to_none_by_a_variable(
+    name: str, value: str, said: str, stoker: Command, folder: Path
+) -> None:
+    done = stoker(*SAME, "--on", "slurm", env={name: value}, cwd=folder)
     assert done.code == 2
-    assert "SBATCH_CLUSTERS is set" in done.err
+    assert said in done.err
     assert not list(folder.iterdir())
 
 

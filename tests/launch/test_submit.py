@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from stoker.launch import jobs
+from stoker.launch.jobspec import JobSpec
 
 from commands import Command
 
@@ -120,6 +122,21 @@ def test_a_script_of_ones_own_submits_itself(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--on", "slurm", "--name", "a", "--dry-run"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert f"{sys.executable} {script} --name a\n" in out
+
+
+def test_a_job_is_shown_with_all_that_was_asked_for_it(stoker: Command, tmp_path: Path) -> None:
+    spec = JobSpec(
+        name="a", command=("true",), folder=tmp_path, time=14400.0, retries=3, passed=("HF_TOKEN",),
+        environment={"MODE": "hidden"}, options={"partition": "gpu", "hold": ""},
+    )  # fmt: skip
+    job = jobs.planned("slurm", spec, tmp_path / "runs", ("searched/a",))
+    jobs.begin(job, "script.sh", "")
+    jobs.remember(job, "42")
+    shown = stoker("jobs", "show", "42", env={"PATH": "/nowhere"}).out
+    for line in ("time limit   4h", "retries      3", "options      partition=gpu, hold"):
+        assert f"  {line}\n" in shown
+    assert "  variables    MODE, HF_TOKEN\n" in shown
+    assert "hidden" not in shown
 
 
 def test_a_secret_in_a_command_is_not_written_into_a_script(stoker: Command, tmp_path: Path) -> None:

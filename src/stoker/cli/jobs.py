@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.text import Text
+from stoker import duration
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
@@ -170,11 +171,18 @@ def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
     needs += [counted(spec.gpus, "GPU")] if spec.gpus else []
     needs += [counted(spec.cores, "core")]
     needs += [jobspec.shown_memory(spec.memory)] if spec.memory is not None else []
+    given = {
+        "time limit": duration.shown_clock(spec.time) if spec.time is not None else "",
+        "retries": str(spec.retries or ""),
+        "options": ", ".join(f"{key}={value}" if value else key for key, value in spec.options.items()),
+        "variables": ", ".join([*spec.environment, *spec.passed]),  # whose values may be private
+    }
     return [
         ("job", f"{job.id}, {job.target}'s {job.native}"),
         ("state", _said(status)),
         ("runs", ", ".join(job.trains)),
         ("needs", ", ".join(needs)),
+        *((name, value) for name, value in given.items() if value),
         ("submitted", f"{_when(job)} by {job.by} in {spec.folder}"),
         ("code", _code(job.code) or "not in git"),
         ("files", str(job.folder)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from stoker.report import html
 from stoker.run import directory, finding, mirror, uploader, view
 from stoker.run.view import RunView
 from stoker.words import counted
-from stoker.world import World
+from stoker.world import World, task_of_srun
 
 log = logging.getLogger("stoker")
 
@@ -211,6 +212,19 @@ def _check_where(launch: Launch, where: Where, name: str | None) -> None:
         raise BadInput("--nodes needs --rendezvous HOST:PORT, the address of one of the machines")
     if launch.nodes != ONE and name is None:
         raise BadInput("--nodes needs --name, so that all machines train the same run")
+    if launch.nodes == ONE:
+        _check_tasks(name or "")
+
+
+def _check_tasks(name: str) -> None:
+    """Refuse tasks of srun that do not know of each other, unless each has a run. Raises BadInput."""
+    number, tasks = task_of_srun()
+    if tasks > 1 and number not in map(int, re.findall(r"[0-9]+", name)):
+        raise BadInput(
+            f"srun has started this command {tasks} times, and each would train the same run by itself: use "
+            "--ntasks=1, and --nproc for the ranks of one node; or --ntasks=N --ntasks-per-node=1, and for "
+            "the command --nodes N --rendezvous HOST:PORT. A run per task has $SLURM_PROCID in its --name"
+        )
 
 
 def _steps(profile: str | None) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -20,11 +21,12 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from stoker import object_store
+from stoker import duration, object_store
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
-from stoker.launch import client, job_uploader, jobs, jobspec, tail
+from stoker.launch import client, job_uploader, jobs, jobspec, slurm_variables, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec, Nodes
 from stoker.launch.targets import Line, Status
@@ -89,8 +91,8 @@ def check(job: Job) -> None:
         raise client.not_found("sbatch", _NEEDS)
     if os.environ.get("SBATCH_CLUSTERS"):
         raise BadInput(f"SBATCH_CLUSTERS is set: {_ONE_CLUSTER}; unset it")
-    _check_nodes(job.spec)
-    done = _call(["sbatch", "--test-only"], given=render(job))
+    _check_partition(job.spec)
+    done = _sbatch(job, "--test-only", given=render(job))
     if done.returncode != 0:
         raise BadInput(f"sbatch refuses the job: {_said(done)}")
 
@@ -104,7 +106,7 @@ def render(job: Job) -> str:
         "#!/bin/bash",
         *(_directive(key, value) for key, value in _directives(job).items()),
         "",
-        *_environment(spec),
+        *_environment(job),
         *_meeting(spec),
         *(_uploading(job) if stored else []),
         *_counting(job),
@@ -125,7 +127,7 @@ def code(job: Job) -> str:
 def submit(job: Job, rendered: str) -> str:
     """Submit the script; returns the job's number. Raises StokerError."""
     script = jobs.begin(job, SCRIPT, rendered)
-    done = _call(["sbatch", "--parsable", str(script)])
+    done = _sbatch(job, "--parsable", str(script))
     if done.returncode != 0:
         jobs.forget(job)
         raise StokerError(f"sbatch did not accept the job: {_said(done)}")
@@ -245,12 +247,15 @@ def _directive(key: str, value: str) -> str:
     return f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"
 
 
-def _environment(spec: JobSpec) -> list[str]:
+def _environment(job: Job) -> list[str]:
     """Variables, as lines of the script."""
+    spec = job.spec
     given = {"OMP_NUM_THREADS": str(spec.threads), **spec.environment}
     found = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
     if spec.passed:
         found.append(f"# from the shell that called sbatch: {', '.join(spec.passed)}")
+    if read := slurm_variables.read(_for_sbatch(job)):
+        found.append(f"# sbatch also reads: {', '.join(read)}")
     return [*found, ""]
 
 
@@ -379,28 +384,63 @@ def _check_warning(spec: JobSpec) -> None:
     warning = _warning(spec)
     if spec.time is not None and spec.time <= warning:
         raise BadInput(
-            f"--time {_days(spec.time)}: Slurm tells the job to stop {_clock(warning)} before that; use a "
-            "longer --time, or --option signal=USR1@SECONDS for a later warning"
+            f"--time {duration.shown_clock(spec.time)}: Slurm tells the job to stop {_clock(warning)} before "
+            "that; use a longer --time, or --option signal=USR1@SECONDS for a later warning"
         )
 
 
-def _check_nodes(spec: JobSpec) -> None:
-    """Raises BadInput for resources that no node of the partition has."""
-    partition = spec.options.get("partition") or os.environ.get("SBATCH_PARTITION", "")
-    nodes = _nodes_of(partition)
-    if nodes:
-        where = f"partition {partition}" if partition else "the default partition"
-        jobspec.check_room(spec, nodes, where, _ELSEWHERE)
+@dataclass(frozen=True)
+class _Partition:
+    """Equal nodes of a partition, and what holds for all of it."""
+
+    up: bool
+    limit: float
+    """Seconds that a job may take."""
+    nodes: Nodes
 
 
-def _nodes_of(partition: str) -> list[Nodes]:
+def _check_partition(spec: JobSpec) -> None:
+    """Raises BadInput for what the partition cannot run: no node has it, or no job may take so long."""
+    name = spec.options.get("partition") or os.environ.get("SBATCH_PARTITION", "")
+    rows = _partition(name)
+    if not rows:
+        return
+    where = f"partition {name}" if name else "the default partition"
+    jobspec.check_room(spec, [row.nodes for row in rows], where, _ELSEWHERE)
+    most = max(row.limit for row in rows)
+    by_qos = "qos" in spec.options or "SBATCH_QOS" in os.environ  # one may replace the partition's limit
+    if spec.time is not None and spec.time > most and not by_qos:
+        asked, allowed = map(duration.shown_clock, (spec.time, most))
+        raise BadInput(
+            f"--time {asked}: a job of {where} may take {allowed}, so it would be queued forever; use --time "
+            f"{allowed}, after which it resumes, or another partition: --option partition=NAME"
+        )
+    if not any(row.up for row in rows):
+        log.warning("%s is down: the job waits until it is up again", where)
+
+
+def _partition(name: str) -> list[_Partition]:
     """The nodes of a partition, or of the default one; empty if Slurm does not say."""
-    flags = [f"--partition={partition}"] if partition else []
-    done = _call(["sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *flags])
+    flags = [f"--partition={name}"] if name else []
+    done = _call(["sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G", *flags])
     rows = [line.split("|") for line in done.stdout.splitlines() if done.returncode == 0]
-    if not partition:
-        rows = [row for row in rows if row[0].endswith("*")]
-    return [Nodes(int(row[1]), _gpus(row[4]), int(row[2]), int(row[3]) * 2**20) for row in rows]
+    return [
+        _Partition(up == "up", _limit(limit), Nodes(int(count), _gpus(gres), int(cpus), int(memory) * 2**20))
+        for partition, up, limit, count, cpus, memory, gres in rows
+        if name or partition.endswith("*")
+    ]
+
+
+def _limit(text: str) -> float:
+    """Seconds, from `30:00`, `4:00:00`, `1-00:00:00` or `infinite`."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in parts):
+        return math.inf
+    seconds = 0
+    for part in parts:
+        seconds = seconds * 60 + int(part)
+    return int(days or 0) * 86400 + seconds
 
 
 def _gpus(resources: str) -> int:
@@ -413,8 +453,31 @@ def _gpus(resources: str) -> int:
 
 
 def _call(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command. Raises BadInput if it is not found, StokerError if nothing answers."""
+    """Run a Slurm command. Raises BadInput if it or Slurm's configuration is not found, StokerError if
+    nothing answers.
+    """
+    _check_configuration()
     return client.call(command, _NEEDS, given)
+
+
+def _check_configuration() -> None:
+    """Raises BadInput if it is not where SLURM_CONF says: Slurm's commands look for it for a minute."""
+    file = os.environ.get("SLURM_CONF", "")
+    if file and not Path(file).exists():
+        raise BadInput(
+            f"SLURM_CONF={file}: no such file, so Slurm has no configuration here; unset it, or log in to a "
+            "machine that has one"
+        )
+
+
+def _sbatch(job: Job, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run sbatch for a job. Raises like `_call`."""
+    return client.call(["sbatch", *arguments], _NEEDS, given, _for_sbatch(job))
+
+
+def _for_sbatch(job: Job) -> dict[str, str]:
+    """The variables that sbatch gets for a job."""
+    return slurm_variables.for_sbatch(job.spec, _directives(job), os.environ)
 
 
 def _do(command: Sequence[str]) -> None:

@@ -1,0 +1,50 @@
+"""The environment that sbatch gets from the shell of who submits a job.
+
+For sbatch a variable SBATCH_... is worth more than the script, and the job inherits everything else. Within
+a job, that is also what describes this job, which srun would take for options of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from stoker.launch.jobspec import JobSpec
+
+_OWN = "SBATCH_"
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")
+_CONFIGURES = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_DEBUG_FLAGS", "SLURM_JWT", "SLURM_SACK_", "SLURM_TIME_")
+"""Variables of Slurm that do not describe a job."""
+_BREAKING = (
+    "SBATCH_ARRAY_INX", "SBATCH_CPUS_PER_GPU", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_REQUEUE",
+    "SBATCH_WAIT",
+)  # fmt: skip
+"""With these a job could not resume, would lack its variables, or would not be what was asked for."""
+
+
+def for_sbatch(spec: JobSpec, settings: Collection[str], here: Mapping[str, str]) -> dict[str, str]:
+    """The variables that sbatch gets.
+
+    Args:
+        settings: the names of the script's own settings, which hold.
+        here: the variables of this process.
+    """
+    held = (*settings, "gpus", "gres") if spec.gpus else tuple(settings)
+    within = "SLURM_JOB_ID" in here
+
+    def dropped(name: str) -> bool:
+        if name.startswith(_OWN):
+            return name in _BREAKING or _setting(name).startswith(held)
+        of_a_job = within and name.startswith(_OF_A_JOB)
+        return of_a_job and not name.startswith(_CONFIGURES) and name not in spec.passed
+
+    return {name: value for name, value in here.items() if not dropped(name)}
+
+
+def read(given: Mapping[str, str]) -> list[str]:
+    """The variables, of those that sbatch gets, that it reads as settings."""
+    return sorted(name for name in given if name.startswith(_OWN))
+
+
+def _setting(name: str) -> str:
+    """SBATCH_MEM_PER_NODE as `mem-per-node`. SBATCH_TIMELIMIT is that of `time`: beginnings are compared."""
+    return name.removeprefix(_OWN).lower().replace("_", "-")
