@@ -201,6 +201,18 @@ def test_a_job_that_is_cancelled_before_its_launchers_start_does_not_start_them(
     assert not (folder / "trained").exists()
 
 
+def test_a_job_that_is_suspended_is_shown_so_and_is_ended_by_a_cancel(stoker: Command, folder: Path) -> None:
+    spec = JobSpec(name="h", command=("bash", "-c", "touch up; exec sleep 60"), folder=folder)
+    number = _submitted(spec, ("h",)).native
+    until((folder / "up").exists, every=0.3)
+    _slurm("scontrol", "suspend", number)
+    assert stoker("jobs", "list", "--json", cwd=folder).answer["jobs"][0]["state"] == "suspended"
+    done = stoker("jobs", "cancel", number, cwd=folder)
+    assert done.code == 0, done.err
+    assert "was suspended; it ends at once, and is not queued again" in done.out
+    assert _over(number) == "CANCELLED"
+
+
 def _stored(s3: str, url: str) -> dict[str, str]:
     """What a store has of a runs folder, by key."""
     prefix = url.removeprefix("s3://bucket/") + "/"

@@ -73,13 +73,13 @@ _SWITCHES = (
 """Settings that are valid without a value (sbatch(1))."""
 _STATES = {
     "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "queued",
-    "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "queued",
-    "STOPPED": "queued", "RUNNING": "running", "RESIZING": "running", "SIGNALING": "running",
+    "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "suspended",
+    "STOPPED": "suspended", "RUNNING": "running", "RESIZING": "running", "SIGNALING": "running",
     "COMPLETING": "ending", "STAGE_OUT": "ending", "COMPLETED": "done", "CANCELLED": "cancelled",
     "REVOKED": "cancelled",
 }  # fmt: skip
 """Slurm's states in our terms; all others are `failed`, with Slurm's word as the reason."""
-_MOST_TELLING = ("running", "ending", "queued", "failed", "cancelled", "unknown", "done")
+_MOST_TELLING = ("running", "ending", "suspended", "queued", "failed", "cancelled", "unknown", "done")
 """The first of these that any element of an array has is the array's state."""
 
 
@@ -160,11 +160,11 @@ def cancel(job: Job, *, at_once: bool) -> None:
     command = ["scontrol", "update", f"JobId={job.native}", "Requeue=0"]
     refused = _refusals(_call(command))
     _do(["scancel", "--state=PENDING", job.native])
-    training, starting = _running(job.native)
+    training, others = _allocated(job.native)
     if training:
         _do(["scancel", "--state=RUNNING", "--signal=TERM", *training])
-    if starting:  # no launcher could get the signal, and there is nothing to save
-        _do(["scancel", *starting])
+    if others:  # no launcher can get the signal: nothing has started, or all processes are stopped
+        _do(["scancel", *others])
     if refused:
         raise StokerError(f"{shlex.join(command)}: {refused}; cancel the job again")
 
@@ -438,16 +438,18 @@ def _refusals(done: subprocess.CompletedProcess[str]) -> str:
     return _said(done)
 
 
-def _running(number: str) -> tuple[list[str], list[str]]:
-    """A job, or the elements of an array, that run: those with a step of srun, and those without one yet.
+def _allocated(number: str) -> tuple[list[str], list[str]]:
+    """A job, or the elements of an array, with nodes: those that run a step of srun, and the others.
 
-    Raises StokerError if Slurm does not answer.
+    The others have none yet, or are suspended. Raises StokerError if Slurm does not answer.
     """
     of = ("squeue", "--noheader", f"--jobs={number}", "--format=%i")
     running = _listed([*of, "--array", "--states=RUNNING,CONFIGURING"])
+    suspended = _listed([*of, "--array", "--states=SUSPENDED,STOPPED"])
     steps = [line.split(".", 1) for line in _listed([*of, "--steps"])]
     launched = {job for job, step in steps if step.isdecimal()}
-    return [job for job in running if job in launched], [job for job in running if job not in launched]
+    starting = [job for job in running if job not in launched]
+    return [job for job in running if job in launched], [*starting, *suspended]
 
 
 def _listed(command: Sequence[str]) -> list[str]:
