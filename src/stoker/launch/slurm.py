@@ -42,6 +42,7 @@ _FINISHED = ("already finished", "No error")  # what scontrol says of an array's
 _WARNING = 120  # seconds before the time limit
 _TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes after being told to stop
 _QUIET = 120  # seconds without a line after which a cancelled job counts as killed
+_PATIENCE = 600  # seconds that a job waits for Slurm to requeue it
 _STRAGGLERS = 60  # seconds for the other nodes' launchers to end, once one has
 _AT_ONCE = 8  # requests to a store
 _FIRST_PORT = 20000  # of ten thousand ports below those that Linux uses for outgoing connections
@@ -205,12 +206,23 @@ exec 3> >({uploader})
 uploader=$!
 trap : TERM
 """
-_REQUEUE = """\
-# Requeue the job, unless it was cancelled, or Slurm requeues it by itself.
+_LOST = """\
+# After a lost node srun can return 0: if Slurm has queued the job again by itself, it has not ended.
 now=$(scontrol show job {job})
-if [ $again = yes ] && [[ $now == *JobState=RUNNING* && $now == *Requeue=1* ]]; then
-    scontrol requeue {job}
-fi"""
+[[ $now != *Restarts=* || $now == *"Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]] || code={preempted}"""
+_REQUEUE = """\
+# Requeue the job, unless it was cancelled, or Slurm requeues it by itself. Slurm may be away for a while.
+patience=$((SECONDS + {patience}))
+while [ $again = yes ]; do
+    now=$(scontrol show job {job})
+    [[ -z $now || ($now == *JobState=RUNNING* && $now == *Requeue=1*) ]] || break
+    [ -n "$now" ] && scontrol requeue {job} && break
+    if [ $SECONDS -ge $patience ]; then
+        echo "Slurm has not answered for {shown}: the job is not queued again; submit it again to continue"
+        break
+    fi
+    sleep 2
+done"""
 _UPLOADED = """\
 exec 3>&-
 trap '' TERM"""
@@ -294,7 +306,9 @@ def _counting(job: Job) -> list[str]:
 def _ending(job: Job, *, stored: bool) -> list[str]:
     """What happens after the launchers have ended: the job is requeued, or over."""
     spec, told = job.spec, " | ".join(map(str, _TOLD))
+    number = _OF_ARRAY if spec.elements else _ALONE
     found = [
+        _LOST.format(job=number, preempted=EXIT_PREEMPTED),
         'echo "$(date +%FT%T) $SLURM_JOB_NODELIST exit code $code" >> "$attempts"',
         "case $code in",
         f"    {told}) again=yes ;;  # told to stop; 138 and 143: before Python could handle the signal",
@@ -308,7 +322,7 @@ def _ending(job: Job, *, stored: bool) -> list[str]:
     else:
         found += ["    *) again=no ;;"]
     found += ["esac", *([_UPLOADED] if stored else [])]
-    found += [_REQUEUE.format(job=_OF_ARRAY if spec.elements else _ALONE)]
+    found += [_REQUEUE.format(job=number, patience=_PATIENCE, shown=_clock(_PATIENCE))]
     found += [_WAIT.format(patience=job_uploader.PATIENCE)] if stored else []
     return [*found, "exit $code"]
 
