@@ -242,6 +242,28 @@ def test_a_job_that_stops_while_slurm_does_not_answer_is_queued_again_once_it_do
     assert gave_up == (ends == "FAILED")
 
 
+def test_a_job_that_twice_reaches_its_time_limit_before_it_trains_is_not_queued_again(folder: Path) -> None:
+    command = ("bash", "-c", "trap 'exit 75' USR1 TERM; echo >> up; sleep 60 & wait")
+    option = {"signal": "USR1@50"}
+    spec = JobSpec(name="k", command=command, folder=folder, cpus=2, time=60, options=option)
+    job = _submitted(spec, ("waiting/k",))
+    number, told = job.native, ("scancel", "--signal=USR1", job.native)  # as Slurm before the limit
+    taken = ("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
+    for attempt, stop in enumerate([told, taken, told, told], start=1):
+        until(lambda n=attempt: _state(number) == "RUNNING" and _lines(folder / "up") == n, every=0.3)
+        _slurm(*stop)
+    assert _over(number) == "FAILED"
+    assert "twice in a row 50 seconds before the time limit there was no new checkpoint" in _written(folder)
+    attempts = (job.folder / slurm_jobs.ATTEMPTS).read_text().splitlines()
+    ends = [line.split(" ", 2)[2] for line in attempts[1::2]]
+    late = "no new checkpoint, exit code"
+    assert ends == [f"{late} 75", "exit code 75", f"{late} 75", f"{late} 2"]
+
+
+def _lines(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 def test_what_srun_returns_when_a_node_is_lost_is_not_the_end_of_the_job(
     folder: Path, configuration: Path
 ) -> None:

@@ -40,6 +40,7 @@ _BEGINS = "begins"
 _FORGOTTEN = "Invalid job id"  # squeue's error for a job that ended long ago
 _FINISHED = ("already finished", "No error")  # what scontrol says of an array's elements if one is over
 _WARNING = 120  # seconds before the time limit
+_EARLIER = 60  # seconds before that, at which Slurm can give its warning
 _TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes after being told to stop
 _QUIET = 120  # seconds without a line after which a cancelled job counts as killed
 _PATIENCE = 600  # seconds that a job waits for Slurm to requeue it
@@ -207,9 +208,23 @@ uploader=$!
 trap : TERM
 """
 _LOST = """\
-# After a lost node srun can return 0: if Slurm has queued the job again by itself, it has not ended.
+# After a lost node srun can return 0, and Slurm queues the job again by itself: it has not ended.
 now=$(scontrol show job {job})
-[[ $now != *Restarts=* || $now == *"Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]] || code={preempted}"""
+[[ $code != 0 || -z $now || $now == *JobState=RUNNING* ]] || code={preempted}"""
+_CHECKPOINTS = """\
+checkpoints={checkpoints}
+before=$(ls "$checkpoints" 2> /dev/null)"""
+_LATE = """\
+# A start that takes longer than the time limit would be repeated without end: not a third time.
+late=
+if [[ $code =~ ^({told})$ && $SECONDS -ge {least} && $(ls "$checkpoints" 2> /dev/null) == "$before" &&
+    $now == *JobState=RUNNING*Requeue=1*PreemptTime=None* ]]; then
+    late="no new checkpoint, "
+    if grep "exit code" "$attempts" | tail -n 1 | grep -q "$late"; then
+        echo "twice in a row {warning} before the time limit there was no new checkpoint: raise --time"
+        code={over}
+    fi
+fi"""
 _REQUEUE = """\
 # Requeue the job, unless it was cancelled, or Slurm requeues it by itself. Slurm may be away for a while.
 patience=$((SECONDS + {patience}))
@@ -299,17 +314,42 @@ def _counting(job: Job) -> list[str]:
     return [
         f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
         f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {_BEGINS}" >> "$attempts"',
+        *_checkpoints(job),
         "",
     ]
+
+
+def _checkpoints(job: Job) -> list[str]:
+    """Lines that list the run's checkpoints at the start of an attempt, see `_late`."""
+    if not _bounded(job):
+        return []
+    return [_CHECKPOINTS.format(checkpoints=shlex.quote(str(job.runs / job.trains[0] / "checkpoints")))]
+
+
+def _late(job: Job) -> list[str]:
+    """Lines that end a job which reaches its time limit again and again before it can train."""
+    if not _bounded(job):
+        return []
+    told, warning = "|".join(map(str, _TOLD)), _warning(job.spec)
+    least = max(0, round(job.spec.time or 0) - warning - _EARLIER)
+    return [_LATE.format(told=told, least=least, warning=_clock(warning), over=EXIT_BAD_INPUT)]
+
+
+def _bounded(job: Job) -> bool:
+    """Whether each attempt of a job has a time limit, and should bring a run to a new checkpoint."""
+    a_run = len(job.trains) == 1 and "/" in job.trains[0]  # not a sweep
+    return a_run and job.spec.time is not None
 
 
 def _ending(job: Job, *, stored: bool) -> list[str]:
     """What happens after the launchers have ended: the job is requeued, or over."""
     spec, told = job.spec, " | ".join(map(str, _TOLD))
-    number = _OF_ARRAY if spec.elements else _ALONE
+    number, late = _OF_ARRAY if spec.elements else _ALONE, _late(job)
+    shown = "${late}" if late else ""
     found = [
         _LOST.format(job=number, preempted=EXIT_PREEMPTED),
-        'echo "$(date +%FT%T) $SLURM_JOB_NODELIST exit code $code" >> "$attempts"',
+        *late,
+        f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {shown}exit code $code" >> "$attempts"',
         "case $code in",
         f"    {told}) again=yes ;;  # told to stop; 138 and 143: before Python could handle the signal",
     ]
