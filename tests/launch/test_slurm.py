@@ -253,10 +253,10 @@ def test_a_job_that_twice_reaches_its_time_limit_before_it_trains_is_not_queued_
         until(lambda n=attempt: _state(number) == "RUNNING" and _lines(folder / "up") == n, every=0.3)
         _slurm(*stop)
     assert _over(number) == "FAILED"
-    assert "twice in a row 50 seconds before the time limit there was no new checkpoint" in _written(folder)
+    assert "twice in a row no step was made until 50 seconds before the time limit" in _written(folder)
     attempts = (job.folder / slurm_jobs.ATTEMPTS).read_text().splitlines()
     ends = [line.split(" ", 2)[2] for line in attempts[1::2]]
-    late = "no new checkpoint, exit code"
+    late = "no step, exit code"
     assert ends == [f"{late} 75", "exit code 75", f"{late} 75", f"{late} 2"]
 
 

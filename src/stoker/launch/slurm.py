@@ -211,17 +211,20 @@ _LOST = """\
 # After a lost node srun can return 0, and Slurm queues the job again by itself: it has not ended.
 now=$(scontrol show job {job})
 [[ $code != 0 || -z $now || $now == *JobState=RUNNING* ]] || code={preempted}"""
-_CHECKPOINTS = """\
-checkpoints={checkpoints}
-before=$(ls "$checkpoints" 2> /dev/null)"""
+_MADE = """\
+made() {{
+    ls {run}/checkpoints
+    cat {run}/journal/*.jsonl | grep -c '"type":"metrics"'
+}} 2> /dev/null
+before=$(made)"""
 _LATE = """\
 # A start that takes longer than the time limit would be repeated without end: not a third time.
 late=
-if [[ $code =~ ^({told})$ && $SECONDS -ge {least} && $(ls "$checkpoints" 2> /dev/null) == "$before" &&
+if [[ $code =~ ^({told})$ && $SECONDS -ge {least} && $(made) == "$before" &&
     $now == *JobState=RUNNING*Requeue=1*PreemptTime=None* ]]; then
-    late="no new checkpoint, "
+    late="no step, "
     if grep "exit code" "$attempts" | tail -n 1 | grep -q "$late"; then
-        echo "twice in a row {warning} before the time limit there was no new checkpoint: raise --time"
+        echo "twice in a row no step was made until {warning} before the time limit: raise --time"
         code={over}
     fi
 fi"""
@@ -314,16 +317,16 @@ def _counting(job: Job) -> list[str]:
     return [
         f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
         f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {_BEGINS}" >> "$attempts"',
-        *_checkpoints(job),
+        *_made(job),
         "",
     ]
 
 
-def _checkpoints(job: Job) -> list[str]:
-    """Lines that list the run's checkpoints at the start of an attempt, see `_late`."""
+def _made(job: Job) -> list[str]:
+    """Lines that note at the start of an attempt what its run has, see `_late`."""
     if not _bounded(job):
         return []
-    return [_CHECKPOINTS.format(checkpoints=shlex.quote(str(job.runs / job.trains[0] / "checkpoints")))]
+    return [_MADE.format(run=shlex.quote(str(job.runs / job.trains[0])))]
 
 
 def _late(job: Job) -> list[str]:
@@ -336,9 +339,9 @@ def _late(job: Job) -> list[str]:
 
 
 def _bounded(job: Job) -> bool:
-    """Whether each attempt of a job has a time limit, and should bring a run to a new checkpoint."""
+    """Whether each attempt of a job has a time limit, and should make steps of a run in a shared folder."""
     a_run = len(job.trains) == 1 and "/" in job.trains[0]  # not a sweep
-    return a_run and job.spec.time is not None
+    return a_run and job.spec.time is not None and object_store.of(job.runs) is None
 
 
 def _ending(job: Job, *, stored: bool) -> list[str]:
