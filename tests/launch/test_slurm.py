@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -242,6 +245,88 @@ def test_a_job_that_is_cancelled_before_its_launchers_start_does_not_start_them(
     assert stoker("jobs", "cancel", number, cwd=folder).code == 0
     assert _over(number) == "CANCELLED"
     assert not (folder / "trained").exists()
+
+
+def test_a_job_that_is_suspended_is_shown_so_and_is_ended_by_a_cancel(stoker: Command, folder: Path) -> None:
+    spec = JobSpec(name="h", command=("bash", "-c", "touch up; exec sleep 60"), folder=folder)
+    number = _submitted(spec, ("h",)).native
+    until((folder / "up").exists, every=0.3)
+    _slurm("scontrol", "suspend", number)
+    assert stoker("jobs", "list", "--json", cwd=folder).answer["jobs"][0]["state"] == "suspended"
+    done = stoker("jobs", "cancel", number, cwd=folder)
+    assert done.code == 0, done.err
+    assert "was suspended; it ends at once, and is not queued again" in done.out
+    assert _over(number) == "CANCELLED"
+
+
+def _scontrol(folder: Path, fails: int) -> str:
+    """A PATH on which scontrol gets no answer so many times, and then is the real one."""
+    made = folder / "bin" / "scontrol"
+    made.parent.mkdir()
+    made.write_text(
+        f"#!/bin/sh\necho >> {made}.calls\n[ $(wc -l < {made}.calls) -gt {fails} ] || exit 1\n"
+        f'exec {shutil.which("scontrol")} "$@"\n'
+    )
+    made.chmod(0o755)
+    return f"{made.parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(("fails", "ends"), [(3, "COMPLETED"), (1000, "FAILED")])
+def test_a_job_that_stops_while_slurm_does_not_answer_is_queued_again_once_it_does(
+    fails: int, ends: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_jobs, "_PATIENCE", 4)
+    spec = JobSpec(name="i", command=("bash", "-c", "[ -e up ] || { touch up; exit 75; }"), folder=folder)
+    with monkeypatch.context() as of_job:
+        of_job.setenv("PATH", _scontrol(tmp_path, fails))
+        number = _submitted(spec, ("i",)).native
+    assert _over(number) == ends, _written(folder)
+    gave_up = "Slurm has not answered for 4 seconds: the job is not queued again" in _written(folder)
+    assert gave_up == (ends == "FAILED")
+
+
+def test_a_job_that_twice_reaches_its_time_limit_before_it_trains_is_not_queued_again(folder: Path) -> None:
+    command = ("bash", "-c", "trap 'exit 75' USR1 TERM; echo >> up; sleep 60 & wait")
+    option = {"signal": "USR1@50"}
+    spec = JobSpec(name="k", command=command, folder=folder, cpus=2, time=60, options=option)
+    job = _submitted(spec, ("waiting/k",))
+    number, told = job.native, ("scancel", "--signal=USR1", job.native)  # as Slurm before the limit
+    taken = ("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
+    for attempt, stop in enumerate([told, taken, told, told], start=1):
+        until(lambda n=attempt: _state(number) == "RUNNING" and _lines(folder / "up") == n, every=0.3)
+        _slurm(*stop)
+    assert _over(number) == "FAILED"
+    assert "twice in a row no step was made until 50 seconds before the time limit" in _written(folder)
+    attempts = (job.folder / slurm_jobs.ATTEMPTS).read_text().splitlines()
+    ends = [line.split(" ", 2)[2] for line in attempts[1::2]]
+    late = "no step, exit code"
+    assert ends == [f"{late} 75", "exit code 75", f"{late} 75", f"{late} 2"]
+
+
+def _lines(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_what_srun_returns_when_a_node_is_lost_is_not_the_end_of_the_job(
+    folder: Path, configuration: Path
+) -> None:
+    spec = JobSpec(name="j", command=("bash", "-c", "touch up; sleep 60"), folder=folder)
+    job = _submitted(spec, ("j",))
+    until((folder / "up").exists, every=0.3)
+    node = _slurm("squeue", "--noheader", f"--jobs={job.native}", "--format=%N")
+    lost = int(configuration.with_name(f"{node}.pid").read_text())
+    os.kill(lost, signal.SIGSTOP)
+    try:
+        _slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        record = job.folder / slurm_jobs.ATTEMPTS
+        until(lambda: "exit code" in record.read_text(), every=0.3)
+        assert "Node failure" in _written(folder)
+        assert record.read_text().endswith(" exit code 75\n")
+        assert _slurm("squeue", "--noheader", f"--jobs={job.native}", "--format=%T") == "PENDING"
+    finally:
+        os.kill(lost, signal.SIGCONT)
+        _slurm("scancel", job.native)
+        _slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
 
 def _stored(s3: str, url: str) -> dict[str, str]:

@@ -116,7 +116,8 @@ def cancel(
     if json:
         print_json({"job": found.id, "was": status.state})
         return
-    how = "ends at once" if now or status.state == "queued" else "ends with a checkpoint"
+    at_once = now or status.state in ("queued", "suspended")  # what is stopped cannot save anything
+    how = "ends at once" if at_once else "ends with a checkpoint"
     console().print(f"job {found.id} was {status.state}; it {how}, and is not queued again", markup=False)
 
 

@@ -42,8 +42,10 @@ _BEGINS = "begins"
 _FORGOTTEN = "Invalid job id"  # squeue's error for a job that ended long ago
 _FINISHED = ("already finished", "No error")  # what scontrol says of an array's elements if one is over
 _WARNING = 120  # seconds before the time limit
+_EARLIER = 60  # seconds before that, at which Slurm can give its warning
 _TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes after being told to stop
 _QUIET = 120  # seconds without a line after which a cancelled job counts as killed
+_PATIENCE = 600  # seconds that a job waits for Slurm to requeue it
 _STRAGGLERS = 60  # seconds for the other nodes' launchers to end, once one has
 _AT_ONCE = 8  # requests to a store
 _FIRST_PORT = 20000  # of ten thousand ports below those that Linux uses for outgoing connections
@@ -75,13 +77,13 @@ _SWITCHES = (
 """Settings that are valid without a value (sbatch(1))."""
 _STATES = {
     "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "queued",
-    "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "queued",
-    "STOPPED": "queued", "RUNNING": "running", "RESIZING": "running", "SIGNALING": "running",
+    "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "suspended",
+    "STOPPED": "suspended", "RUNNING": "running", "RESIZING": "running", "SIGNALING": "running",
     "COMPLETING": "ending", "STAGE_OUT": "ending", "COMPLETED": "done", "CANCELLED": "cancelled",
     "REVOKED": "cancelled",
 }  # fmt: skip
 """Slurm's states in our terms; all others are `failed`, with Slurm's word as the reason."""
-_MOST_TELLING = ("running", "ending", "queued", "failed", "cancelled", "unknown", "done")
+_MOST_TELLING = ("running", "ending", "suspended", "queued", "failed", "cancelled", "unknown", "done")
 """The first of these that any element of an array has is the array's state."""
 
 
@@ -162,11 +164,11 @@ def cancel(job: Job, *, at_once: bool) -> None:
     command = ["scontrol", "update", f"JobId={job.native}", "Requeue=0"]
     refused = _refusals(_call(command))
     _do(["scancel", "--state=PENDING", job.native])
-    training, starting = _running(job.native)
+    training, others = _allocated(job.native)
     if training:
         _do(["scancel", "--state=RUNNING", "--signal=TERM", *training])
-    if starting:  # no launcher could get the signal, and there is nothing to save
-        _do(["scancel", *starting])
+    if others:  # no launcher can get the signal: nothing has started, or all processes are stopped
+        _do(["scancel", *others])
     if refused:
         raise StokerError(f"{shlex.join(command)}: {refused}; cancel the job again")
 
@@ -207,12 +209,40 @@ exec 3> >({uploader})
 uploader=$!
 trap : TERM
 """
-_REQUEUE = """\
-# Requeue the job, unless it was cancelled, or Slurm requeues it by itself.
+_LOST = """\
+# After a lost node srun can return 0, and Slurm queues the job again by itself: it has not ended.
 now=$(scontrol show job {job})
-if [ $again = yes ] && [[ $now == *JobState=RUNNING* && $now == *Requeue=1* ]]; then
-    scontrol requeue {job}
+[[ $code != 0 || -z $now || $now == *JobState=RUNNING* ]] || code={preempted}"""
+_MADE = """\
+made() {{
+    ls {run}/checkpoints
+    cat {run}/journal/*.jsonl | grep -c '"type":"metrics"'
+}} 2> /dev/null
+before=$(made)"""
+_LATE = """\
+# A start that takes longer than the time limit would be repeated without end: not a third time.
+late=
+if [[ $code =~ ^({told})$ && $SECONDS -ge {least} && $(made) == "$before" &&
+    $now == *JobState=RUNNING*Requeue=1*PreemptTime=None* ]]; then
+    late="no step, "
+    if grep "exit code" "$attempts" | tail -n 1 | grep -q "$late"; then
+        echo "twice in a row no step was made until {warning} before the time limit: raise --time"
+        code={over}
+    fi
 fi"""
+_REQUEUE = """\
+# Requeue the job, unless it was cancelled, or Slurm requeues it by itself. Slurm may be away for a while.
+patience=$((SECONDS + {patience}))
+while [ $again = yes ]; do
+    now=$(scontrol show job {job})
+    [[ -z $now || ($now == *JobState=RUNNING* && $now == *Requeue=1*) ]] || break
+    [ -n "$now" ] && scontrol requeue {job} && break
+    if [ $SECONDS -ge $patience ]; then
+        echo "Slurm has not answered for {shown}: the job is not queued again; submit it again to continue"
+        break
+    fi
+    sleep 2
+done"""
 _UPLOADED = """\
 exec 3>&-
 trap '' TERM"""
@@ -292,15 +322,42 @@ def _counting(job: Job) -> list[str]:
     return [
         f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
         f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {_BEGINS}" >> "$attempts"',
+        *_made(job),
         "",
     ]
+
+
+def _made(job: Job) -> list[str]:
+    """Lines that note at the start of an attempt what its run has, see `_late`."""
+    if not _bounded(job):
+        return []
+    return [_MADE.format(run=shlex.quote(str(job.runs / job.trains[0])))]
+
+
+def _late(job: Job) -> list[str]:
+    """Lines that end a job which reaches its time limit again and again before it can train."""
+    if not _bounded(job):
+        return []
+    told, warning = "|".join(map(str, _TOLD)), _warning(job.spec)
+    least = max(0, round(job.spec.time or 0) - warning - _EARLIER)
+    return [_LATE.format(told=told, least=least, warning=_clock(warning), over=EXIT_BAD_INPUT)]
+
+
+def _bounded(job: Job) -> bool:
+    """Whether each attempt of a job has a time limit, and should make steps of a run in a shared folder."""
+    a_run = len(job.trains) == 1 and "/" in job.trains[0]  # not a sweep
+    return a_run and job.spec.time is not None and object_store.of(job.runs) is None
 
 
 def _ending(job: Job, *, stored: bool) -> list[str]:
     """What happens after the launchers have ended: the job is requeued, or over."""
     spec, told = job.spec, " | ".join(map(str, _TOLD))
+    number, late = _OF_ARRAY if spec.elements else _ALONE, _late(job)
+    shown = "${late}" if late else ""
     found = [
-        'echo "$(date +%FT%T) $SLURM_JOB_NODELIST exit code $code" >> "$attempts"',
+        _LOST.format(job=number, preempted=EXIT_PREEMPTED),
+        *late,
+        f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {shown}exit code $code" >> "$attempts"',
         "case $code in",
         f"    {told}) again=yes ;;  # told to stop; 138 and 143: before Python could handle the signal",
     ]
@@ -313,7 +370,7 @@ def _ending(job: Job, *, stored: bool) -> list[str]:
     else:
         found += ["    *) again=no ;;"]
     found += ["esac", *([_UPLOADED] if stored else [])]
-    found += [_REQUEUE.format(job=_OF_ARRAY if spec.elements else _ALONE)]
+    found += [_REQUEUE.format(job=number, patience=_PATIENCE, shown=_clock(_PATIENCE))]
     found += [_WAIT.format(patience=job_uploader.PATIENCE)] if stored else []
     return [*found, "exit $code"]
 
@@ -501,16 +558,18 @@ def _refusals(done: subprocess.CompletedProcess[str]) -> str:
     return _said(done)
 
 
-def _running(number: str) -> tuple[list[str], list[str]]:
-    """A job, or the elements of an array, that run: those with a step of srun, and those without one yet.
+def _allocated(number: str) -> tuple[list[str], list[str]]:
+    """A job, or the elements of an array, with nodes: those that run a step of srun, and the others.
 
-    Raises StokerError if Slurm does not answer.
+    The others have none yet, or are suspended. Raises StokerError if Slurm does not answer.
     """
     of = ("squeue", "--noheader", f"--jobs={number}", "--format=%i")
     running = _listed([*of, "--array", "--states=RUNNING,CONFIGURING"])
+    suspended = _listed([*of, "--array", "--states=SUSPENDED,STOPPED"])
     steps = [line.split(".", 1) for line in _listed([*of, "--steps"])]
     launched = {job for job, step in steps if step.isdecimal()}
-    return [job for job in running if job in launched], [job for job in running if job not in launched]
+    starting = [job for job in running if job not in launched]
+    return [job for job in running if job in launched], [*starting, *suspended]
 
 
 def _listed(command: Sequence[str]) -> list[str]:

@@ -25,14 +25,14 @@ class Status(NamedTuple):
     """The state of a job."""
 
     state: str
-    """queued, running, ending, done, failed, cancelled, or unknown if the target has forgotten it."""
+    """queued, running, suspended, ending, done, failed, cancelled, or unknown if the target forgot it."""
     reason: str = ""
     """In the target's words, if it gives a reason."""
 
     @property
     def over(self) -> bool:
         """Whether it has ended."""
-        return self.state not in ("queued", "running", "ending")
+        return self.state not in ("queued", "running", "suspended", "ending")
 
 
 class Line(NamedTuple):
