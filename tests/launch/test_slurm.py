@@ -19,7 +19,7 @@ import boto3
 import pytest
 from safetensors.torch import load_file
 from stoker import object_store
-from stoker.launch import job_uploader, jobs
+from stoker.launch import job_uploader, jobs, slurm_script
 from stoker.launch import slurm as slurm_jobs
 from stoker.launch.jobspec import JobSpec
 from stoker.run import finding
@@ -275,7 +275,7 @@ def _scontrol(folder: Path, fails: int) -> str:
 def test_a_job_that_stops_while_slurm_does_not_answer_is_queued_again_once_it_does(
     fails: int, ends: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm_jobs, "_PATIENCE", 4)
+    monkeypatch.setattr(slurm_script, "_PATIENCE", 4)
     spec = JobSpec(name="i", command=("bash", "-c", "[ -e up ] || { touch up; exit 75; }"), folder=folder)
     with monkeypatch.context() as of_job:
         of_job.setenv("PATH", _scontrol(tmp_path, fails))
@@ -297,7 +297,7 @@ def test_a_job_that_twice_reaches_its_time_limit_before_it_trains_is_not_queued_
         _slurm(*stop)
     assert _over(number) == "FAILED"
     assert "twice in a row no step was made until 50 seconds before the time limit" in _written(folder)
-    attempts = (job.folder / slurm_jobs.ATTEMPTS).read_text().splitlines()
+    attempts = (job.folder / slurm_script.ATTEMPTS).read_text().splitlines()
     ends = [line.split(" ", 2)[2] for line in attempts[1::2]]
     late = "no step, exit code"
     assert ends == [f"{late} 75", "exit code 75", f"{late} 75", f"{late} 2"]
@@ -318,7 +318,7 @@ def test_what_srun_returns_when_a_node_is_lost_is_not_the_end_of_the_job(
     os.kill(lost, signal.SIGSTOP)
     try:
         _slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
-        record = job.folder / slurm_jobs.ATTEMPTS
+        record = job.folder / slurm_script.ATTEMPTS
         until(lambda: "exit code" in record.read_text(), every=0.3)
         assert "Node failure" in _written(folder)
         assert record.read_text().endswith(" exit code 75\n")
@@ -450,9 +450,9 @@ def test_how_a_job_ended_is_known_from_the_store_where_slurms_commands_are_not(
 def test_an_array_is_over_once_each_element_has_written_that_it_is(tmp_path: Path) -> None:
     spec = JobSpec(name="a", command=("python",), folder=tmp_path, elements=2)
     job = jobs.planned("slurm", spec, tmp_path / "runs", ("a-0", "a-1"))
-    jobs.begin(job, f"{slurm_jobs.ATTEMPTS}.0", "n1 begins\nn1 exit code 0\n")
+    jobs.begin(job, f"{slurm_script.ATTEMPTS}.0", "n1 begins\nn1 exit code 0\n")
     assert slurm_jobs.ended([job]) == {}
-    (job.folder / f"{slurm_jobs.ATTEMPTS}.1").write_text("n2 begins\nn2 exit code 1\n")
+    (job.folder / f"{slurm_script.ATTEMPTS}.1").write_text("n2 begins\nn2 exit code 1\n")
     assert slurm_jobs.ended([job])[job.id] == ("failed", "1 failed, 1 done")
 
 

@@ -1,12 +1,4 @@
-"""Jobs on Slurm: an sbatch script that resumes automatically, whatever ended it.
-
-The script runs one launcher per node with `srun`, which starts the ranks of that node. Slurm tells it to
-stop some time before the time limit (`--signal`, SIGUSR1), and when it takes the nodes back (SIGTERM, a
-partition's GraceTime before the end): both signals go to the job's steps, not to the script. The launcher
-then saves a checkpoint and ends with 75, and the script makes Slurm requeue the job. It does so only while
-Slurm counts the job as running: a job that was cancelled no longer is, nor is one that Slurm requeues by
-itself.
-"""
+"""Jobs on Slurm: submitted, followed, cancelled; their script is made by `slurm_script`."""
 
 from __future__ import annotations
 
@@ -19,62 +11,33 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from stoker import duration, object_store
-from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
-from stoker.launch import client, job_uploader, jobs, jobspec, slurm_variables, tail
+from stoker.errors import EXIT_BAD_INPUT, BadInput, StokerError
+from stoker.launch import client, jobs, jobspec, slurm_script, tail
 from stoker.launch.jobs import Job
-from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec, Nodes
+from stoker.launch.jobspec import JobSpec, Nodes
 from stoker.launch.targets import Line, Status
 from stoker.object_store import Unreachable
 
 SCRIPT = "script.sh"
-ATTEMPTS = "attempts.txt"
-"""In the job's folder: one line for each start, and one for each end, with its exit code."""
 
 log = logging.getLogger("stoker")
 
-_BEGINS = "begins"
 _FORGOTTEN = "Invalid job id"  # squeue's error for a job that ended long ago
 _FINISHED = ("already finished", "No error")  # what scontrol says of an array's elements if one is over
-_WARNING = 120  # seconds before the time limit
-_EARLIER = 60  # seconds before that, at which Slurm can give its warning
-_TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes after being told to stop
 _QUIET = 120  # seconds without a line after which a cancelled job counts as killed
-_PATIENCE = 600  # seconds that a job waits for Slurm to requeue it
-_STRAGGLERS = 60  # seconds for the other nodes' launchers to end, once one has
 _AT_ONCE = 8  # requests to a store
-_FIRST_PORT = 20000  # of ten thousand ports below those that Linux uses for outgoing connections
 
 _NEEDS = (
     "Slurm's commands must be on the PATH; log in to a machine that has them. --dry-run prints the script "
     "anywhere"
 )
-_FLAGS = {
-    "job-name": "--name", "nodes": "--nodes", "ntasks": "--nproc", "ntasks-per-node": "--nproc",
-    "cpus-per-task": "--cpus", "mem": "--memory", "time": "--time", "gpus": "--gpus",
-    "gpus-per-node": "--gpus", "array": "--controllers",
-}  # fmt: skip
-"""Slurm settings for which the command has a flag."""
-_OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "export", "export-file", "wrap")
-"""Settings that the script itself needs."""
 _ELSEWHERE = "another partition may have more: --option partition=NAME"
-_CLUSTERS = "clusters"
-"""Another cluster numbers its jobs by itself, and Slurm's other commands do not ask it."""
-_ONE_CLUSTER = (
-    "a job is followed and cancelled only on the cluster of this machine; submit from a login node of the "
-    "other cluster"
-)
-_SWITCHES = (
-    "contiguous", "disable-stdout-job-summary", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice",
-    "no-kill", "overcommit", "oversubscribe", "propagate", "quiet", "reboot", "spread-job", "stepmgr",
-    "use-min-nodes", "verbose",
-)  # fmt: skip
-"""Settings that are valid without a value (sbatch(1))."""
 _STATES = {
     "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "queued",
     "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "suspended",
@@ -92,7 +55,7 @@ def check(job: Job) -> None:
     if shutil.which("sbatch") is None:
         raise client.not_found("sbatch", _NEEDS)
     if os.environ.get("SBATCH_CLUSTERS"):
-        raise BadInput(f"SBATCH_CLUSTERS is set: {_ONE_CLUSTER}; unset it")
+        raise BadInput(f"SBATCH_CLUSTERS is set: {slurm_script.ONE_CLUSTER}; unset it")
     _check_partition(job.spec)
     done = _sbatch(job, "--test-only", given=render(job))
     if done.returncode != 0:
@@ -101,24 +64,7 @@ def check(job: Job) -> None:
 
 def render(job: Job) -> str:
     """The sbatch script. Raises BadInput for invalid settings."""
-    spec = job.spec
-    jobspec.check(spec)
-    stored = object_store.of(job.runs) is not None
-    parts = [
-        "#!/bin/bash",
-        *(_directive(key, value) for key, value in _directives(job).items()),
-        "",
-        *_environment(job),
-        *_meeting(spec),
-        *(_uploading(job) if stored else []),
-        *_counting(job),
-        _STEP_COMMENT.format(warning=_clock(_warning(spec))),
-        _step(job),
-        "code=$?",
-        "",
-        *_ending(job, stored=stored),
-    ]
-    return "\n".join(parts) + "\n"
+    return slurm_script.render(job)
 
 
 def code(job: Job) -> str:
@@ -186,7 +132,8 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
             if object_store.of(job.runs) is None:
                 raise
             known = jobs.find(job.runs, job.id)
-            return _is_over(known, logs.text(ATTEMPTS)) or (known.cancelled and logs.quiet > _QUIET)
+            attempts = logs.text(slurm_script.ATTEMPTS)
+            return _is_over(known, attempts) or (known.cancelled and logs.quiet > _QUIET)
         except StokerError as error:
             if not silent:
                 log.warning("%s; still following the logs", error)
@@ -198,252 +145,8 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
 
 # -- the script ----------------------------------------------------------------------------
 
-_NUMBER = '"$SLURM_ARRAY_TASK_ID"'
-_STEP_COMMENT = """\
-# One process per node, which starts all others. Slurm tells it to stop {warning} before the time limit, and
-# when it takes the nodes back; it then saves a checkpoint and ends with exit code 75."""
-_UPLOADING = """\
-# Uploads the output of all nodes to the object store until descriptor 3 is closed. This script ignores
-# SIGTERM and outlives the launchers, so that their last lines are uploaded too.
-exec 3> >({uploader})
-uploader=$!
-trap : TERM
-"""
-_LOST = """\
-# After a lost node srun can return 0, and Slurm queues the job again by itself: it has not ended.
-now=$(scontrol show job {job})
-[[ $code != 0 || -z $now || $now == *JobState=RUNNING* ]] || code={preempted}"""
-_MADE = """\
-made() {{
-    ls {run}/checkpoints
-    cat {run}/journal/*.jsonl | grep -c '"type":"metrics"'
-}} 2> /dev/null
-before=$(made)"""
-_LATE = """\
-# A start that takes longer than the time limit would be repeated without end: not a third time.
-late=
-if [[ $code =~ ^({told})$ && $SECONDS -ge {least} && $(made) == "$before" &&
-    $now == *JobState=RUNNING*Requeue=1*PreemptTime=None* ]]; then
-    late="no step, "
-    if grep "exit code" "$attempts" | tail -n 1 | grep -q "$late"; then
-        echo "twice in a row no step was made until {warning} before the time limit: raise --time"
-        code={over}
-    fi
-fi"""
-_REQUEUE = """\
-# Requeue the job, unless it was cancelled, or Slurm requeues it by itself. Slurm may be away for a while.
-patience=$((SECONDS + {patience}))
-while [ $again = yes ]; do
-    now=$(scontrol show job {job})
-    [[ -z $now || ($now == *JobState=RUNNING* && $now == *Requeue=1*) ]] || break
-    [ -n "$now" ] && scontrol requeue {job} && break
-    if [ $SECONDS -ge $patience ]; then
-        echo "Slurm has not answered for {shown}: the job is not queued again; submit it again to continue"
-        break
-    fi
-    sleep 2
-done"""
-_UPLOADED = """\
-exec 3>&-
-trap '' TERM"""
-_WAIT = "wait $uploader  # {patience} seconds at most"
-_ALONE = '"$SLURM_JOB_ID"'
-_OF_ARRAY = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
-"""An element: the last one's SLURM_JOB_ID is the number of the whole array."""
-
-
-def _directives(job: Job) -> dict[str, str]:
-    """The script's settings; `--option` comes last, and can replace `signal`. Raises BadInput."""
-    spec = job.spec
-    _check_options(spec.options)
-    log = "element-%a.log" if spec.elements else "slurm.log"
-    found = {"job-name": spec.name, "nodes": str(spec.nodes), "ntasks-per-node": "1"}
-    found["cpus-per-task"] = str(spec.cores)
-    if spec.gpus:
-        found["gpus-per-node"] = str(spec.gpus)
-    if spec.memory is not None:
-        found["mem"] = jobspec.shown_memory(spec.memory)
-    if spec.time is not None:
-        found["time"] = _days(spec.time)
-    if spec.elements:
-        found["array"] = f"0-{spec.elements - 1}"
-    found |= {"signal": f"USR1@{_WARNING}", "requeue": "", "open-mode": "append"}
-    found |= {"chdir": str(spec.folder), "output": f"{_literal(job.folder)}/{log}"}
-    _check_warning(spec)
-    return {**found, **spec.options}
-
-
-def _directive(key: str, value: str) -> str:
-    return f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"
-
-
-def _environment(job: Job) -> list[str]:
-    """Variables, as lines of the script."""
-    spec = job.spec
-    given = {"OMP_NUM_THREADS": str(spec.threads), **spec.environment}
-    found = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
-    if spec.passed:
-        found.append(f"# from the shell that called sbatch: {', '.join(spec.passed)}")
-    if read := slurm_variables.read(_for_sbatch(job)):
-        found.append(f"# sbatch also reads: {', '.join(read)}")
-    return [*found, ""]
-
-
-def _meeting(spec: JobSpec) -> list[str]:
-    """Where the nodes' launchers meet: this script runs on the first node."""
-    if not any(RENDEZVOUS in argument for argument in spec.command):
-        return []
-    return [
-        "# The launchers meet on the first node, where this script runs, at a port specific to this job.",
-        f"rendezvous=$(hostname):$(({_FIRST_PORT} + SLURM_JOB_ID % 10000))",
-        "",
-    ]
-
-
-def _step(job: Job) -> str:
-    """The srun command. Slurm gives a step one core unless the number is repeated."""
-    spec = job.spec
-    flags = [f"--cpus-per-task={spec.cores}"]
-    if spec.nodes > 1:
-        flags += [f"--wait={_STRAGGLERS}"]
-        flags += ["--open-mode=append", f"--output={_literal(job.folder)}/node-%n.log"]
-    return " \\\n    ".join([" ".join(["srun", *map(_word, flags)]), " ".join(map(_word, spec.command))])
-
-
-def _uploading(job: Job) -> list[str]:
-    """Lines that upload the logs while the launchers run. A sweep's array has no upload."""
-    words = [job.spec.command[0], "-P", "-m", job_uploader.__name__, str(job.folder)]
-    return [_UPLOADING.format(uploader=" ".join(map(_word, words)))]
-
-
-def _counting(job: Job) -> list[str]:
-    """Lines that record the start of an attempt: an attempt without a recorded end is still running."""
-    element = f".{_NUMBER}" if job.spec.elements else ""
-    return [
-        f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
-        f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {_BEGINS}" >> "$attempts"',
-        *_made(job),
-        "",
-    ]
-
-
-def _made(job: Job) -> list[str]:
-    """Lines that note at the start of an attempt what its run has, see `_late`."""
-    if not _bounded(job):
-        return []
-    return [_MADE.format(run=shlex.quote(str(job.runs / job.trains[0])))]
-
-
-def _late(job: Job) -> list[str]:
-    """Lines that end a job which reaches its time limit again and again before it can train."""
-    if not _bounded(job):
-        return []
-    told, warning = "|".join(map(str, _TOLD)), _warning(job.spec)
-    least = max(0, round(job.spec.time or 0) - warning - _EARLIER)
-    return [_LATE.format(told=told, least=least, warning=_clock(warning), over=EXIT_BAD_INPUT)]
-
-
-def _bounded(job: Job) -> bool:
-    """Whether each attempt of a job has a time limit, and should make steps of a run in a shared folder."""
-    a_run = len(job.trains) == 1 and "/" in job.trains[0]  # not a sweep
-    return a_run and job.spec.time is not None and object_store.of(job.runs) is None
-
-
-def _ending(job: Job, *, stored: bool) -> list[str]:
-    """What happens after the launchers have ended: the job is requeued, or over."""
-    spec, told = job.spec, " | ".join(map(str, _TOLD))
-    number, late = _OF_ARRAY if spec.elements else _ALONE, _late(job)
-    shown = "${late}" if late else ""
-    found = [
-        _LOST.format(job=number, preempted=EXIT_PREEMPTED),
-        *late,
-        f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {shown}exit code $code" >> "$attempts"',
-        "case $code in",
-        f"    {told}) again=yes ;;  # told to stop; 138 and 143: before Python could handle the signal",
-    ]
-    if spec.retries:
-        failed = f"grep -cvE '({_BEGINS}|exit code (0|{told.replace(' ', '')}))$'"
-        found += [
-            f"    0 | {EXIT_BAD_INPUT}) again=no ;;",
-            f'    *) [ "$({failed} "$attempts")" -le {spec.retries} ] && again=yes || again=no ;;',
-        ]
-    else:
-        found += ["    *) again=no ;;"]
-    found += ["esac", *([_UPLOADED] if stored else [])]
-    found += [_REQUEUE.format(job=number, patience=_PATIENCE, shown=_clock(_PATIENCE))]
-    found += [_WAIT.format(patience=job_uploader.PATIENCE)] if stored else []
-    return [*found, "exit $code"]
-
-
-def _word(argument: str) -> str:
-    """An argument as a bash word."""
-    pieces = re.split(f"({re.escape(RENDEZVOUS)}|{re.escape(ELEMENT)})", argument)
-    known = {RENDEZVOUS: '"$rendezvous"', ELEMENT: _NUMBER}
-    return "".join(known.get(piece) or shlex.quote(piece) for piece in pieces if piece) or "''"
-
-
-def _literal(path: Path) -> str:
-    """A path in a setting, where Slurm interprets `%j` and the like."""
-    return str(path).replace("%", "%%")
-
-
-def _days(seconds: float) -> str:
-    """Seconds in Slurm's format: 04:00:00, 2-12:00:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    clock = f"{hours:02}:{minutes:02}:{rest:02}"
-    return f"{days}-{clock}" if days else clock
-
-
-def _clock(seconds: int) -> str:
-    return f"{seconds // 60} minutes" if seconds % 60 == 0 and seconds > 60 else f"{seconds} seconds"
-
 
 # -- checks --------------------------------------------------------------------------------
-
-
-def _check_options(options: Mapping[str, str]) -> None:
-    """Raises BadInput."""
-    for key, value in options.items():
-        if key in _FLAGS:
-            raise BadInput(f"--option {key}: use {_FLAGS[key]} instead")
-        if key == _CLUSTERS:
-            raise BadInput(f"--option {key}: {_ONE_CLUSTER}; omit it")
-        if key in _OWN:
-            raise BadInput(
-                f"--option {key}: the script sets this itself, so that the job can resume; omit it"
-            )
-        if len(key) == 1:
-            raise BadInput(f"--option {key}: use its long name, such as partition for p")
-        meant = next((name for name in (*_FLAGS, *_OWN, _CLUSTERS) if name.startswith(key)), "")
-        if meant:
-            raise BadInput(f"--option {key}: Slurm would read it as {meant}, which cannot be set this way")
-        if not value and key not in _SWITCHES:
-            raise BadInput(f"--option {key}: no value; give {key}=VALUE, or omit it")
-
-
-def _warning(spec: JobSpec) -> int:
-    """Seconds before the time limit at which Slurm tells the job to stop. Raises BadInput."""
-    given = spec.options.get("signal")
-    if given is None:
-        return _WARNING
-    match = re.fullmatch(r"(?:R:)?(?:SIG)?(USR1|TERM|10|15)@(\d+)", given)
-    if match is None:
-        raise BadInput(
-            f"--option signal={given}: give USR1@SECONDS, such as USR1@300 for five minutes before the limit"
-        )
-    return int(match[2])
-
-
-def _check_warning(spec: JobSpec) -> None:
-    """Raises BadInput if the job would be told to stop as soon as it begins."""
-    warning = _warning(spec)
-    if spec.time is not None and spec.time <= warning:
-        raise BadInput(
-            f"--time {duration.shown_clock(spec.time)}: Slurm tells the job to stop {_clock(warning)} before "
-            "that; use a longer --time, or --option signal=USR1@SECONDS for a later warning"
-        )
 
 
 @dataclass(frozen=True)
@@ -529,12 +232,7 @@ def _check_configuration() -> None:
 
 def _sbatch(job: Job, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run sbatch for a job. Raises like `_call`."""
-    return client.call(["sbatch", *arguments], _NEEDS, given, _for_sbatch(job))
-
-
-def _for_sbatch(job: Job) -> dict[str, str]:
-    """The variables that sbatch gets for a job."""
-    return slurm_variables.for_sbatch(job.spec, _directives(job), os.environ)
+    return client.call(["sbatch", *arguments], _NEEDS, given, slurm_script.variables(job))
 
 
 def _do(command: Sequence[str]) -> None:
@@ -633,12 +331,12 @@ def _is_over(job: Job, attempts: str) -> bool:
     lines = attempts.splitlines()
     if not lines:
         return job.cancelled
-    if lines[-1].endswith(_BEGINS):
+    if lines[-1].endswith(slurm_script.BEGINS):
         return False
-    codes = [int(line.rpartition(" ")[2]) for line in lines if not line.endswith(_BEGINS)]
-    if codes[-1] in _TOLD:
+    codes = [int(line.rpartition(" ")[2]) for line in lines if not line.endswith(slurm_script.BEGINS)]
+    if codes[-1] in slurm_script.TOLD:
         return job.cancelled
-    failed = sum(code not in (0, *_TOLD) for code in codes)
+    failed = sum(code not in (0, *slurm_script.TOLD) for code in codes)
     return codes[-1] in (0, EXIT_BAD_INPUT) or failed > job.spec.retries
 
 
@@ -662,12 +360,12 @@ def _written(of: Sequence[Job]) -> list[list[str]]:
 
 def _attempts(job: Job) -> list[str]:
     """The record of attempts of a job, or of each of its elements: here, else in the store of its runs."""
-    here = [file.read_text(encoding="utf-8") for file in sorted(job.folder.glob(f"{ATTEMPTS}*"))]
+    here = [file.read_text(encoding="utf-8") for file in sorted(job.folder.glob(f"{slurm_script.ATTEMPTS}*"))]
     store = object_store.of(job.runs)
     if here or store is None:
         return here
     with contextlib.suppress(Unreachable):  # this was reported when its jobs were looked up
-        stored = tail.of_nodes(job, store).get(job.folder / ATTEMPTS)
+        stored = tail.of_nodes(job, store).get(job.folder / slurm_script.ATTEMPTS)
         return [stored.read(0).decode()] if stored is not None else []
     return []
 
