@@ -130,18 +130,6 @@ def test_config_is_the_newest_attempts(tmp_path: Path) -> None:
     assert view.load(directory).config == {"lr": 0.2, "seed": 0}
 
 
-@pytest.mark.parametrize(("status", "lr"), [("finished", 0.2), ("preempted", 0.3)])
-def test_a_config_under_which_no_step_was_made_is_the_runs_only_if_it_goes_on(
-    tmp_path: Path, status: str, lr: float
-) -> None:
-    directory = _run(tmp_path)
-    made = [_resumed(0), *_points(1, 2), {"type": "attempt_ended", "status": "finished", "step": 2}]
-    _attempt(directory, made, drift={"lr": [0.1, 0.2]})
-    none = [_resumed(2), {"type": "attempt_ended", "status": status, "step": 2}]
-    _attempt(directory, none, drift={"lr": [0.1, 0.3]})
-    assert view.load(directory).config == {"lr": lr, "seed": 0}
-
-
 @pytest.mark.parametrize("status", ["finished", "failed", "preempted", "interrupted"])
 def test_status_is_what_the_last_attempt_said(tmp_path: Path, status: str) -> None:
     directory = _run(tmp_path)

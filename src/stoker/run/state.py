@@ -61,13 +61,6 @@ class Attempt:
     """The step at which it ended, if a Trainer made the steps and said so."""
 
 
-def _counts(attempt: Attempt) -> bool:
-    """Whether anything was made with the config of an attempt, or may be yet."""
-    if attempt.status == FAILED:
-        return attempt.began is not None
-    return attempt.status != FINISHED or attempt.step is None or attempt.step != attempt.resumed_from
-
-
 @dataclass(frozen=True)
 class Media:
     """A table, figure, image, text or histogram that was logged under a name at a step."""
@@ -159,10 +152,10 @@ class RunView:
     def drift(self) -> dict[str, Any]:
         """How the config differs from the recorded one: key -> [old, new].
 
-        An attempt that failed before its loop started (say, a checkpoint did not fit) changes nothing, nor
-        does one that found the run finished (say, of another length that is over already).
+        An attempt that failed before its loop started (say, a checkpoint did not fit) changes nothing.
         """
-        return next((attempt.drift for attempt in reversed(self.attempts) if _counts(attempt)), {})
+        counted = (a for a in reversed(self.attempts) if a.status != FAILED or a.began is not None)
+        return next((attempt.drift for attempt in counted), {})
 
     @property
     def step(self) -> int:
