@@ -73,15 +73,13 @@ def is_unattended() -> bool:
     return any(name in os.environ for name in _OF_A_SCHEDULER) or World.current().size > 1
 
 
-def task_of_srun() -> tuple[int, int]:
-    """The number of this process among those that srun started with one command, and how many they are.
-
-    (0, 1) if another launcher, which runs within such a task, has started this process.
-    """
+def tasks_of_srun() -> int:
+    """The number of processes that srun has started with this command; 1 if another launcher has."""
     known = os.environ
     if "RANK" in known or "RAY_JOB_ID" in known:
-        return 0, 1
-    return int(known.get("SLURM_PROCID", "0")), int(known.get("SLURM_STEP_NUM_TASKS", "1"))
+        return 1
+    given = known.get("SLURM_STEP_NUM_TASKS", "")
+    return int(given) if given.isdecimal() else 1
 
 
 def slurm_job() -> str:

@@ -348,14 +348,20 @@ def test_what_is_asked_of_evaluations_that_are_turned_off_is_refused(
         configs.resolve(Config, given)
 
 
-def test_an_adapter_of_a_new_model_which_nobody_else_has_is_refused_and_a_folder_of_its_name_is_told_of(
+def test_an_adapter_of_a_new_model_which_nobody_else_has_is_refused(
+    stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_text(_lines(*({"text": f"{i} is a number"} for i in range(20))))
+    done = stoker("train", "llm", "data=d.jsonl", "lora.rank=4")
+    assert done.code == 2
+    assert "model=tiny is a new one of that size: name the model" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_has_the_name_of_a_size_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    adapter = ("lora.rank=4", "lora.adapter=adapter")
-    for given in adapter:
-        with pytest.raises(BadInput, match="model=tiny is a new one of that size: name the model"):
-            check_launch(configs.resolve(Config, [given]).config)
     check_launch(configs.resolve(Config, ["model=tiny"]).config)
     assert not caplog.text
     families.save(tmp_path / "tiny", "gpt2")

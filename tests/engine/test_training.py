@@ -685,11 +685,11 @@ def test_what_its_stage_or_no_checkpoint_reaches_is_refused_in_a_deepspeed_file_
         ),
         (
             {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
-            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but it is 1",
+            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is 1",
         ),
         (
             {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}},
-            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but it is 0: remove it",
+            r"ds.json: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is 0: remove it",
         ),
     ],
 )

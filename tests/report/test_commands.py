@@ -75,9 +75,10 @@ def test_a_run_that_was_continued_on_another_device_is_that_of_two_commands() ->
     ]
     found = stretch.find(view)
     assert (found.until, found.why) == (20, "it resumed on cpu instead of NVIDIA H200")
-    unknown = _view(gpu, {"resumed_from": 10})  # such as a loop without a Trainer
-    assert len(commands.of(unknown)) == 1
-    assert not stretch.find(unknown).why
+    for unknown in ((gpu, {"resumed_from": 10}), ({}, {**gpu, "resumed_from": 10})):  # killed at once, say
+        assert len(commands.of(_view(*unknown))) == 1
+        assert not stretch.find(_view(*unknown)).why
+    assert stretch.find(_view({}, {**gpu, "resumed_from": 10}, {**cpu, "resumed_from": 20})).until == 20
 
 
 def test_what_the_first_command_trained_in_vain_does_not_count() -> None:

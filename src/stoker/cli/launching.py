@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from stoker.report import html
 from stoker.run import directory, finding, mirror, uploader, view
 from stoker.run.view import RunView
 from stoker.words import counted
-from stoker.world import World, task_of_srun
+from stoker.world import World, tasks_of_srun
 
 log = logging.getLogger("stoker")
 
@@ -213,18 +212,21 @@ def _check_where(launch: Launch, where: Where, name: str | None) -> None:
     if launch.nodes != ONE and name is None:
         raise BadInput("--nodes needs --name, so that all machines train the same run")
     if launch.nodes == ONE:
-        _check_tasks(name or "")
+        _warn_of_tasks()
 
 
-def _check_tasks(name: str) -> None:
-    """Refuse tasks of srun that do not know of each other, unless each has a run. Raises BadInput."""
-    number, tasks = task_of_srun()
-    if tasks > 1 and number not in map(int, re.findall(r"[0-9]+", name)):
-        raise BadInput(
-            f"srun has started this command {tasks} times, and each would train the same run by itself: use "
-            "--ntasks=1, and --nproc for the ranks of one node; or --ntasks=N --ntasks-per-node=1, and for "
-            "the command --nodes N --rendezvous HOST:PORT. A run per task has $SLURM_PROCID in its --name"
-        )
+def _warn_of_tasks() -> None:
+    """Warn if srun has started this command several times: the tasks do not know of each other.
+
+    Each may have a run of its own, and an interactive step has the variables of its tasks too.
+    """
+    tasks = tasks_of_srun()
+    if tasks > 1:
+        log.warning(
+            "this step of Slurm has %d tasks, and this one trains by itself: for one run, srun --ntasks=1 "
+            "and --nproc RANKS, or srun --ntasks-per-node=1 and --nodes N --rendezvous HOST:PORT",
+            tasks,
+        )  # fmt: skip
 
 
 def _steps(profile: str | None) -> tuple[int, int] | None:

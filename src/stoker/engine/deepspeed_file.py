@@ -30,8 +30,8 @@ def check(training: Training) -> None:
     given = read(chosen.config)
     if zero_stage < 2 and given.get("data_types", {}).get("grad_accum_dtype", "auto") not in (None, "auto"):
         raise BadInput(
-            f"{chosen.config}: data_types.grad_accum_dtype needs stage 2 or 3, but it is {zero_stage}: "
-            "remove it from the file, or use another stage"
+            f"{chosen.config}: data_types.grad_accum_dtype needs stage 2 or 3, but the stage is "
+            f"{zero_stage}: remove it from the file, or use another stage"
         )
     by_file = given.get("zero_optimization", {})
     for key, section, asked, least, needs in (
@@ -134,7 +134,7 @@ _OF_DEEPSPEED: dict[str, tuple[Callable[[Any], bool], str]] = {  # sections befo
         _OBJECT,
     ),
     "tensor_parallel.autotp_size": (lambda v: v in (0, 1), f"0 or 1, since {_SHARED}"),
-    "sequence_parallel_size": (lambda v: v == 1, f"1, since {_SHARED}"),
+    "sequence_parallel_size": (lambda v: v in (None, 1), f"1, since {_SHARED}"),
     "expert_parallel.enabled": (lambda v: v is False, f"false, since {_SHARED}"),
     "hybrid_engine.enabled": (lambda v: v is False, "false: a run trains, and generates nothing meanwhile"),
     "bf16.enabled": (lambda v: isinstance(v, bool), "true or false"),

@@ -174,7 +174,9 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
         if watch.told:  # it did end as asked, if not in the intended way
             raise StokerError(str(failure)) from failure
         failure.step, failure.saved = _progress(folder)
-        _tell_run(folder, failure.brief or str(failure).partition("\n")[0], raised=failure.raised)
+        alone = place.seat is None  # of several machines, another one may know what came first
+        said = failure.brief or str(failure).partition("\n")[0]
+        _tell_run(folder, said, raised=failure.raised and alone)
         raise
     return _code([end.code or 0 for _, end in sorted(ends.items())])
 

@@ -54,8 +54,9 @@ def check(job: Job) -> None:
     """Ask Slurm whether it could ever run a job. Raises BadInput."""
     if shutil.which("sbatch") is None:
         raise client.not_found("sbatch", _NEEDS)
-    if os.environ.get("SBATCH_CLUSTERS"):
-        raise BadInput(f"SBATCH_CLUSTERS is set: {slurm_script.ONE_CLUSTER}; unset it")
+    for variable in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
+        if os.environ.get(variable):
+            raise BadInput(f"{variable} is set: {slurm_script.ONE_CLUSTER}; unset it")
     _check_partition(job.spec)
     done = _sbatch(job, "--test-only", given=render(job))
     if done.returncode != 0:
@@ -143,9 +144,6 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
     return tail.lines(logs, logs.until(over) if follow else None)
 
 
-# -- the script ----------------------------------------------------------------------------
-
-
 # -- checks --------------------------------------------------------------------------------
 
 
@@ -171,10 +169,13 @@ def _check_partition(spec: JobSpec) -> None:
     by_qos = "qos" in spec.options or "SBATCH_QOS" in os.environ  # one may replace the partition's limit
     if spec.time is not None and spec.time > most and not by_qos:
         asked, allowed = map(duration.shown_clock, (spec.time, most))
-        raise BadInput(
+        said = (
             f"--time {asked}: a job of {where} may take {allowed}, so it would be queued forever; use --time "
             f"{allowed}, after which it resumes, or another partition: --option partition=NAME"
         )
+        if name:
+            raise BadInput(said)
+        log.warning("%s", said)  # this site may choose partitions by itself
     if not any(row.up for row in rows):
         log.warning("%s is down: the job waits until it is up again", where)
 

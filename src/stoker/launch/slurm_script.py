@@ -31,6 +31,7 @@ _EARLIER = 60  # seconds before that, at which Slurm can give its warning
 TOLD = (EXIT_PREEMPTED, 138, 143)
 """Exit codes after being told to stop."""
 _PATIENCE = 600  # seconds that a job waits for Slurm to requeue it
+_REFUSALS = 5  # answers that it cannot be
 _STRAGGLERS = 60  # seconds for the other nodes' launchers to end, once one has
 _FIRST_PORT = 20000  # of ten thousand ports below those that Linux uses for outgoing connections
 
@@ -67,34 +68,36 @@ trap : TERM
 """
 _LOST = """\
 # After a lost node srun can return 0, and Slurm queues the job again by itself: it has not ended.
-now=$(scontrol show job {job})
-[[ $code != 0 || -z $now || $now == *JobState=RUNNING* ]] || code={preempted}"""
+now=
+[ $code = 0 ] && now=$(scontrol show job {job})
+[[ -z $now || $now == *JobState=RUNNING* ]] || code={preempted}"""
 _MADE = """\
 made() {{
     ls {run}/checkpoints
-    cat {run}/journal/*.jsonl | grep -c '"type":"metrics"'
+    grep -h '"type":"metrics"' {run}/journal/*.jsonl | grep -cv '"step":0,'
 }} 2> /dev/null
 before=$(made)"""
 _LATE = """\
 # A start that takes longer than the time limit would be repeated without end: not a third time.
 late=
 if [[ $code =~ ^({told})$ && $SECONDS -ge {least} && $(made) == "$before" &&
-    $now == *JobState=RUNNING*Requeue=1*PreemptTime=None* ]]; then
+    $(scontrol show job {job}) == *JobState=RUNNING*Requeue=1*PreemptTime=None* ]]; then
     late="no step, "
-    if grep "exit code" "$attempts" | tail -n 1 | grep -q "$late"; then
+    if [[ $(tail -n 2 "$attempts" | head -n 1) == *"$late"* ]]; then  # the last line is this attempt's start
         echo "twice in a row no step was made until {warning} before the time limit: raise --time"
         code={over}
     fi
 fi"""
 _REQUEUE = """\
 # Requeue the job, unless it was cancelled, or Slurm requeues it by itself. Slurm may be away for a while.
-patience=$((SECONDS + {patience}))
+patience=$((SECONDS + {patience})) refused=0
 while [ $again = yes ]; do
     now=$(scontrol show job {job})
     [[ -z $now || ($now == *JobState=RUNNING* && $now == *Requeue=1*) ]] || break
     [ -n "$now" ] && scontrol requeue {job} && break
-    if [ $SECONDS -ge $patience ]; then
-        echo "Slurm has not answered for {shown}: the job is not queued again; submit it again to continue"
+    [ -n "$now" ] && refused=$((refused + 1))
+    if [ $SECONDS -ge $patience ] || [ $refused -ge {refusals} ]; then
+        echo "Slurm does not queue the job again, see above: submit it again to continue"
         break
     fi
     sleep 2
@@ -223,7 +226,8 @@ def _late(job: Job) -> list[str]:
         return []
     told, warning = "|".join(map(str, TOLD)), _warning(job.spec)
     least = max(0, round(job.spec.time or 0) - warning - _EARLIER)
-    return [_LATE.format(told=told, least=least, warning=_clock(warning), over=EXIT_BAD_INPUT)]
+    number = _OF_ARRAY if job.spec.elements else _ALONE
+    return [_LATE.format(job=number, told=told, least=least, warning=_clock(warning), over=EXIT_BAD_INPUT)]
 
 
 def _bounded(job: Job) -> bool:
@@ -253,7 +257,7 @@ def _ending(job: Job, *, stored: bool) -> list[str]:
     else:
         found += ["    *) again=no ;;"]
     found += ["esac", *([_UPLOADED] if stored else [])]
-    found += [_REQUEUE.format(job=number, patience=_PATIENCE, shown=_clock(_PATIENCE))]
+    found += [_REQUEUE.format(job=number, patience=_PATIENCE, refusals=_REFUSALS)]
     found += [_WAIT.format(patience=job_uploader.PATIENCE)] if stored else []
     return [*found, "exit $code"]
 

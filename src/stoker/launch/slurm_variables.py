@@ -14,6 +14,12 @@ _OWN = "SBATCH_"
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")
 _CONFIGURES = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_DEBUG_FLAGS", "SLURM_JWT", "SLURM_SACK_", "SLURM_TIME_")
 """Variables of Slurm that do not describe a job."""
+_OTHERWISE = {
+    "SBATCH_GPUS": "gpus-per-node", "SBATCH_GPUS_PER_TASK": "gpus-per-node",
+    "SBATCH_JOB_NAME": "job-name", "SBATCH_MEM_PER_CPU": "mem", "SBATCH_MEM_PER_GPU": "mem",
+    "SBATCH_MEM_PER_NODE": "mem", "SBATCH_REQ_SWITCH": "switches", "SBATCH_TIMELIMIT": "time",
+}  # fmt: skip
+"""Variables that are not called as the setting that they are, or that contradict another one."""
 _BREAKING = (
     "SBATCH_ARRAY_INX", "SBATCH_CPUS_PER_GPU", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_REQUEUE",
     "SBATCH_WAIT",
@@ -28,12 +34,13 @@ def for_sbatch(spec: JobSpec, settings: Collection[str], here: Mapping[str, str]
         settings: the names of the script's own settings, which hold.
         here: the variables of this process.
     """
-    held = (*settings, "gpus", "gres") if spec.gpus else tuple(settings)
     within = "SLURM_JOB_ID" in here
 
     def dropped(name: str) -> bool:
+        if name == "SBATCH_GRES":
+            return bool(spec.gpus) and "gpu" in here[name]
         if name.startswith(_OWN):
-            return name in _BREAKING or _setting(name).startswith(held)
+            return name in _BREAKING or _setting(name) in settings
         of_a_job = within and name.startswith(_OF_A_JOB)
         return of_a_job and not name.startswith(_CONFIGURES) and name not in spec.passed
 
@@ -46,5 +53,5 @@ def read(given: Mapping[str, str]) -> list[str]:
 
 
 def _setting(name: str) -> str:
-    """SBATCH_MEM_PER_NODE as `mem-per-node`. SBATCH_TIMELIMIT is that of `time`: beginnings are compared."""
-    return name.removeprefix(_OWN).lower().replace("_", "-")
+    """The setting that a variable is worth: SBATCH_PARTITION is `partition`."""
+    return _OTHERWISE.get(name) or name.removeprefix(_OWN).lower().replace("_", "-")

@@ -227,7 +227,7 @@ def check_launch(config: Config) -> None:
     sources.check(config.named, config.columns)
     is_new = config.model in shape.SIZES
     if is_new:
-        _check_new(config)
+        keys.warn_of_folder(config.model)
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
     if config.rope_scaling.used:
         _check_scaling(config, model)
@@ -250,16 +250,6 @@ def check_launch(config: Config) -> None:
         from stoker.language import quantised
 
         quantised.check()
-
-
-def _check_new(config: Config) -> None:
-    """Raises BadInput if an adapter of a new model would be trained: nobody else has its random weights."""
-    if config.lora.used:
-        raise BadInput(
-            f"lora trains an adapter of a model that there is, but model={config.model} is a new one of that "
-            "size: name the model, a folder or a hub id, or omit lora to train all weights"
-        )
-    keys.warn_of_folder(config.model)
 
 
 def _check_scaling(config: Config, model: Path | None) -> None:
@@ -316,6 +306,17 @@ def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
         saved_adapters.check_weights(folder, model or config.model)
 
 
+def _check_base(config: Config) -> None:
+    """Raises BadInput if an adapter of a new model would be trained: nobody else has its random weights."""
+    from stoker.language.shape import SIZES
+
+    if config.lora.used and config.model in SIZES:
+        raise BadInput(
+            f"lora trains an adapter of a model that there is, but model={config.model} is a new one of that "
+            "size: name the model, a folder or a hub id, or omit lora to train all weights"
+        )
+
+
 def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
@@ -336,6 +337,8 @@ def train(run: Run, config: Config) -> None:
     from stoker.loop import Trainer
     from stoker.recipes import exporting, resuming
 
+    if not run.continued:
+        _check_base(config)
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
     found, language, rows = _read(run, config)

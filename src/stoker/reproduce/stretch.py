@@ -54,7 +54,7 @@ class Part:
     code: Mapping[str, str | None]
     """The code files that differ from those at the run's start."""
     device: str
-    """The kind of device; empty if that was not recorded."""
+    """The kind of device; empty if none was recorded."""
 
 
 def parts(view: RunView, until: int) -> list[Part]:
@@ -63,7 +63,7 @@ def parts(view: RunView, until: int) -> list[Part]:
     for start, attempt in _parts(view):
         made = Part(
             start, _config(view, attempt), attempt.world, frozenset(attempt.drift), attempt.code,
-            _device(attempt) or (found[-1].device if found else ""),
+            _device(view, attempt),
         )  # fmt: skip
         if not found or (start < until and made != replace(found[-1], after=start)):
             found.append(made)
@@ -123,16 +123,19 @@ def _config(view: RunView, attempt: Attempt) -> dict[str, Any]:
     return {**view.record["config"], **{key: new for key, (_, new) in attempt.drift.items()}}
 
 
-def _device(attempt: Attempt) -> str:
-    return str(attempt.layout.get("device", ""))
+def _device(view: RunView, attempt: Attempt) -> str:
+    """The kind of device of an attempt; of one that did not record it, that of the nearest that did."""
+    known = [(one.number, str(one.layout["device"])) for one in view.attempts if "device" in one.layout]
+    before = [device for number, device in known if number <= attempt.number]
+    return before[-1] if before else next((device for _, device in known), "")
 
 
 def _changed(view: RunView, before: Attempt, now: Attempt) -> str:
     """What changed between two attempts, as text; empty if nothing did."""
     if before.world != now.world:
         return f"it resumed with {now.world} ranks instead of {before.world}"
-    if "" not in (_device(before), _device(now)) and _device(before) != _device(now):
-        return f"it resumed on {_device(now)} instead of {_device(before)}"
+    if _device(view, before) != _device(view, now):
+        return f"it resumed on {_device(view, now)} instead of {_device(view, before)}"
     one, other = _config(view, before), _config(view, now)
     changes = [f"{key} from {one.get(key)} to {other[key]}" for key in other if one.get(key) != other[key]]
     if changes:
