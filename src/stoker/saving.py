@@ -351,8 +351,8 @@ class Checkpoints:
         self._attempt.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
         goal = goal_of(self.best, self._attempt.goals)
         best = manifest.best(self._folder, self.best, goal) if goal else None
-        self._attempt.end_if_lost()  # the process may have been suspended since it wrote the checkpoint
-        manifest.prune(self._folder, self._keep, best, self._every)
+        # The process may have been suspended since it wrote the checkpoint.
+        manifest.prune(self._folder, self._keep, best, self._every, ours=self._attempt.end_if_lost)
         self._done(saved.step)
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
 

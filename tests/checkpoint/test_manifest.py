@@ -188,6 +188,13 @@ def test_some_are_kept_for_good(tmp_path: Path) -> None:
     assert [manifest.step_of(path) for path in manifest.committed(tmp_path)] == [20, 40, 80, 90]
 
 
+def test_what_another_machine_saved_meanwhile_makes_nothing_old(tmp_path: Path) -> None:
+    for step in (10, 20):
+        _save(tmp_path, step)
+    manifest.prune(tmp_path, keep=2, ours=lambda: (_save(tmp_path, 30), None)[1])
+    assert [manifest.step_of(path) for path in manifest.committed(tmp_path)] == [10, 20, 30]
+
+
 def test_a_step_saved_again_replaces_what_was_left_there(tmp_path: Path) -> None:
     _flipped_bit(_save(tmp_path, 10))
     _save(tmp_path, 10)

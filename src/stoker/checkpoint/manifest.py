@@ -257,19 +257,29 @@ def says_unfit(error: str) -> bool:
     return _OF_ANOTHER.search(error) is not None
 
 
-def prune(checkpoints: Path, keep: int, also: Path | None = None, every: int | None = None) -> None:
+def prune(
+    checkpoints: Path,
+    keep: int,
+    also: Path | None = None,
+    every: int | None = None,
+    ours: Callable[[], None] = lambda: None,
+) -> None:
     """Delete old checkpoints, and unfinished saves older than the newest checkpoint.
 
     Args:
         keep: the number of newest committed checkpoints to keep.
         also: another checkpoint to keep.
         every: keep checkpoints whose step is a multiple of this.
+        ours: called when it is known what is old, before it is deleted: raises, or ends the process, if
+            another machine trains the run. So nothing that the other machine has made is deleted here.
     """
     done = committed(checkpoints)
     stay = {*done[-keep:], also, *(path for path in done if every and step_of(path) % every == 0)}
-    for path in folders(checkpoints):
-        if done and step_of(path) < step_of(done[-1]) and path not in stay:
-            remove(path)
+    newest = step_of(done[-1]) if done else 0
+    old = [path for path in folders(checkpoints) if step_of(path) < newest and path not in stay]
+    ours()
+    for path in old:
+        remove(path)
 
 
 def step_of(path: Path) -> int:
