@@ -34,8 +34,8 @@ _CLOCKS = [
     re.compile(pattern)
     for pattern in (
         r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?",
-        r"()(\d+):(\d\d):(\d\d)",
-        r"(\d+)-(\d\d?)(?::(\d\d)(?::(\d\d))?)?",
+        r"()(\d+):([0-5]\d):([0-5]\d)",
+        r"(\d+)-(\d\d?)(?::([0-5]\d)(?::([0-5]\d))?)?",
     )
 ]
 """Days, hours, minutes and seconds: as they are written here, and as Slurm writes them."""

@@ -135,8 +135,10 @@ class _Packer:
         """Those that `tokens.tokenise` and `Stream` share."""
 
     def __call__(self, source: Source, split: str, name: str | None = None) -> PackedDataset:
-        """Args:
-        name: what messages call it, if not by its split.
+        """Tokenise and pack one split of a source, from the cache if it is there.
+
+        Args:
+            name: what messages call it, if not by its split.
         """
         documents: list[Document] = getattr(source.splits, split)
         corpus = make_corpus(documents, split).fingerprint

@@ -12,7 +12,7 @@ from stoker.launch.jobspec import JobSpec
 
 _OWN = "SBATCH_"
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")
-_CONFIGURES = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_DEBUG_FLAGS", "SLURM_JWT", "SLURM_SACK_", "SLURM_TIME_")
+_CONFIGURES = ("SLURM_CONF", "SLURM_DEBUG_FLAGS", "SLURM_JWT", "SLURM_SACK_", "SLURM_TIME_")
 """Variables of Slurm that do not describe a job."""
 _OTHERWISE = {
     "SBATCH_GPUS": "gpus-per-node", "SBATCH_GPUS_PER_TASK": "gpus-per-node",

@@ -113,7 +113,8 @@ class Feed:
             self._ending = Ending(event["status"], event["time"], event.get("error"))
         elif event["type"] == "attempt_failed":
             self._errors[event["of"]] = event["error"]
-            self._raised.update([event["of"]] if event.get("raised") else [])
+            if event.get("raised"):
+                self._raised.add(event["of"])
         else:
             self._given_up.add(event["of"])
 
