@@ -41,7 +41,7 @@ FLOORS = (
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},
     {"attempt"},
-    {"user_run", "saving", "evaluation", "exports", "gauge"},
+    {"user_run", "saving", "evaluation", "exports", "gauge", "steps"},
     {"loop"},
     {"language", "preloaded"},
     {"recipes", "report", "launch", "tune"},

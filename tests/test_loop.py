@@ -595,6 +595,8 @@ def test_the_clock_is_refused_where_the_curve_would_depend_on_it(open_run: Calla
     with open_run() as run:
         trainer = _trainer(run, _model())
         loader = trainer.loader(_dataset(), batch_size=8)
+        with pytest.raises(ValueError, match="for the body of the loop"):
+            trainer.every("1ep")
         with pytest.raises(ValueError, match="differs between machines"):
             next(trainer.steps(loader, max_steps="10min"))
         with pytest.raises(ValueError, match="how many tokens"):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from stoker import distributed, evaluation, storage, supervision
+from stoker import distributed, evaluation, steps, storage, supervision
 from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
@@ -32,7 +32,6 @@ from stoker.engine import (
     bad_loss,
     batches,
     blocks,
-    counting,
     deepspeed_file,
     determinism,
     device,
@@ -61,12 +60,13 @@ from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule, warn_of_no_peak
 from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timing
-from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
+from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
 from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Due, Resumption, Saved
+from stoker.steps import Steps
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -169,8 +169,7 @@ class Trainer:
         self._losses = self._loss_watch()
         self._loss: Weight = 0.0
         self._weight: Weight = 0.0
-        self._loader: Loader | None = None
-        self._total, self._loops, self._from = 0, 0, (0, 0)
+        self._loop: Steps | None = None
         self._begun = False
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
@@ -320,86 +319,51 @@ class Trainer:
             raise ValueError("give steps() either epochs or max_steps")
         if not self.optimizers:
             raise ValueError(_NO_OPTIMIZER)
-        _check_loader(loader)
+        length = steps.length(epochs, max_steps)
+        steps.check_loader(loader)
         self._leave_loop(another=True)
-        before = self._loader
-        if before is not None:
-            self._at.behind.add(self._loops)
-        self._loader, self._loops = loader, self._loops + 1
-        self._from = self._at.begin(self._loops) if from_here else (0, 0)
+        before, loop = self._loop, self._next(loader, length, from_here=from_here)
+        self._loop = loop
         self._cut.share = loader.batch_size // self.mesh.data.size
-        duration = _length(epochs, max_steps)
-        self._total = self._end_of(duration, loader)
-        if before is not None and self._restored_step < self.steps_done >= self._total:
-            raise ValueError(
-                f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
-                "length counts from the start of the run. Use one loop for all steps "
-                '(trainer.every("1ep") is true at the end of each epoch); or, for a stage of its own, give '
-                "from_here=True, with which a loop counts from where it begins"
-            )
-        if self.steps_done > self._total and self.world.rank == 0:
-            log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
-        if before is not None and not from_here:
-            self._warn_of_other_data(before, loader)
+        if before is not None and self._restored_step < self.steps_done >= loop.end:
+            raise ValueError(steps.nothing_left(length, self._at))
+        if self.world.rank == 0:
+            loop.say_what_is_odd(before, self._at)
         if self._resumption is not None:
-            self._pass_by_or_go_on(self._resumption)
-        if self._schedule is not None and self.world.rank == 0 and self.steps_done < self._total:
-            warn_of_no_peak(self._schedule, self._total)
-        tokens = loader.tokens_per_sample
-        self._gauge.pace.count(loader.batch_size, tokens)
+            self._pass_by_or_go_on(self._resumption, loop)
+        if self._schedule is not None and self.world.rank == 0 and self.steps_done < loop.end:
+            warn_of_no_peak(self._schedule, loop.end)
+        self._gauge.pace.count(loader.batch_size, loader.tokens_per_sample)
         self._attempt.event(
-            "plan", total_steps=max(self._total, self.steps_done), samples_per_step=loader.batch_size,
-            tokens_per_step=tokens and tokens * loader.batch_size,
-            samples_per_epoch=loader.samples_per_epoch, data_share=self.training.data_share,
-            best=self._checkpoints.best,
-        )  # fmt: skip
+            "plan", **loop.plan(self._at), data_share=self.training.data_share, best=self._checkpoints.best
+        )
         with self._attempt.stop.deferred(), self._progress():
-            yield from self._remaining(loader)
+            yield from self._remaining(loop)
             requests = self._agreement.requests()
         if requests.stop:  # during the last step; the next start continues after the loop
             raise Stopped(requests.stop)
 
-    def _end_of(self, duration: Duration, loader: Loader) -> int:
-        """The step with which the loop ends; one before those done, if the run is past it."""
-        if self._loops in self._at.left:  # the state that was saved is of where the next loop began
-            return self.steps_done - 1
-        step, sample = self._from
-        total = step + counting.steps_in(duration, loader, self.steps_done - step, self.samples_done - sample)
+    def _next(self, loader: Loader, length: Duration, *, from_here: bool) -> Steps:
+        """The loop of the script that follows the one so far."""
+        number = 1
+        if self._loop is not None:
+            self._at.behind.add(self._loop.number)
+            number = self._loop.number + 1
+        loop = steps.begin(number, loader, length, self._at, from_here=from_here)
         if self._imagination is not None:
-            return max(total, imagined.STEPS + 1)
-        early = self._at.ended.get(total, total)
-        if early < total and self.steps_done >= early and self.world.rank == 0:
-            log.info("the run was finished early, after step %d; give another length to go on", early)
-        return early
+            loop.end = max(loop.end, imagined.STEPS + 1)
+        return loop
 
     @property
-    def _samples_of_loop(self) -> int:
-        """The samples done of those that the loop counts: from the start of the run, or from its own."""
-        return self.samples_done - self._from[1]
+    def _in_loop(self) -> Steps:
+        if self._loop is None:
+            raise ValueError("every() and step_metrics() are for the body of the loop over steps()")
+        return self._loop
 
-    def _warn_of_other_samples(self, loader: Loader) -> None:
-        """Warn if a continued run has another number of samples, or of sources, which changes their order."""
-        if not self.steps_done or self.world.rank > 0:
-            return
-        before, now = self._attempt.samples_per_epoch, loader.samples_per_epoch
-        if before not in (None, now):
-            changed = f"an epoch had {before:,} samples and has {now:,} now"
-        elif not loader.knows(self._at.data):
-            changed = "the number of the data's sources has changed, or which of them are streamed"
-        else:
-            return
-        log.warning("%s: from step %d on the samples come in a different order", changed, self.steps_done)
-
-    def _warn_of_other_data(self, before: Loader, now: Loader) -> None:
-        """Warn if a loop begins in the middle of data of which no loop has read the beginning."""
-        other = before.samples_per_epoch != now.samples_per_epoch
-        if other and self.steps_done < self._total and self.world.rank == 0:
-            log.warning(
-                "this loop reads other data than the one before (%d samples, not %d), but begins at position "
-                "%d of it, since lengths and positions count from the start of the run: "
-                "steps(..., from_here=True) counts from where the loop begins",
-                now.samples_per_epoch, before.samples_per_epoch, self.samples_done,
-            )  # fmt: skip
+    @property
+    def _total(self) -> int:
+        """The step with which the loop ends; 0 before the first one."""
+        return self._loop.end if self._loop is not None else 0
 
     @property
     def _only_steps(self) -> bool:
@@ -412,35 +376,34 @@ class Trainer:
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
-    def _remaining(self, loader: Loader) -> Iterator[Any]:
-        source = self._begin(loader)
+    def _remaining(self, loop: Steps) -> Iterator[Any]:
+        source = self._begin(loop)
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
         remembering = self.training.deterministic
         with contextlib.closing(
             Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
-            while self.steps_done < self._total:
+            while self.steps_done < loop.end:
                 with self._gauge.pace.waiting():
                     batch = next(source)
                 self._take_up(self.steps_done + 1)
                 with determinism.remembering() if remembering else contextlib.nullcontext():
                     yield from self._handed_out(batch)
                 remembering = False
-                self._after_step(loader, batch, profiler, timing)
+                self._after_step(loop, batch, profiler, timing)
             self.run.step = self.steps_done
         self._save()
         self._end_loop()
 
-    def _begin(self, loader: Loader) -> Iterator[Any]:
+    def _begin(self, loop: Steps) -> Iterator[Any]:
         """Begin a loop, and with the first one the attempt; returns the batches from here on."""
         source: Iterator[Any] = iter(())
-        if self.steps_done <= self._total:  # otherwise the run is past this loop
-            stage = self._loops - 1 if self._from[1] else 0
+        if self.steps_done <= loop.end:  # otherwise the run is past this loop
             place = None if self._begun else self._at.data
-            source = loader.batches(self._samples_of_loop, place, stage=stage)
-            self._begin_attempt(loader)
+            source = loop.loader.batches(loop.samples(self._at), place, stage=loop.stage)
+            self._begin_attempt(loop)
             self._at.data = None
-        if self.steps_done < self._total:
+        if self.steps_done < loop.end:
             self._registered.begin()
             self._modes.begin()
         self._due.begin()
@@ -450,9 +413,9 @@ class Trainer:
             self._save()  # one to rewind to
         return source
 
-    def _after_step(self, loader: Loader, batch: Any, profiler: Profiler, timing: Timing | None) -> None:
+    def _after_step(self, loop: Steps, batch: Any, profiler: Profiler, timing: Timing | None) -> None:
         """Count a step, and save what is due. Raises Stopped if the loop ends with it."""
-        pace = self._gauge.pace
+        pace, loader = self._gauge.pace, loop.loader
         self._batch_is = ""
         pace.step()
         self._at.move(loader.batch_size)
@@ -469,7 +432,7 @@ class Trainer:
             self._checkpoints.wait()  # raises
         if requests.save:
             self._due.asked = True
-        due = self._due.after_step(loader, self.steps_done, self._samples_of_loop)
+        due = self._due.after_step(loader, self.steps_done, loop.samples(self._at))
         waits = self._adding_up  # a checkpoint does not hold accumulated gradients
         if due and not waits:
             self._save()
@@ -532,16 +495,16 @@ class Trainer:
             self._checkpoints.warn_if_never_logged()
         if self._batch_is in ("", "computed"):  # a step that failed half-way, and whose error was caught
             return
+        loop = self._in_loop
         if self._batch_is == "trained on":
             self._agreement.requests()  # finish what the step began
-            assert self._loader is not None
-            self._at.move(self._loader.batch_size)
+            self._at.move(loop.loader.batch_size)
         self._batch_is = ""
         if another:
-            self._at.left[self._loops] = self.steps_done
-            self._at.behind.add(self._loops)
+            self._at.left[loop.number] = self.steps_done
+            self._at.behind.add(loop.number)
         if self.world.rank == 0:
-            log.info("the loop was left at step %d of %d", self.steps_done, self._total)
+            log.info("the loop was left at step %d of %d", self.steps_done, loop.end)
         self._save()
         self._end_loop()
 
@@ -551,12 +514,13 @@ class Trainer:
         self._gauge.over()
         self._heart.pause()
 
-    def _begin_attempt(self, loader: Loader) -> None:
+    def _begin_attempt(self, loop: Steps) -> None:
         """Begin the attempt with the first loop that has steps left."""
         if self._begun:
             return
         self._begun = True
-        self._warn_of_other_samples(loader)
+        if self.steps_done and self.world.rank == 0:
+            loop.warn_of_other_order(self._attempt.samples_per_epoch, self._at)
         if self._random is not None:  # last, so that nothing draws from it before the next step
             random_state.restore(*self._random)
             self._random = None
@@ -566,12 +530,12 @@ class Trainer:
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
 
-    def _pass_by_or_go_on(self, resumption: Resumption) -> None:
+    def _pass_by_or_go_on(self, resumption: Resumption, loop: Steps) -> None:
         """A loop of a resumed run: it is one that the run has left behind, or the one in which it goes on.
 
         What the script does behind a loop that was left behind is in the checkpoint, and was logged.
         """
-        if self.steps_done > self._total and self._loops in self._at.behind:
+        if self.steps_done > loop.end and loop.number in self._at.behind:
             resumption.passes_by = True
             self._attempt.held.begin()
             return
@@ -596,10 +560,10 @@ class Trainer:
             raise ValueError(
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
-        assert self._loader is not None, "call every() within the loop over steps()"
+        loop = self._in_loop
         if self._only_steps:
             return False
-        completes = counting.completes(parsed, self._loader, self.steps_done, self._samples_of_loop)
+        completes = loop.completes(parsed, self._at)
         self._due.measured |= completes
         return completes
 
@@ -667,7 +631,7 @@ class Trainer:
         if how == "stop" or too_many:
             raise StokerError(bad_loss.explained(step, wrong, self._step.weights(), too_many=too_many))
         first = self.samples_done
-        last = first + (self._loader.batch_size if self._loader is not None else 1) - 1
+        last = first + (self._loop.loader.batch_size if self._loop is not None else 1) - 1
         self._attempt.event("skipped", step=step, samples=[first, last], reason=wrong)
         if self.world.rank == 0:
             log.warning("step %d: %s; samples %d to %d are left out", step, wrong, first, last)
@@ -800,13 +764,12 @@ class Trainer:
         the precision needs it; and the epochs (`epoch`) and, if the dataset counts them, tokens (`tokens`)
         that the run has trained on, including this step.
         """
-        assert self._loader is not None, "call step_metrics() within the loop over steps()"
-        samples, tokens = self.samples_done + self._loader.batch_size, self._loader.tokens_per_sample
-        of_loop = self._samples_of_loop + self._loader.batch_size
-        found: dict[str, Any] = {"lr": self.lr, "epoch": of_loop / self._loader.samples_per_epoch}
+        loop = self._in_loop
+        found: dict[str, Any] = {"lr": self.lr, "epoch": loop.epochs(self._at)}
         if self._step.norm is not None:
             found["grad_norm"] = self._step.norm
-        return found if tokens is None else {**found, "tokens": round(samples * tokens)}
+        tokens = loop.tokens(self._at)
+        return found if tokens is None else {**found, "tokens": tokens}
 
     @property
     def rate(self) -> float | None:
@@ -880,7 +843,7 @@ class Trainer:
         if self._imagination is not None:
             return imagined.Unknown()
         if workers is None:
-            workers = self._loader.workers if self._loader is not None else 0
+            workers = self._loop.loader.workers if self._loop is not None else 0
         with self.evaluating():
             return evaluation.measure(
                 self._step, self._setting, dataset, metrics, batch_size=batch_size,
@@ -952,11 +915,11 @@ class Trainer:
 
         If the run is continued, it stays finished, unless `steps` is given another length.
         """
-        if self.steps_done + 1 < self._total:
-            self._total = self._at.end(self._total)
-            self._attempt.event("finish", step=self._total, reason=reason)
+        if self._loop is not None and self.steps_done + 1 < self._loop.end:
+            self._loop.end = self._at.end(self._loop.end)
+            self._attempt.event("finish", step=self._loop.end, reason=reason)
             if self.world.rank == 0:
-                log.info("step %d is the last: %s", self._total, reason)
+                log.info("step %d is the last: %s", self._loop.end, reason)
 
     # -- checkpoints ------------------------------------------------------------------------
 
@@ -984,8 +947,8 @@ class Trainer:
                 "the checkpoint of step %d lacks the accumulated gradients that no update has used yet",
                 self.steps_done,
             )
-        if self._loader is not None:
-            self._at.data = self._loader.place(self._samples_of_loop)
+        if self._loop is not None:
+            self._at.data = self._loop.loader.place(self._loop.samples(self._at))
         self._checkpoints.agree_on_metrics()
         with self._gauge.spending("checkpointing"):
             self._finish_saving()
@@ -1041,24 +1004,3 @@ def computed_in(run: Run, training: Training) -> precision.Resolved:
         return "bf16"  # what GPUs would use
     found = precision.resolve(asked, device.pick(run.world), storage.cache_folder())
     return cast("precision.Resolved", distributed.from_rank_zero(found))
-
-
-def _check_loader(loader: object) -> None:
-    """Raises BadInput for anything but a Loader: other iterables can only begin at their start."""
-    if not isinstance(loader, Loader):
-        raise BadInput(
-            f"trainer.steps() was given a {type(loader).__name__}, which cannot resume in the middle: make a "
-            "loader with trainer.loader(dataset, batch_size=...)"
-        )
-
-
-def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:
-    """How long to train, from the one that is given. Raises BadInput."""
-    if epochs is not None and not epochs > 0:
-        raise BadInput(f"epochs={epochs}: must be more than 0")
-    if epochs is not None:
-        return Duration(float(epochs), "epoch")
-    try:
-        return Duration.parse(max_steps)
-    except ValueError as error:
-        raise BadInput(f"max_steps: {error}") from error
