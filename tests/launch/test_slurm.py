@@ -230,7 +230,8 @@ def test_an_array_of_which_an_element_has_ended_is_cancelled_whole(stoker: Comma
     number = _submitted(spec, ("f-0", "f-1")).native
     form = ("squeue", "--noheader", "--states=all", "--format=%T")
     until(lambda: _slurm(*form, f"--jobs={number}_0") == "COMPLETED" and (folder / "up").exists(), every=0.3)
-    done = stoker("jobs", "cancel", number, cwd=folder)
+    of_the_shell = {"SQUEUE_USERS": "nobody", "SCANCEL_INTERACTIVE": "1", "SCANCEL_VERBOSE": "1"}
+    done = stoker("jobs", "cancel", number, cwd=folder, env=of_the_shell)
     assert done.code == 0, done.err
     until(lambda: _slurm(*form, f"--jobs={number}_1") == "FAILED", every=0.3)
     assert (folder / "told").exists()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stoker import duration, object_store
 from stoker.errors import EXIT_BAD_INPUT, BadInput, StokerError
-from stoker.launch import client, jobs, jobspec, slurm_script, tail
+from stoker.launch import client, jobs, jobspec, slurm_script, slurm_variables, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import JobSpec, Nodes
 from stoker.launch.targets import Line, Status
@@ -213,12 +213,12 @@ def _gpus(resources: str) -> int:
 # -- Slurm's commands ----------------------------------------------------------------------
 
 
-def _call(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
+def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a Slurm command. Raises BadInput if it or Slurm's configuration is not found, StokerError if
     nothing answers.
     """
     _check_configuration()
-    return client.call(command, _NEEDS, given)
+    return client.call(command, _NEEDS, environment=slurm_variables.for_others(os.environ))
 
 
 def _check_configuration() -> None:

@@ -1,4 +1,4 @@
-"""The environment that sbatch gets from the shell of who submits a job.
+"""The environment that Slurm's commands get from the shell of who calls stoker.
 
 For sbatch a variable SBATCH_... is worth more than the script, and the job inherits everything else. Within
 a job, that is also what describes this job, which srun would take for options of its own.
@@ -14,6 +14,8 @@ _OWN = "SBATCH_"
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")
 _CONFIGURES = ("SLURM_CONF", "SLURM_DEBUG_FLAGS", "SLURM_JWT", "SLURM_SACK_", "SLURM_TIME_")
 """Variables of Slurm that do not describe a job."""
+_OF_OTHERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
+"""Variables with which people set what the other commands list, and how."""
 _OTHERWISE = {
     "SBATCH_GPUS": "gpus-per-node", "SBATCH_GPUS_PER_TASK": "gpus-per-node",
     "SBATCH_JOB_NAME": "job-name", "SBATCH_MEM_PER_CPU": "mem", "SBATCH_MEM_PER_GPU": "mem",
@@ -45,6 +47,11 @@ def for_sbatch(spec: JobSpec, settings: Collection[str], here: Mapping[str, str]
         return of_a_job and not name.startswith(_CONFIGURES) and name not in spec.passed
 
     return {name: value for name, value in here.items() if not dropped(name)}
+
+
+def for_others(here: Mapping[str, str]) -> dict[str, str]:
+    """The variables that squeue, scancel and the like get: they must not leave out a job, or ask back."""
+    return {name: value for name, value in here.items() if not name.startswith(_OF_OTHERS)}
 
 
 def read(given: Mapping[str, str]) -> list[str]:
