@@ -62,6 +62,16 @@ def test_torch_itself_reads_the_shards(tmp_path: Path) -> None:
         assert torch.equal(opened.get_tensor("weight"), _tensors()["weight"])
 
 
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    tensors = _tensors()
+    for step in range(1, 5):
+        saver = Saver(tmp_path)
+        saver.save(tensors, {}, About(step, 8))
+        saver.wait()
+    found = [manifest.sums(path) for path in manifest.committed(tmp_path)]
+    assert found == [found[0]] * 4
+
+
 def test_what_fails_behind_a_checkpoint_does_not_cost_it(tmp_path: Path) -> None:
     def fail(checkpoint: manifest.Checkpoint) -> None:
         manifest.prune(tmp_path, 1)

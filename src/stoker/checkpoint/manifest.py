@@ -26,8 +26,9 @@ from stoker.object_store import Unreachable
 from stoker.run import directory
 from stoker.run.series import Goal
 
-FORMAT = 3
-_READABLE = (2, FORMAT)  # format 2 had no checksum for the manifest itself
+FORMAT = 4
+_READABLE = (2, 3, FORMAT)
+"""Format 2 had no checksum for the manifest itself; up to 3, equal tensors could be in different bytes."""
 NAME = directory.MANIFEST
 _VOID = "void-manifest.json"
 _THREADS = 2
@@ -333,7 +334,7 @@ def _checked(content: bytes, path: Path) -> dict[str, Any]:
         raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") not in _READABLE:
         raise InvalidCheckpoint(f"its manifest is not in format {FORMAT}")
-    if ("xxh3" in manifest or manifest["format"] == FORMAT) and manifest.get("xxh3") != _checksum(manifest):
+    if ("xxh3" in manifest or manifest["format"] > 2) and manifest.get("xxh3") != _checksum(manifest):
         raise InvalidCheckpoint("its manifest does not match its own checksum")
     wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
     if wrong or not manifest["files"]:

@@ -1,7 +1,8 @@
 """A rank's shards: safetensors files of at most half a GiB, each with a checksum.
 
 Their layout is that of torch's `HuggingFaceStorageWriter(save_distributed=True)`, whose reader is used:
-next to the tensors they record where each begins in the full one.
+next to the tensors they record where each begins in the full one, and nothing else, so that the same tensors
+always give the same bytes: the checksums of two runs' checkpoints can be compared without their files.
 """
 
 from __future__ import annotations
@@ -20,14 +21,7 @@ from safetensors.torch import save_file
 from stoker import storage
 from stoker.checkpoint.manifest import File
 from stoker.checkpoint.planning import Part
-from torch.distributed.checkpoint._hf_utils import (
-    CUSTOM_METADATA_KEY,
-    DCP_VERSION_KEY,
-    FORMAT_KEY,
-    FORMAT_VALUE,
-    HF_DCP_VERSION,
-    SAVED_OFFSETS_KEY,
-)
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 _FILE = 2**29  # bytes; several files are written, and verified, in parallel
 _THREADS = 2
@@ -43,10 +37,7 @@ def write(folder: Path, rank: int, parts: Sequence[Part], tensors: Mapping[str, 
 
 def _write(file: Path, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor]) -> File:
     offsets = {part.name: {SAVED_OFFSETS_KEY: part.offsets} for part in parts}
-    about = {
-        CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION),
-        FORMAT_KEY: FORMAT_VALUE,
-    }  # fmt: skip
+    about = {CUSTOM_METADATA_KEY: json.dumps(offsets)}  # safetensors writes several in any order
     try:
         save_file({part.name: tensors[part.name] for part in parts}, file, about)
     except SafetensorError as error:  # for example, a full disk

@@ -368,7 +368,10 @@ def _weights(seen: RunView, made: RunView, part: Stretch) -> Weights:
 
 
 def _equal(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
-    """Whether two files are equal; files that are only in an object store are compared by checksum."""
+    """Whether two files have equal weights.
+
+    Equal checkpoints are equal in their bytes: the checksum of one that is only in a store decides.
+    """
     there = one[1].is_file() and other[1].is_file()
     return one[0] == other[0] or (there and weights.same(one[1], other[1]))
 

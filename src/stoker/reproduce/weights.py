@@ -1,7 +1,7 @@
 """Whether two files contain the same weights, bit by bit.
 
-The bytes of two safetensors files with the same tensors can differ: the metadata in the header can be in
-any order (https://huggingface.co/docs/safetensors#format).
+The bytes of two safetensors files with the same tensors can differ if other programs, or other versions,
+wrote them: the metadata in the header can be in any order (https://huggingface.co/docs/safetensors#format).
 """
 
 from __future__ import annotations
