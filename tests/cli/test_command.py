@@ -39,6 +39,7 @@ def test_the_help_has_every_command_and_each_has_its_own(stoker: Command) -> Non
         (("trian",), "No such command 'trian'. Did you mean 'train'?"),
         (("runs", "lst"), "No such command 'lst'. Did you mean 'list'?"),
         (("--nproc", "2"), "No such option: --nproc"),
+        (("reproduce", "a", "--name", "b"), "No such option: --name"),  # which is not a key either
     ],
 )
 def test_a_word_that_is_no_command_is_said(words: tuple[str, ...], said: str, stoker: Command) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
+from stoker import object_store
+from stoker.errors import BadInput
 from stoker.launch import jobs
+from stoker.launch.jobs import Job
 from stoker.launch.jobspec import JobSpec
 
 from commands import Command
@@ -137,6 +141,26 @@ def test_a_job_is_shown_with_all_that_was_asked_for_it(stoker: Command, tmp_path
         assert f"  {line}\n" in shown
     assert "  variables    MODE, HF_TOKEN\n" in shown
     assert "hidden" not in shown
+    assert f"\nnext: stoker jobs logs {job.id}\n" in shown
+    elsewhere = ("--runs", str(tmp_path / "runs"))
+    at = " ".join(elsewhere)
+    shown = stoker("jobs", "show", "42", *elsewhere, env={"PATH": "/nowhere", "STOKER_RUNS": "other"}).out
+    assert f"\nnext: stoker jobs logs {job.id} {at}\n" in shown
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_job_whose_bucket_does_not_exist_is_refused(tmp_path: Path) -> None:
+    def planned(url: str) -> Job:
+        spec = JobSpec(name="a", command=("true",), folder=tmp_path)
+        return jobs.planned("slurm", spec, object_store.working_copy(url), ("searched/a",))
+
+    with pytest.raises(BadInput, match="s3://nobody-has-it/runs: this bucket does not exist"):
+        jobs.check_store(planned("s3://nobody-has-it/runs"))
+    there = planned(f"s3://bucket/{uuid.uuid4().hex}")
+    jobs.check_store(there)
+    store = object_store.of(there.runs)
+    assert store is not None
+    assert not store.objects()
 
 
 def test_a_secret_in_a_command_is_not_written_into_a_script(stoker: Command, tmp_path: Path) -> None:

@@ -69,8 +69,9 @@ def show(job: JobName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> N
         out.print(f"  {name:12} {value}", markup=False)
     for line in _changed_code(found):
         out.print(line, markup=False)
-    more = "" if status.over else f"   stoker jobs cancel {found.id}"
-    out.print(f"next: stoker jobs logs {found.id}{more}", markup=False)
+    at = finding.option(runs)
+    more = "" if status.over else f"   stoker jobs cancel {found.id}{at}"
+    out.print(f"next: stoker jobs logs {found.id}{at}{more}", markup=False)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from stoker.launch import arguments
 _NO_SUCH = "No such option"  # how typer's error for an unknown option begins
 _MISSING = "Missing argument"
 _NO_WORDS = "NoArgsIsHelpError"  # typer's error, which it does not export, of a group called by itself
+_NAME = "--name"  # an option of most commands that take keys, and no key
 _MISSPELT = 0.75  # least similarity at which an option counts as misspelt
 _OUTLIVE = ("train", "resume", "reproduce", "sweep", "bench")  # these go on when the terminal is closed
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -139,7 +140,7 @@ def _key_as_option(error: typer.TyperException, words: Sequence[str]) -> str:
     parameters = context.command.params
     takes_keys = any("[KEY=" in str(parameter.metavar) for parameter in parameters)
     known = [name for parameter in parameters for name in parameter.opts]
-    if not takes_keys or nearest(option, known, alike=_MISSPELT):
+    if not takes_keys or option == _NAME or nearest(option, known, alike=_MISSPELT):
         return ""
     key = option.removeprefix("--").replace("-", "_")
     if other := other_names.command_for(key):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stoker.cli.output import console, print_json, runs_option
-from stoker.run import mirror, view
+from stoker.cli.output import console, print_json
+from stoker.run import finding, mirror, view
 from stoker.run.view import RunView
 from stoker.words import shortest
 
@@ -35,7 +35,7 @@ def show(seen: RunView, json: bool, status: str, *, uploaded: bool = True) -> No
         said["report"] = shortest(report)
     wide = min(48, max(24, *map(len, said)))
     lines += [f"  {name:{wide}} {value}" for name, value in said.items()]
-    at = runs_option(directory_.path.parent.parent)
+    at = finding.option(directory_.path.parent.parent)
     if not uploaded:
         lines.append(f"next: stoker sync {directory_.id}{at}")
     elif seen.status == view.FINISHED:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
-from stoker import object_store, terminal
+from stoker import terminal
 from stoker.errors import EXIT_BAD_INPUT
 from stoker.run import finding
-from stoker.words import shortest
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -40,14 +38,6 @@ DEFAULT_RUNS = Path("runs")
 def console() -> Console:
     """Standard output for people; without colours or a width limit unless it is a terminal."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-
-
-def runs_option(runs: Path) -> str:
-    """The option ` --runs DIR` that a command needs to use `runs`; empty if that is the default."""
-    there, usual = finding.shown(runs), finding.asked_for(None)
-    if there == usual.rstrip("/") or runs.resolve() == Path(usual).resolve():
-        return ""
-    return f" --runs {shlex.quote(there if object_store.is_url(there) else shortest(runs))}"
 
 
 def print_json(answer: dict[str, Any]) -> None:

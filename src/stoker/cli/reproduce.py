@@ -24,7 +24,6 @@ from stoker.cli.output import (
     answer,
     console,
     print_json,
-    runs_option,
     show_messages,
 )
 from stoker.cli.runs.common import RunName
@@ -124,7 +123,7 @@ def reproduce(
     if json:
         print_json(reproduction.as_json(outcome))
     else:
-        reproduction.print_outcome(console(), outcome, runs_option(target.path.parent.parent))
+        reproduction.print_outcome(console(), outcome, finding.option(target.path.parent.parent))
     return 0 if outcome.identical else EXIT_DIFFERS
 
 

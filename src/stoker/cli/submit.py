@@ -24,6 +24,7 @@ from stoker.launch import arguments, here, jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import LOCAL, TARGETS
+from stoker.run import finding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,7 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
     if where.dry_run:
         return _print_rendered(where.on, rendered, json=json)
     target.check(job)
+    jobs.check_store(job)
     _check_free(job)
     job = jobs.signed(job)
     known = jobs.remember(job, target.submit(job, rendered))
@@ -210,7 +212,12 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
         markup=False,
     )
     out.print(f"it runs {target.code(known)}", markup=False)
-    out.print(f"next: stoker jobs list   stoker jobs logs {known.id} -f   stoker jobs cancel {known.id}")
+    at = finding.option(runs)
+    out.print(
+        f"next: stoker jobs list{at}   stoker jobs logs {known.id}{at} -f   "
+        f"stoker jobs cancel {known.id}{at}",
+        markup=False,
+    )  # fmt: skip
     return 0
 
 

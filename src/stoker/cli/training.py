@@ -20,7 +20,7 @@ from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, Stopped, stops_
 from stoker.launch import alone, ranks
 from stoker.recipes import Recipe
 from stoker.report import html
-from stoker.run import view
+from stoker.run import finding, view
 from stoker.user_run import Run
 
 log = logging.getLogger("stoker")
@@ -176,13 +176,11 @@ def _write_report(run: Run) -> None:
 
 
 def _wait_for_sinks(run: Run) -> None:
+    sync = run.directory.id + finding.option(run.directory.path.parent.parent)
     for state in run.attempt.wait_for_sinks(_SINKS_TIMEOUT):
         if state.pending:
             reason = f" ({state.error})" if state.error else ""
             log.warning(
                 "%s: %d events are not shipped yet%s; ship them with `stoker sync %s`",
-                state.name,
-                state.pending,
-                reason,
-                run.directory.id,
-            )
+                state.name, state.pending, reason, sync,
+            )  # fmt: skip

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from stoker.cli.output import console, print_json
+from stoker.run import finding
 from stoker.tune.plan import SHARE
 from stoker.tune.schedulers import State
 from stoker.words import counted
@@ -189,7 +190,8 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
     if search.over and best is not None and best.state != "complete":
         out.print(_ended_early(search, best))
     if best is not None:
-        out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
+        at, name = finding.option(plan.folder.parent), plan.folder.name
+        out.print(f"next: stoker runs show {name}/{best.run}{at}   stoker report {name}{at}", markup=False)
     if error:
         log.error("%s", error)
 

@@ -33,6 +33,7 @@ log = logging.getLogger("stoker")
 
 FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
+_PROBE = "probe"
 LOGS = "logs"
 WRITTEN = (".txt", ".log")
 """Extensions of the files that the job itself writes: the record of its attempts, and its logs."""
@@ -111,6 +112,24 @@ def write(job: Job) -> None:
                     store.put(f"{FOLDER}/{job.id}/{file.name}", file)
         except Unreachable as error:
             log.warning("other machines cannot see job %s yet: %s", job.id, error)
+
+
+def check_store(job: Job) -> None:
+    """Raises BadInput if the runs are in a bucket that does not exist: the job would fail when it starts.
+
+    A store that cannot be reached from here may be reachable where the job runs.
+    """
+    store = object_store.of(job.runs)
+    if store is None:
+        return
+    key = f"{FOLDER}/{job.id}/{_PROBE}"
+    try:
+        store.write(key, b"")
+        store.remove(key)
+    except FileNotFoundError as error:
+        raise BadInput(f"{store.url}: this bucket does not exist") from error
+    except Unreachable as error:
+        log.debug("%s", error)
 
 
 def every(runs: Path) -> list[Job]:

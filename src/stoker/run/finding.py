@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from stoker.errors import BadInput, nearest
 from stoker.object_store import Unreachable
 from stoker.run import mirror
 from stoker.run.directory import RunDirectory
+from stoker.words import shortest
 
 log = logging.getLogger("stoker")
 
@@ -44,6 +46,14 @@ def shown(runs: Path) -> str:
     """A runs folder as it was named: its path, or its URL if it is the working copy of an object store."""
     store = object_store.of(runs.absolute())
     return store.url if store is not None else str(runs)
+
+
+def option(runs: Path) -> str:
+    """The option ` --runs DIR` that a command needs to use a runs folder; empty if that is the default."""
+    there, usual = shown(runs), asked_for(None)
+    if there == usual.rstrip("/") or runs.resolve() == Path(usual).resolve():
+        return ""
+    return f" --runs {shlex.quote(there if object_store.is_url(there) else shortest(runs))}"
 
 
 def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:

@@ -25,7 +25,7 @@ from mlflow.tracking.context.default_context import DefaultRunContext
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 from stoker import storage
 from stoker.errors import StokerError
-from stoker.run import media, view
+from stoker.run import finding, media, view
 from stoker.run.directory import BEST, SWEEP, RunDirectory
 from stoker.tracking import identity, store
 from stoker.tracking.sink import Batch, Ending, SinkRun
@@ -211,7 +211,8 @@ class MlflowSink:
 
     @property
     def _rebuild(self) -> str:
-        return f"stoker sync {self._directory.name} --rebuild"
+        at = finding.option(self._directory.path.parent.parent)
+        return f"stoker sync {self._directory.name} --rebuild{at}"
 
     def _sweep(self, experiment: str) -> str | None:
         """The MLflow run of this trial's search, found by its tags or created; None if this is no trial.

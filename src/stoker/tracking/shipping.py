@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stoker import threads
+from stoker.run import finding
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, store
 from stoker.tracking.follower import SinkState
@@ -69,7 +70,8 @@ class Shipping(_Shipping):
     def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
         super().__init__(lambda: follower.spawn(run), sinks)
         self._run = run
-        self._rest = f"training continues, and `stoker sync {run.id}` or the next start ships the rest"
+        self._sync = f"stoker sync {run.id}{finding.option(run.path.parent.parent)}"
+        self._rest = f"training continues, and `{self._sync}` or the next start ships the rest"
 
     def say_if_unanswered(self) -> None:
         """Say so if MLflow has nothing of a run that has ended, and its server does not answer.
@@ -85,7 +87,7 @@ class Shipping(_Shipping):
         with contextlib.suppress(TimeoutError):
             reason = asked.result(_ANSWER_TIMEOUT)
             if reason is not None:
-                self._warn_once("mlflow", reason, f"`stoker sync {self._run.id}` ships it later")
+                self._warn_once("mlflow", reason, f"`{self._sync}` ships it later")
 
     def wait(self, timeout: float) -> list[SinkState]:
         """Wait at most `timeout` seconds for the follower of a closed run; returns each sink's state."""
