@@ -142,10 +142,9 @@ def test_a_job_is_shown_with_all_that_was_asked_for_it(stoker: Command, tmp_path
     assert "  variables    MODE, HF_TOKEN\n" in shown
     assert "hidden" not in shown
     assert f"\nnext: stoker jobs logs {job.id}\n" in shown
-    elsewhere = ("--runs", str(tmp_path / "runs"))
-    at = " ".join(elsewhere)
-    shown = stoker("jobs", "show", "42", *elsewhere, env={"PATH": "/nowhere", "STOKER_RUNS": "other"}).out
-    assert f"\nnext: stoker jobs logs {job.id} {at}\n" in shown
+    environment = {"PATH": "/nowhere", "STOKER_RUNS": "other"}
+    shown = stoker("jobs", "show", "42", "--runs", str(tmp_path / "runs"), env=environment).out
+    assert f"\nnext: stoker jobs logs {job.id} --runs runs\n" in shown
 
 
 @pytest.mark.usefixtures("proxy")
