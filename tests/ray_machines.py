@@ -49,9 +49,15 @@ class Machines:
     def dashboard(self) -> str:
         return f"http://{self.cluster.head_node.webui_url}"
 
-    def join(self) -> Any:
-        """One more machine."""
-        return self.cluster.add_node(num_cpus=1, wait=True, temp_dir=str(self.folder))
+    def join(self, cpus: int = 1, **environment: str) -> Any:
+        """One more machine, with variables of its own."""
+        return self.cluster.add_node(
+            num_cpus=cpus, wait=True, temp_dir=str(self.folder), env_vars=environment
+        )
+
+    def leave(self, node: Any) -> None:
+        """One machine less."""
+        self.cluster.remove_node(node, allow_graceful=False)
 
     def raylet(self, node: Any) -> psutil.Process:
         return psutil.Process(node.all_processes["raylet"][0].process.pid)

@@ -37,6 +37,7 @@ FLOORS = (
         "other_names",
         "unknown_keys",
         "ray_token",
+        "ray_errors",
     },
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},

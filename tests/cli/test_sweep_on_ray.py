@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,18 @@ refused = subprocess.run(
     env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_gcs_server_port_wait_time_s": "1"},
 )
 assert refused.returncode == 2
+"""
+
+REFUSES = """
+from dataclasses import dataclass
+import stoker
+
+@dataclass(frozen=True)
+class Config:
+    x: float = 0.0
+
+def train(run: stoker.Run, config: Config) -> None:
+    raise stoker.BadInput("a file of data is not here")
 """
 
 
@@ -187,6 +200,33 @@ def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
 
 def _wait_for_a_checkpoint(process: subprocess.Popen[bytes], sweep: Path) -> None:
     until(lambda: list(sweep.glob("*/checkpoints/*/manifest.json")), process)
+
+
+def test_a_machine_that_lacks_stoker_is_named_and_its_trials_run_elsewhere(
+    stoker: Command, ray_cluster: OnOneMachine, tmp_path: Path
+) -> None:
+    (tmp_path / "without" / "stoker").mkdir(parents=True)
+    (tmp_path / "without" / "stoker" / "__init__.py").touch()
+    refuses = tmp_path / "refuses.py"
+    refuses.write_text(REFUSES)
+    on = ("--sampler", "grid", "--on", "ray", "--address", ray_cluster.address)
+    node = ray_cluster.join(2, PYTHONPATH=str(tmp_path / "without"))
+    try:
+        done = stoker("sweep", SEARCHED, "x=[0.1, 0.2, 0.3, 0.4]", *on, "--json")
+    finally:
+        ray_cluster.leave(node)
+    assert done.code == 0, done.err
+    assert {trial["state"] for trial in done.answer["trials"]} == {"complete"}
+    why = r"\S+ \([0-9.]+\) cannot run trials: ModuleNotFoundError: No module named 'stoker"
+    assert re.search(why, " ".join(done.err.split()))
+    assert "\x1b" not in done.err
+    node = ray_cluster.join()
+    try:
+        done = stoker("sweep", str(refuses), "x=[1, 2]", *on, "--metric", "loss", "--goal", "min")
+    finally:
+        ray_cluster.leave(node)
+    where = r"a file of data is not here \(on \S+ \([0-9.]+\)\)"
+    assert re.search(where, " ".join(done.err.split())), done.err
 
 
 def test_it_starts_ray_by_itself_and_failed_trials_are_told_apart(stoker: Command) -> None:

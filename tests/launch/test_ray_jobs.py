@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,6 +21,21 @@ from support import LONG, loaded, points, until
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")
 SAME = ("train", RECIPE, "precision=fp32", "steps=100", "checkpoint_every=20")
+
+READS_A_FILE = """
+from dataclasses import dataclass
+from pathlib import Path
+import stoker
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 3
+
+def train(run: stoker.Run, config: Config) -> None:
+    factor = float((Path(__file__).parent / "data" / "factor.txt").read_text())
+    for step in range(1, config.steps + 1):
+        run.log(step=step, loss=factor / step)
+"""
 
 
 class WithDashboard(Machines):
@@ -46,6 +63,11 @@ def _writes(process: psutil.Process, run: Path) -> bool:
         return any(file.path.startswith(f"{run}/") for file in process.open_files())
     except psutil.Error:
         return False
+
+
+def _git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    return subprocess.check_output(["git", *identity, *words], cwd=folder, text=True).strip()
 
 
 def _wait_for_end(cluster: WithDashboard, submitted: Done) -> None:
@@ -172,6 +194,76 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     assert sorted(forgotten.out.splitlines()) == sorted(there.out.splitlines())
 
 
+def test_a_node_that_lacks_what_a_job_needs_ends_it_at_once_and_says_which_and_why(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    on = ("--on", "ray", "--option", f"address={of_two.dashboard}")
+
+    def ended(name: str, *given: str, cwd: Path = tmp_path, gone: bool = False) -> str:
+        """What the job's log says; it has failed with the exit code for bad input."""
+        where = ("--runs", str(tmp_path / "runs")) if gone else ()
+        done = stoker(*SAME, *on, "--name", name, *given, *where, "--json", cwd=cwd)
+        assert done.code == 0, done.err
+        if gone:
+            cwd.rmdir()
+        _wait_for_end(of_two, done)
+        info = JobSubmissionClient(of_two.dashboard).get_job_info(done.answer["native"])
+        assert "exit code 2" in (info.message or "")
+        return stoker("jobs", "logs", name).out
+
+    (tmp_path / "without" / "stoker").mkdir(parents=True)
+    (tmp_path / "without" / "stoker" / "__init__.py").touch()
+    without = of_two.join(2, PYTHONPATH=str(tmp_path / "without"))
+    said = ended("without", "--cpus", "2")
+    of_two.leave(without)
+    cause = r"stoker: node 0, \S+ \([0-9.]+\): stoker cannot be run there: ModuleNotFoundError: No module "
+    assert re.search(cause, said)
+    assert "starting again" not in said
+
+    two = [of_two.join(2, STOKER_RUNS=str(tmp_path / name)) for name in ("one", "other")]
+    begun = time.monotonic()
+    said = ended("apart", "--cpus", "2", "--nodes", "2")
+    assert time.monotonic() - begun < LONG / 2, "the other launcher did not wait for this one"
+    assert "is not the one that the other machines use" in said
+    for node in two:
+        of_two.leave(node)
+
+    (tmp_path / "gone").mkdir()
+    said = ended("gone", cwd=tmp_path / "gone", gone=True)
+    assert f": the folder {tmp_path}/gone does not exist there; to send it, add --option " in said
+    assert "Traceback" not in said
+
+
+def test_code_that_was_sent_is_recorded_with_its_commit_and_all_files_and_runs_again(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    project, runs = tmp_path / "project", tmp_path / "shared"
+    (project / "data").mkdir(parents=True)
+    (project / "mine.py").write_text(READS_A_FILE)
+    (project / "data" / "factor.txt").write_text("2")
+    for words in (("init", "-b", "main"), ("add", "."), ("commit", "-m", "first")):
+        _git(project, *words)
+    (project / "data" / "factor.txt").write_text("3")
+    on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--option", "working-dir=.")
+    done = stoker("train", "mine.py", *on, "--runs", str(runs), "--name", "a", cwd=project)
+    assert done.code == 0, done.err
+    assert done.err == "", "Ray says nothing of how it packs a folder"
+    client = JobSubmissionClient(of_two.dashboard)
+    (job,) = (one for one in client.list_jobs() if one.submission_id.startswith("mine-a-"))
+    until(lambda: client.get_job_status(job.submission_id).is_terminal(), every=0.5)
+    run = runs / "mine" / "a"
+    assert loaded(run).status == "finished", client.get_job_logs(job.submission_id)
+    code = json.loads((run / "provenance" / "code.json").read_bytes())
+    assert code["kind"] == "git"
+    assert code["commit"] == _git(project, "rev-parse", "HEAD")
+    assert (code["branch"], code["dirty"], code["untracked"]) == ("main", True, [])
+    assert [file["path"] for file in code["files"]] == ["data/factor.txt", "mine.py"]
+    assert "+3" in (run / "provenance" / "diff.patch").read_text()
+    assert "STOKER_SHIPPED" not in (run / "provenance" / "environment.json").read_text()
+    again = stoker("reproduce", "a", "--runs", str(runs))
+    assert again.code == 0, again.out + again.err
+
+
 def test_what_the_cluster_does_not_have_is_refused(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
@@ -209,6 +301,7 @@ def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> 
         (("--option", "address=http://127.0.0.1:1"), "no Ray cluster answers at http://127.0.0.1:1"),
         (("--option", "adress=http://127.0.0.1:1"), "did you mean 'address'"),
         (("--option", "scales=yes"), "--option scales=yes: must be true or false"),
+        (("--option", "working-dir=."), "runs would be stored in a folder of Ray's on some node"),
     ],
 )
 def test_without_a_cluster_nothing_is_written(
@@ -224,3 +317,16 @@ def test_where_no_cluster_answers_it_says_which_variable_it_went_by(stoker: Comm
     done = stoker(*SAME, "--on", "ray", env={"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"})
     assert done.code == 2
     assert "no Ray cluster answers at RAY_API_SERVER_ADDRESS=http://127.0.0.1:1 (" in done.err
+
+
+def test_a_url_is_given_to_ray_as_it_is_and_nodes_are_to_share_the_working_copy_of_a_store(
+    stoker: Command, tmp_path: Path
+) -> None:
+    where = ("--runs", "s3://bucket/runs", "--nodes", "2", "--option", "address=http://127.0.0.1:1")
+    given = (*SAME, "--on", "ray", *where, "--option", "working-dir=s3://bucket/code.zip")
+    made = json.loads(stoker(*given, "--dry-run").out)
+    assert made["runtime_env"]["working_dir"] == "s3://bucket/code.zip"
+    assert "--folder" not in made["entrypoint"]
+    warning = "the nodes must share the working copy of s3://bucket/runs"
+    assert warning in " ".join(stoker(*given).err.split())
+    assert warning not in " ".join(stoker(*given, "--env", "STOKER_CACHE=/shared").err.split())

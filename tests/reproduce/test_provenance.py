@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,7 @@ import pytest
 import xxhash
 from stoker import redaction, storage
 from stoker.errors import BadInput
-from stoker.reproduce import bundle, code, inputs, packages, place, provenance
+from stoker.reproduce import bundle, code, inputs, packages, place, provenance, shipped
 from stoker.reproduce.code import Code, File
 
 
@@ -475,3 +476,38 @@ def test_what_a_package_brings_for_itself_is_not_in_the_lock(
     )
     monkeypatch.syspath_prepend(brought)
     assert "small==1.0" not in packages.lock(packages.installed())
+
+
+def test_code_that_was_sent_without_git_is_described_by_what_git_said_there(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(repository, {"part/run.py": "import near\n", "part/near.py": "", "part/data/x.txt": "1\n"})
+    _git(repository, "add", ".")
+    _git(repository, "commit", "-m", "second")
+    _write(repository, {"part/data/x.txt": "2\n", "part/.env": "A=1\n", "part/new.txt": ""})
+    record = shipped.packed(repository / "part", tmp_path / "runs")
+    monkeypatch.setattr(shipped, "_MOST", 0)
+    short = shipped.packed(repository / "part", tmp_path / "runs")
+    assert "too many files" in caplog.text
+    assert shipped.packed(tmp_path, tmp_path / "runs") == "", "outside of git"
+
+    there = tmp_path / "there"
+    shutil.copytree(repository / "part", there)
+    _write(there, {"written/by_a_run.txt": ""})
+    monkeypatch.setenv(shipped.FOLDER, str(there))
+    monkeypatch.setenv(shipped.RECORD, record)
+    target, found = _record(tmp_path, there / "run.py")
+    assert (found.kind, found.root, found.script, found.branch) == ("git", str(there), "run.py", "main")
+    assert found.commit == _git(repository, "rev-parse", "HEAD")
+    assert found.dirty
+    assert found.untracked == (".env", "new.txt")
+    assert _paths(found) == ["data/x.txt", "near.py", "new.txt", "run.py"]
+    assert [left.path for left in found.left_out] == [".env"]
+    assert b"+2" in (target / "diff.patch").read_bytes()
+
+    monkeypatch.setenv(shipped.RECORD, short)
+    found = provenance.gather(there / "run.py").code
+    assert found.commit == _git(repository, "rev-parse", "HEAD")
+    assert _paths(found) == ["near.py", "run.py"]
+    elsewhere = provenance.gather(repository / "train.py").code
+    assert elsewhere.root == str(repository), "other code is not what was sent"

@@ -27,6 +27,7 @@ from stoker.launch.jobs import Job
 from stoker.launch.jobspec import RENDEZVOUS, JobSpec, Nodes
 from stoker.launch.ray_nodes import MEETING
 from stoker.launch.targets import Line, Status
+from stoker.reproduce import shipped
 from stoker.run import finding
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ SUBMITTED = "job.submitted.json"
 
 _FORGOTTEN = "not found in the cluster"
 
+_QUIET = {  # what Ray says of a job that is submitted, and at the end of its log
+    "ray.dashboard.modules.job.sdk": logging.WARNING,
+    "ray.dashboard.modules.dashboard_sdk": logging.WARNING,
+    "ray._private.runtime_env.packaging": logging.WARNING,
+    "ray._private.runtime_env.working_dir": logging.ERROR,  # .git, which is packed in another way
+}
 _STARTS = 30.0  # seconds that a newly started cluster may need until it accepts jobs
 _STOP = 120  # seconds that a job has for a checkpoint after being told to stop
 _OPTIONS = {
@@ -57,6 +64,7 @@ _STATES = {
 
 def check(job: Job) -> None:
     """Check that a cluster answers, and has such nodes or scales. Raises BadInput, StokerError."""
+    _warn_of_copies(job)
     client = _client(job.spec)
     known = _nodes(client)
     if known and job.spec.options.get("scales") != "true":
@@ -67,14 +75,17 @@ def render(job: Job) -> str:
     """The job as Ray receives it, as JSON. Raises BadInput for invalid settings."""
     jobspec.check(job.spec)
     _check_options(job.spec)
+    _check_runs(job.spec)
     return json.dumps(_submission(job), indent=2) + "\n"
 
 
 def code(job: Job) -> str:
     """A description of the code that a job runs."""
-    sent = job.spec.options.get("working-dir")
+    sent = _sent(job.spec)
+    if "://" in sent:
+        return f"the code in {sent}"
     if sent:
-        return f"the present code in {(job.spec.folder / sent).resolve()}, which was sent to the cluster"
+        return f"the present code in {sent}, which was sent to the cluster"
     return f"the code in {job.spec.folder} at the time it starts"
 
 
@@ -173,7 +184,7 @@ def _of_nodes(job: Job, follow: bool) -> Iterator[Line]:
 def _submission(job: Job) -> dict[str, Any]:
     """The arguments of `JobSubmissionClient.submit_job`."""
     spec = job.spec
-    sent = spec.options.get("working-dir", "")
+    sent = _sent(spec)
     numbers = {
         "nodes": spec.nodes,
         "cpus": spec.cores,
@@ -195,13 +206,31 @@ def _submission(job: Job) -> dict[str, Any]:
     }  # fmt: skip
     environment: dict[str, Any] = {"env_vars": variables}
     if sent:
-        environment["working_dir"] = str((spec.folder / sent).resolve())
+        environment["working_dir"] = sent
+    if sent and "://" not in sent and (record := shipped.packed(Path(sent), job.runs)):
+        variables[shipped.RECORD] = record  # as Ray does not send .git
     return {
         "entrypoint": shlex.join(words),
         "submission_id": native,
         "runtime_env": environment,
         "metadata": {"stoker-job": job.id},
     }
+
+
+def _sent(spec: JobSpec) -> str:
+    """The folder that is sent to the cluster, or the URL of one that it fetches; empty for neither."""
+    sent = spec.options.get("working-dir", "")
+    return str((spec.folder / sent).resolve()) if sent and "://" not in sent else sent
+
+
+def _warn_of_copies(job: Job) -> None:
+    """Warn that several nodes must share the working copy of a store: where it is, only they know."""
+    if job.spec.nodes > 1 and object_store.of(job.runs) and "STOKER_CACHE" not in job.spec.environment:
+        log.warning(
+            "the nodes must share the working copy of %s, which is in STOKER_CACHE or else ~/.cache/stoker: "
+            "if that is not on a disk that they share, add --env STOKER_CACHE=FOLDER with one that is",
+            finding.shown(job.runs),
+        )
 
 
 def _limited(spec: JobSpec) -> tuple[str, ...]:
@@ -233,6 +262,18 @@ def _check_options(spec: JobSpec) -> None:
         )
 
 
+def _check_runs(spec: JobSpec) -> None:
+    """Raises BadInput if the runs would be in the folder that Ray makes of the one that is sent."""
+    sent = spec.options.get("working-dir")
+    runs = arguments.value(spec.command, "--runs") or spec.environment.get("STOKER_RUNS", "")
+    if sent and "://" not in runs and not Path(runs).is_absolute():
+        raise BadInput(
+            f"--option working-dir={sent}: runs would be stored in a folder of Ray's on some node, and be "
+            "lost with it: give --runs s3://bucket/folder, or the absolute path of a folder that all nodes "
+            "share"
+        )
+
+
 # -- the cluster -----------------------------------------------------------------------------
 
 
@@ -243,9 +284,8 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(
-        logging.WARNING
-    )  # it logs when a log has ended
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(level)
     try:
         return JobSubmissionClient(spec.options.get("address"))
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:

@@ -4,14 +4,17 @@
 
 A launcher is what `stoker train` is on any machine: it starts the ranks of its node, and meets the others.
 An actor next to it starts it, and is what Ray supervises. If a node is lost, the launchers on all nodes are
-ended; they are started again as soon as Ray has room, and resume from the newest checkpoint.
+ended; they are started again as soon as Ray has room, and resume from the newest checkpoint. A node that
+lacks what a launcher needs gets no better by that: it ends the job, as bad input.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +27,10 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import machine
-from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
+from stoker import machine, ray_errors
+from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput
 from stoker.launch import job_uploader, jobs
+from stoker.reproduce import shipped
 from stoker.run import finding
 from stoker.words import counted
 
@@ -35,6 +39,7 @@ MEETING = "{rendezvous}"
 
 _LOOK = 0.2  # seconds between two looks at the launchers
 _PATIENCE = 30.0  # seconds after which it reports that Ray has no room yet
+_PARTING = 5.0  # seconds for the other launchers to end by themselves after one has refused its input
 _ENDING = 30.0  # seconds for the remaining launchers to end
 _QUIET = 1.0  # seconds without a line of theirs, after which there are no more
 _LAST_LINES = 10.0  # seconds after which there are none in any case
@@ -78,8 +83,10 @@ class Node:
         return f"{ray.util.get_node_ip_address()}:{machine.free_port()}"
 
     def start(self, command: Sequence[str], folder: str) -> None:
+        """Start it in a folder, or in the one that was sent here."""
+        environment = os.environ if folder else {**os.environ, shipped.FOLDER: str(Path.cwd())}
         beside = [sys.executable, "-m", "stoker.launch.beside", str(os.getpid())]
-        self._process = subprocess.Popen([*beside, *command], cwd=folder or None)
+        self._process = subprocess.Popen([*beside, *command], cwd=folder or None, env=environment)
 
     def ended(self) -> int | None:
         """Its exit code, as in a shell, once it has ended."""
@@ -141,7 +148,7 @@ def run(name: str, needs: Needs, command: Sequence[str], folder: str) -> int:
 
 
 def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[int]) -> int:
-    """One launch on all nodes; returns the highest exit code, or `_LOST`."""
+    """One launch on all nodes; returns their exit code, or `_LOST`."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -152,6 +159,7 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
     try:
         if not _ready(group, needs, told):
             return EXIT_PREEMPTED
+        _check(group, needs, command[0], folder)
         actor = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus)(Node)
         nodes = [
             actor.options(
@@ -170,6 +178,11 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
         except ray.exceptions.RayActorError:
             _end(nodes)
             return _LOST
+    except BadInput as error:
+        _say(str(error))
+        return EXIT_BAD_INPUT
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):  # while it was checked
+        return _LOST
     finally:
         remove_placement_group(group)
 
@@ -191,15 +204,54 @@ def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
     return True
 
 
+def _check(group: Any, needs: Needs, program: str, folder: str) -> None:
+    """Raises BadInput if a node lacks what a launcher needs, which does not get better by starting again."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    # Not by the actors: for Ray, one whose class cannot be imported and that has a `__repr__` is lost.
+    asked = ray.remote(num_cpus=0, max_retries=0)(_lacking)
+    answers = [
+        asked.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, number)).remote(
+            program, folder
+        )
+        for number in range(needs.nodes)
+    ]
+    for number, answer in enumerate(answers):
+        try:
+            lacking = ray.get(answer)
+        except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
+            lacking = f"stoker cannot be run there: {ray_errors.cause(error)}"
+        if lacking:
+            raise BadInput(f"node {number}, {ray_errors.shown(ray_errors.node_of(group, number))}: {lacking}")
+
+
+def _lacking(program: str, folder: str) -> str:
+    """What is missing on this node; called by Ray also where stoker is."""
+    importlib.import_module("stoker.launch.ray_nodes")
+    if folder and not Path(folder).is_dir():
+        return f"the folder {folder} does not exist there; to send it, add --option working-dir=."
+    return "" if shutil.which(program) else f"{program} does not exist there"
+
+
 def _wait(nodes: Sequence[Any], told: Sequence[int]) -> int:
-    """Wait until all launchers have ended. Raises RayActorError if a node is lost."""
+    """Wait until all launchers have ended; returns the highest exit code, or that for bad input.
+
+    If one ends with bad input, the others are ended: they would wait for it. Raises RayActorError if a node
+    is lost.
+    """
     import ray
 
-    passed_on = 0
+    passed_on, refused = 0, 0.0
     while True:
         codes = ray.get([node.ended.remote() for node in nodes])
         if all(code is not None for code in codes):
-            return int(max(codes))
+            return EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else int(max(codes))
+        if EXIT_BAD_INPUT in codes:
+            refused = refused or time.monotonic()
+            if time.monotonic() - refused > _PARTING:
+                _end(nodes)
+                return EXIT_BAD_INPUT
         if len(told) > passed_on:
             passed_on = len(told)
             ray.get([node.tell.remote() for node in nodes])

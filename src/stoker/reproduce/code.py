@@ -96,7 +96,7 @@ def find(source: Path, runs: Path | None = None) -> Found:
     folder = source.parent if script else source
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None:
-        return _modules(script, _import_folder(script) if script else folder)
+        return outside_of_git(source, _import_folder(script) if script else folder)
     return _repository(Path(top.rstrip("\n")), script, _within(top.rstrip("\n"), runs))
 
 
@@ -131,7 +131,9 @@ def _repository(root: Path, script: Path | None, runs: str | None) -> Found:
     return Found(code, tuple(sorted(paths)), diff.result(), tuple(listed.unread))
 
 
-def _modules(script: Path | None, folder: Path) -> Found:
+def outside_of_git(source: Path, folder: Path) -> Found:
+    """The code of a script in a folder: what it imports from there."""
+    script = source if source.is_file() else None
     code = Code(
         kind="modules",
         root=str(folder),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import machine, redaction
+from stoker.reproduce import shipped
 from stoker.reproduce.packages import Package
 
 _RELEVANT = (
@@ -33,7 +34,11 @@ def describe(packages: Sequence[Package], variables: Mapping[str, str] | None = 
     """
     hardware = machine.hardware()
     given = os.environ if variables is None else variables
-    relevant = {name: given[name] for name in sorted(given) if name.startswith(_RELEVANT)}
+    relevant = {
+        name: given[name]
+        for name in sorted(given)
+        if name.startswith(_RELEVANT) and name not in (shipped.RECORD, shipped.FOLDER)
+    }
     cudnn = [package.version for package in packages if package.name.startswith("nvidia-cudnn-")]
     return {
         "python": platform.python_version(),

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import orjson
 from stoker import storage
 from stoker.errors import BadInput
-from stoker.reproduce import bundle, code, environment, packages
+from stoker.reproduce import bundle, code, environment, packages, shipped
 from stoker.reproduce.code import Code
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def gather(source: Path, runs: Path | None = None) -> Gathered:
         source: the script, or a folder.
         runs: the folder of the runs, which is not code.
     """
-    found = code.find(source, runs)
+    found = shipped.find(source) or code.find(source, runs)
     listed, contents = bundle.read(found)
     return Gathered(listed, contents, found.diff)
 

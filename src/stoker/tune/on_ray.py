@@ -22,12 +22,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import machine, ray_token
-from stoker.errors import BadInput
+from stoker import machine, ray_errors, ray_token
+from stoker.errors import BadInput, StokerError
 from stoker.tune import local
 from stoker.tune.local import Function, Over
 from stoker.tune.trial import Began, Ended, Job, Report
@@ -329,6 +329,8 @@ class Workers:
         self._events: queue.Queue[Report | Ended] = queue.Queue()
         self._trials: dict[int, _Trial] = {}
         self._idle: list[_Slot] = []
+        self._unfit: set[str] = set()
+        """The nodes that cannot have a host."""
         self._room, self._looked = self._count(), time.monotonic()
         if self._room == 0:
             raise BadInput(self._lacking())
@@ -424,6 +426,8 @@ class Workers:
             said = first_line(error)
             ended = Ended(number, "killed", f"its host on the cluster was lost: {said}")
             self._drop(trial)
+        except StokerError as error:  # it is tried again, elsewhere if possible
+            ended = Ended(number, "killed", str(error))
         except Exception as error:  # a bug: reported, as the controller would wait forever otherwise
             log.exception("trial %d", number)
             ended = Ended(number, "failed", f"{type(error).__name__}: {error}")
@@ -431,12 +435,20 @@ class Workers:
         self._events.put(ended)
 
     def _place(self, trial: _Trial) -> _Slot | None:
-        """Wait for room on the cluster and reserve it; None if the trial is told to end before that."""
+        """Wait for room on the cluster and reserve it; None if the trial is told to end before that.
+
+        Raises StokerError if a node cannot have a host.
+        """
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = placement_group([self._needs] * self._ranks, strategy="PACK")
+        usable = {node["NodeID"] for node in self._usable()}
+        avoided = sorted(self._unfit - usable)
+        others = {"ray.io/node-id": f"!in({','.join(avoided)})"} if avoided else {}
+        group = placement_group(
+            [self._needs] * self._ranks, strategy="PACK", bundle_label_selector=[others] * self._ranks
+        )
         ready, begun, said = group.ready(), time.monotonic(), False
         while not ray.wait([ready], timeout=_LOOK)[0]:
             if trial.signals:
@@ -454,7 +466,8 @@ class Workers:
             for rank in range(self._ranks)
         ]
         try:
-            nodes = [place.node for place in ray.get([host.place.remote() for host in hosts])]
+            asked = [host.place.remote() for host in hosts]
+            nodes = [self._node_of(group, bundle, answer) for bundle, answer in enumerate(asked)]
         except BaseException:
             _give_back(_Slot(group, hosts))
             raise
@@ -462,6 +475,24 @@ class Workers:
             range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle])
         )  # grouped by machine
         return _Slot(group, [hosts[bundle] for bundle in order])
+
+    def _node_of(self, group: PlacementGroup, bundle: int, answer: Any) -> str:
+        """The node of a host, by its answer. Raises StokerError if none could begin there."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        try:
+            return str(ray.get(answer).node)
+        except RayActorError as error:
+            if not error.actor_init_failed:
+                raise
+            node = ray_errors.node_of(group, bundle)
+            said = f"{ray_errors.shown(node)} cannot run trials: {ray_errors.cause(error)}"
+            if node not in self._unfit:
+                log.warning("%s", said)
+            self._unfit.add(node)
+            self._looked = -math.inf  # there is less room now
+            raise StokerError(said) from error
 
     def _follow(self, trial: _Trial, slot: _Slot) -> Ended:
         """Start the processes of a trial, forward their reports and wait for their end."""
@@ -496,7 +527,11 @@ class Workers:
         if any(end.code is None for end in failed):
             log.warning("trial %d: a machine, or the host process on it, was lost", trial.job.number)
             self._drop(trial)
-        return local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
+        ended = local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
+        if ended.refused and len(self._usable()) > 1:  # what is missing may be there on the others
+            rank = min(rank for rank, end in over.items() if end.failed)
+            return replace(ended, error=f"{ended.error} (on {ray_errors.shown(places[rank].node)})")
+        return ended
 
     def _pass_on(self, trial: _Trial, slot: _Slot) -> None:
         while trial.signals:
@@ -513,10 +548,18 @@ class Workers:
 
     def _count(self) -> int:
         """How many trials the cluster has room for, if nobody else uses it."""
+        return self._fitting(self._usable())
+
+    def _fitting(self, nodes: Sequence[Mapping[str, Any]]) -> int:
+        return sum(_bundles(node["Resources"], self._needs) for node in nodes) // self._ranks
+
+    def _usable(self) -> list[dict[str, Any]]:
+        """The nodes for trials: those where hosts could begin, or all if those have no room for a trial."""
         import ray
 
-        bundles = sum(_bundles(node["Resources"], self._needs) for node in ray.nodes() if node["Alive"])
-        return bundles // self._ranks
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        fit = [node for node in alive if node["NodeID"] not in self._unfit]
+        return fit if self._fitting(fit) else alive
 
     def _per_node(self) -> int:
         """The largest number of ranks that fit on one machine."""
