@@ -14,13 +14,14 @@ import itertools
 import logging
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from stoker import storage
 from stoker.errors import BadInput, StokerError
@@ -40,7 +41,7 @@ _UNHEARD = 64 * 2**20  # bytes that the drivers of Google and Azure transfer bef
 # S3's driver retries each request itself; these settings are for one of its tries.
 _S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
-_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
+_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, BadInput)
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")
 _NEEDED = "provide credentials that allow listing, reading, writing and deleting in this folder"
 _CREDENTIALS = {
@@ -50,6 +51,8 @@ _CREDENTIALS = {
     "or AZURE_STORAGE_CONNECTION_STRING",
 }
 """Where the drivers find credentials, by kind of store."""
+_EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
+_SLIP = re.compile(r"(s3|s3a|gs|gcs|az|abfs|abfss):/?(?!/)", re.IGNORECASE)  # of s3:/bucket, s3:bucket
 _NO_CREDENTIALS = (
     "NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError",
     "RefreshError", "NonRetryableError",  # Google's
@@ -79,32 +82,55 @@ class Unreachable(StokerError):
     again = True
 
 
+class MissingDriver(BadInput):
+    """The driver for a kind of store is not installed."""
+
+
 def is_url(folder: str) -> bool:
-    """Whether a runs folder is in an object store."""
+    """Whether a folder is in an object store. Raises BadInput for the URL of one that lacks a slash."""
+    if slip := _SLIP.match(folder):
+        raise BadInput(f"{folder}: write {slip[1]}://{folder[slip.end() :]}")
     return "://" in folder
 
 
-def check(url: str) -> None:
-    """Raises BadInput if a URL contains credentials, names no folder, or fsspec has no driver for it."""
+def check(url: str, *, written: bool = True) -> None:
+    """Raises BadInput if a URL contains credentials, names no folder, or fsspec has no driver for it.
+
+    Args:
+        written: it must be a store that can be written to.
+    """
     parts = urlsplit(url)
+    web, kind = parts.scheme in ("http", "https"), _kind(parts.scheme)
+    if parts.password is None and (written or not web) and (meant := _meant(parts)):
+        raise BadInput(f"{parts.scheme}://{parts.hostname}/...: write {meant}")
     if parts.username or parts.password or "@" in parts.netloc:
+        where = f" ({_CREDENTIALS[kind]})" if kind in _CREDENTIALS else ""
         raise BadInput(
             f"{parts.scheme}://...: leave credentials out of the URL, because it is recorded; "
-            "set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+            f"set them in the environment{where}"
         )
-    if parts.query or parts.fragment or not (parts.netloc or parts.path.strip("/")):
-        raise BadInput(f"{url}: give a folder, such as s3://bucket/runs")
+    example = f"{parts.scheme if kind in _CREDENTIALS else 's3'}://bucket/runs"
+    if written and web:
+        raise BadInput(f"{parts.scheme}:// cannot be written to: give a folder, such as {example}")
+    named = parts.netloc or (kind not in _CREDENTIALS and parts.path.strip("/"))
+    if parts.query or parts.fragment or not named:
+        raise BadInput(f"{url}: give a folder, such as {example}")
     _check_driver(parts.scheme)
 
 
 def working_copy(url: str) -> Path:
-    """The working copy of a folder in an object store; created if missing. Raises BadInput, see `check`."""
-    check(url)
+    """The working copy of a folder in an object store; created if missing. Raises BadInput, see `check`.
+
+    A missing driver is said by the first request: what makes none, such as a dry run, needs none.
+    """
+    with contextlib.suppress(MissingDriver):
+        check(url)
     parts = urlsplit(url)
     folder = storage.cache_folder() / "stores" / _place(parts.scheme) / parts.netloc / parts.path.strip("/")
     marker = folder / _MARKER
     if not marker.exists():
-        storage.write_json(marker, {"url": url.rstrip("/"), "id": uuid.uuid4().hex})
+        named = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        storage.write_json(marker, {"url": named, "id": uuid.uuid4().hex})
     return folder
 
 
@@ -123,7 +149,10 @@ def upload(folder: Path, url: str) -> None:
 
 
 def _place(scheme: str) -> str:
-    """A folder name for the server: two S3 servers may have buckets of the same name."""
+    """A folder name for the server: two of S3, or accounts of Azure, may have buckets of the same name."""
+    if _kind(scheme) == "az":
+        known = re.search(r"AccountName=([\w-]+)", os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
+        return f"az@{known[1] if known else os.environ.get('AZURE_STORAGE_ACCOUNT_NAME', '')}"
     endpoint = next((os.environ[name] for name in _S3_ENDPOINTS if os.environ.get(name)), "")
     if scheme != "s3" or not endpoint:
         return scheme
@@ -138,8 +167,22 @@ def _check_driver(scheme: str) -> None:
     except ValueError as error:
         raise BadInput(f"{scheme}://: fsspec does not support this kind of store") from error
     except ImportError as error:
-        hint = "pip install 'stoker[s3]'" if scheme == "s3" else str(error)
-        raise BadInput(f"{scheme}:// needs a driver that is not installed: {hint}") from error
+        extra = _EXTRAS.get(_kind(scheme))
+        hint = f"pip install 'stoker[{extra}]'" if extra else str(error)
+        raise MissingDriver(f"{scheme}:// needs a driver that is not installed: {hint}") from error
+
+
+def _meant(parts: SplitResult) -> str:
+    """What to write in place of the web address of a folder in a known store, or of Azure's; else empty."""
+    host, folder = parts.hostname or "", parts.path.strip("/") or "bucket/runs"
+    if azure := re.match(r"(.+?)\.(blob|dfs)\.core\.", host):
+        folder = f"{parts.username}/{folder}" if parts.username else folder
+        return f"az://{folder}, and set AZURE_STORAGE_ACCOUNT_NAME={azure[1]}"
+    if host in ("storage.googleapis.com", "storage.cloud.google.com"):
+        return f"gs://{folder}"
+    if amazon := re.match(r"(?:(.+)\.)?s3[.-].*amazonaws\.com", host):
+        return f"s3://{amazon[1]}/{folder}" if amazon[1] else f"s3://{folder}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -276,6 +319,7 @@ def _file_system(scheme: str) -> Any:
 
     The user's own fsspec settings (FSSPEC_S3_..., its configuration files) take precedence.
     """
+    _check_driver(scheme)
     import fsspec
     from fsspec.config import conf
 

@@ -81,6 +81,24 @@ def test_objects_are_written_listed_read_and_removed(store: Store, tmp_path: Pat
         store.read("b")
 
 
+def test_a_scheme_may_be_in_capitals(store: Store) -> None:
+    scheme, _, folder = store.url.partition(":")
+    found = object_store.of(object_store.working_copy(f"{scheme.upper()}:{folder}"))
+    assert found is not None
+    assert found.url == store.url
+    dataclasses.replace(found, url=f"{scheme.upper()}:{folder}").write("a", b"x")
+    assert store.read("a") == b"x"
+
+
+def test_two_accounts_of_azure_have_working_copies_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "one")
+    first = object_store.working_copy("az://bucket/runs")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "other")
+    assert object_store.working_copy("az://bucket/runs") != first
+    _connect(monkeypatch, "http://127.0.0.1:1")
+    assert object_store.working_copy("az://bucket/runs").parent.parent.name == "az@account"
+
+
 def test_a_bucket_that_does_not_exist_is_said_to_in_a_line(store: Store) -> None:
     other = dataclasses.replace(store, url=store.url.replace("bucket", "other"))
     with pytest.raises(FileNotFoundError) as raised:
