@@ -376,8 +376,9 @@ def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> 
     """
     if not fs.async_impl:
         return getattr(fs, request)(*args, **kwargs)
-    if hasattr(fs, "credentials"):  # Google's: if that fails in a request, it is repeated for half a minute
-        fs.credentials.maybe_refresh()
+    credentials: Any = getattr(fs, "credentials", None)
+    if hasattr(credentials, "maybe_refresh"):  # Google's: if that fails in a request, it is repeated for long
+        credentials.maybe_refresh()
     import asyncio
 
     from fsspec.asyn import sync
@@ -412,7 +413,9 @@ def _needed(scheme: str) -> str:
 
 def _is_anonymous(scheme: str) -> bool:
     """Whether Google's driver found no credentials, and asks for what everyone may read."""
-    return _kind(scheme) == "gs" and _file_system(scheme).credentials.credentials is None
+    with contextlib.suppress(Exception):  # there may be no driver for what is set
+        return _kind(scheme) == "gs" and _file_system(scheme).credentials.credentials is None
+    return False
 
 
 def _in_a_line(error: Exception) -> str:
