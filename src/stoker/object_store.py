@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from stoker import storage
 from stoker.errors import BadInput, StokerError
@@ -35,16 +37,32 @@ _AWAY = 60.0  # seconds for which requests to an unreachable store are not retri
 _PART = 8 * 2**20  # bytes per part of a multipart upload
 _AT_ONCE = 4  # parts in transfer at once
 _MOST_PARTS = 9000  # S3 allows 10,000
+_UNHEARD = 64 * 2**20  # bytes that the drivers of Google and Azure transfer before they report the first
 # S3's driver retries each request itself; these settings are for one of its tries.
 _S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
-_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
+_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, BadInput)
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")
 _NEEDED = "provide credentials that allow listing, reading, writing and deleting in this folder"
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or `az login`, "
+    "or AZURE_STORAGE_CONNECTION_STRING",
+}
+"""Where the drivers find credentials, by kind of store."""
+_EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
+_SLIP = re.compile(r"(s3|s3a|gs|gcs|az|abfs|abfss):/?(?!/)", re.IGNORECASE)  # of s3:/bucket, s3:bucket
+_NO_CREDENTIALS = (
+    "NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError",
+    "RefreshError", "NonRetryableError",  # Google's
+    "ClientAuthenticationError", "CredentialUnavailableError",  # Azure's
+)  # fmt: skip
 _REFUSALS = (
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "TokenRefreshRequired",
     "InvalidToken", "RequestExpired", "token has expired", "token is expired", "Unauthorized",
+    "Forbidden: ", "Invalid Credentials",  # Google's
+    "unable to connect to account",  # Azure's, without credentials
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -64,32 +82,55 @@ class Unreachable(StokerError):
     again = True
 
 
+class MissingDriver(BadInput):
+    """The driver for a kind of store is not installed."""
+
+
 def is_url(folder: str) -> bool:
-    """Whether a runs folder is in an object store."""
+    """Whether a folder is in an object store. Raises BadInput for the URL of one that lacks a slash."""
+    if slip := _SLIP.match(folder):
+        raise BadInput(f"{folder}: write {slip[1]}://{folder[slip.end() :]}")
     return "://" in folder
 
 
-def check(url: str) -> None:
-    """Raises BadInput if a URL contains credentials, names no folder, or fsspec has no driver for it."""
+def check(url: str, *, written: bool = True) -> None:
+    """Raises BadInput if a URL contains credentials, names no folder, or fsspec has no driver for it.
+
+    Args:
+        written: it must be a store that can be written to.
+    """
     parts = urlsplit(url)
+    web, kind = parts.scheme in ("http", "https"), _kind(parts.scheme)
+    if parts.password is None and (written or not web) and (meant := _meant(parts)):
+        raise BadInput(f"{parts.scheme}://{parts.hostname}/...: write {meant}")
     if parts.username or parts.password or "@" in parts.netloc:
+        where = f" ({_CREDENTIALS[kind]})" if kind in _CREDENTIALS else ""
         raise BadInput(
             f"{parts.scheme}://...: leave credentials out of the URL, because it is recorded; "
-            "set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+            f"set them in the environment{where}"
         )
-    if parts.query or parts.fragment or not (parts.netloc or parts.path.strip("/")):
-        raise BadInput(f"{url}: give a folder, such as s3://bucket/runs")
+    example = f"{parts.scheme if kind in _CREDENTIALS else 's3'}://bucket/runs"
+    if written and web:
+        raise BadInput(f"{parts.scheme}:// cannot be written to: give a folder, such as {example}")
+    named = parts.netloc or (kind not in _CREDENTIALS and parts.path.strip("/"))
+    if parts.query or parts.fragment or not named:
+        raise BadInput(f"{url}: give a folder, such as {example}")
     _check_driver(parts.scheme)
 
 
 def working_copy(url: str) -> Path:
-    """The working copy of a folder in an object store; created if missing. Raises BadInput, see `check`."""
-    check(url)
+    """The working copy of a folder in an object store; created if missing. Raises BadInput, see `check`.
+
+    A missing driver is said by the first request: what makes none, such as a dry run, needs none.
+    """
+    with contextlib.suppress(MissingDriver):
+        check(url)
     parts = urlsplit(url)
     folder = storage.cache_folder() / "stores" / _place(parts.scheme) / parts.netloc / parts.path.strip("/")
     marker = folder / _MARKER
     if not marker.exists():
-        storage.write_json(marker, {"url": url.rstrip("/"), "id": uuid.uuid4().hex})
+        named = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        storage.write_json(marker, {"url": named, "id": uuid.uuid4().hex})
     return folder
 
 
@@ -108,7 +149,10 @@ def upload(folder: Path, url: str) -> None:
 
 
 def _place(scheme: str) -> str:
-    """A folder name for the server: two S3 servers may have buckets of the same name."""
+    """A folder name for the server: two of S3, or accounts of Azure, may have buckets of the same name."""
+    if _kind(scheme) == "az":
+        known = re.search(r"AccountName=([\w-]+)", os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
+        return f"az@{known[1] if known else os.environ.get('AZURE_STORAGE_ACCOUNT_NAME', '')}"
     endpoint = next((os.environ[name] for name in _S3_ENDPOINTS if os.environ.get(name)), "")
     if scheme != "s3" or not endpoint:
         return scheme
@@ -123,8 +167,22 @@ def _check_driver(scheme: str) -> None:
     except ValueError as error:
         raise BadInput(f"{scheme}://: fsspec does not support this kind of store") from error
     except ImportError as error:
-        hint = "pip install 'stoker[s3]'" if scheme == "s3" else str(error)
-        raise BadInput(f"{scheme}:// needs a driver that is not installed: {hint}") from error
+        extra = _EXTRAS.get(_kind(scheme))
+        hint = f"pip install 'stoker[{extra}]'" if extra else str(error)
+        raise MissingDriver(f"{scheme}:// needs a driver that is not installed: {hint}") from error
+
+
+def _meant(parts: SplitResult) -> str:
+    """What to write in place of the web address of a folder in a known store, or of Azure's; else empty."""
+    host, folder = parts.hostname or "", parts.path.strip("/") or "bucket/runs"
+    if azure := re.match(r"(.+?)\.(blob|dfs)\.core\.", host):
+        folder = f"{parts.username}/{folder}" if parts.username else folder
+        return f"az://{folder}, and set AZURE_STORAGE_ACCOUNT_NAME={azure[1]}"
+    if host in ("storage.googleapis.com", "storage.cloud.google.com"):
+        return f"gs://{folder}"
+    if amazon := re.match(r"(?:(.+)\.)?s3[.-].*amazonaws\.com", host):
+        return f"s3://{amazon[1]}/{folder}" if amazon[1] else f"s3://{folder}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -165,18 +223,16 @@ class Store:
     def put(self, key: str, file: Path) -> None:
         """Upload a file of any size, in parts. Raises FileNotFoundError if it does not exist."""
         parts: dict[str, Any] = {"callback": _Parts()}
-        if self.url.startswith("s3:"):
-            size = max(_PART, file.stat().st_size // _MOST_PARTS)
-            parts |= {"chunksize": size, "max_concurrency": _AT_ONCE}
-        self._try(lambda fs: _watched(fs, STALL, "put_file", str(file), self._path(key), **parts), key)
+        if self._kind == "s3":
+            parts["chunksize"] = max(_PART, file.stat().st_size // _MOST_PARTS)
+        self._transfer("put_file", key, str(file), self._path(key), **parts)
 
     def get(self, key: str, file: Path) -> None:
         """Download an object atomically. Raises FileNotFoundError."""
         file.parent.mkdir(parents=True, exist_ok=True)
         part = storage.unfinished(file)
         try:
-            parts = {"callback": _Parts()}
-            self._try(lambda fs: _watched(fs, STALL, "get_file", self._path(key), str(part), **parts), key)
+            self._transfer("get_file", key, self._path(key), str(part), callback=_Parts())
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
@@ -206,32 +262,48 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self._try(lambda fs: _watched(fs, _ANSWER, "rm_file", self._path(key)), key)
 
+    @property
+    def _kind(self) -> str:
+        return _kind(urlsplit(self.url).scheme)
+
+    def _transfer(self, request: str, key: str, *paths: str, **parts: Any) -> None:
+        """Transfer a file in parts."""
+        if self._kind == "az" or (self._kind == "s3" and request == "put_file"):
+            parts["max_concurrency"] = _AT_ONCE  # Azure's driver would begin 128, of which none ends for long
+        stall = STALL if self._kind == "s3" else STALL + _UNHEARD / _SLOWEST
+        self._try(lambda fs: _watched(fs, stall, request, *paths, **parts), key)
+
     def _path(self, key: str) -> str:
         return f"{urlsplit(self.url).netloc}{urlsplit(self.url).path.rstrip('/')}/{key}"
 
     def _try(self, request: Callable[[Any], T], key: str) -> T:
+        scheme = urlsplit(self.url).scheme
         begun, tries, renewed = time.monotonic(), 0, False
         patience = self.patience if begun > _away_until.get(self.url, 0.0) else 0.0
         while True:
             try:
-                answer = request(_file_system(self.url.partition(":")[0]))
+                answer = request(_file_system(scheme))
                 _away_until.pop(self.url, None)
                 return answer
             except _FINAL:
                 raise
             except Exception as error:
-                said = f"{self.url}/{key}: {type(error).__name__}: {error}"
+                said = f"{self.url}/{key}: {_in_a_line(error)}"
                 if _is_taken(error):
                     raise FileExistsError(said) from error
+                if type(error).__name__ == "ResourceNotFoundError":  # Azure's: of a container
+                    raise FileNotFoundError(said) from error
                 if _is_refused(error) and not renewed:
                     renewed = True
                     _file_system.cache_clear()  # its credentials may have been replaced since it read them
                     continue
                 if _is_refused(error):
-                    raise Unreachable(f"{said}; {_NEEDED}") from error
+                    raise Unreachable(f"{said}; {_needed(scheme)}") from error
                 if time.monotonic() - begun >= patience:
                     _away_until[self.url] = time.monotonic() + _AWAY
-                    raise Unreachable(said) from error
+                    hint = f"; no credentials were found: {_needed(scheme)}" if _is_anonymous(scheme) else ""
+                    _file_system.cache_clear()  # so that the next request finds out about its credentials
+                    raise Unreachable(said + hint) from error
                 log.debug("%s; retrying", said)
                 tries += 1
                 time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**tries, _LONGEST_PAUSE))
@@ -247,15 +319,32 @@ def _file_system(scheme: str) -> Any:
 
     The user's own fsspec settings (FSSPEC_S3_..., its configuration files) take precedence.
     """
+    _check_driver(scheme)
     import fsspec
     from fsspec.config import conf
 
     options: dict[str, Any] = {}
     if scheme == "s3":
         options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
+    if _kind(scheme) == "gs":
+        own = conf.get("gcs", {}).get("session_kwargs", {}) | conf.get("gs", {}).get("session_kwargs", {})
+        options["session_kwargs"] = {"raise_for_status": _refuse_if_unauthorised, **own}
+        options["retry_timeout"] = 10.0  # of asking what kind of bucket it is, which precedes all requests
     if scheme in ("file", "local"):
         options["auto_mkdir"] = True
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
+    made = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
+    if _kind(scheme) == "az" and hasattr(made.credential, "get_token"):
+        from fsspec.asyn import sync
+
+        # Now: if that fails in a request, it is repeated for a minute.
+        sync(made.loop, made.credential.get_token, "https://storage.azure.com/.default", timeout=_ANSWER)
+    return made
+
+
+async def _refuse_if_unauthorised(response: Any) -> None:
+    """Raise at once for an answer 401, which Google's driver would repeat for half a minute."""
+    if response.status == 401:
+        raise PermissionError(f"Unauthorized: {' '.join((await response.text()).split())}")
 
 
 class _Parts:
@@ -263,9 +352,15 @@ class _Parts:
 
     def __init__(self) -> None:
         self.at = time.monotonic()
+        self._arrived = 0
 
     def relative_update(self, amount: int = 1) -> None:
         self.at = time.monotonic()
+
+    def absolute_update(self, arrived: int) -> None:
+        """Google's and Azure's drivers say how much there is in all, Azure's also if that is no more."""
+        if arrived != self._arrived:
+            self._arrived, self.at = arrived, time.monotonic()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -281,6 +376,9 @@ def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> 
     """
     if not fs.async_impl:
         return getattr(fs, request)(*args, **kwargs)
+    credentials: Any = getattr(fs, "credentials", None)
+    if hasattr(credentials, "maybe_refresh"):  # Google's: if that fails in a request, it is repeated for long
+        credentials.maybe_refresh()
     import asyncio
 
     from fsspec.asyn import sync
@@ -302,6 +400,32 @@ def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> 
     return sync(fs.loop, watched)
 
 
+def _kind(scheme: str) -> str:
+    """The kind of store: several schemes may mean the same one."""
+    return {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}.get(scheme, scheme)
+
+
+def _needed(scheme: str) -> str:
+    """What to do about credentials that are missing or refused."""
+    where = _CREDENTIALS.get(_kind(scheme))
+    return f"{_NEEDED} ({where})" if where else _NEEDED
+
+
+def _is_anonymous(scheme: str) -> bool:
+    """Whether Google's driver found no credentials, and asks for what everyone may read."""
+    with contextlib.suppress(Exception):  # there may be no driver for what is set
+        return _kind(scheme) == "gs" and _file_system(scheme).credentials.credentials is None
+    return False
+
+
+def _in_a_line(error: Exception) -> str:
+    """An error by its class and message; of Azure's, without ids and details."""
+    ends = ("Content: ", "Attempted credentials:")
+    said = itertools.takewhile(lambda line: not line.startswith(ends), str(error).splitlines())
+    kept = [line.strip() for line in said if not line.startswith(("RequestId:", "Time:"))]
+    return " ".join([f"{type(error).__name__}:", *filter(None, kept)])
+
+
 def _tag(about: dict[str, Any]) -> str:
     """A value in a driver's listing that changes with the object's content."""
     return next((str(about[name]) for name in _TAGS if about.get(name)), "")
@@ -315,5 +439,7 @@ def _is_taken(error: Exception) -> bool:
 def _is_refused(error: Exception) -> bool:
     """Whether credentials are missing, insufficient or expired: a retry with the same ones is useless."""
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+        return True
+    if getattr(error, "status_code", None) in (401, 403):  # Azure's
         return True
     return any(word in f"{error}{error.__cause__}" for word in _REFUSALS)

@@ -54,6 +54,23 @@ def _without_retries(words: tuple[str, ...]) -> tuple[str, ...]:
     return words[:at] + words[at + 2 :]
 
 
+@pytest.mark.parametrize("name", [(), ("--name", "a")])
+@pytest.mark.parametrize("runs", ["oci://bucket/runs", "s3://bucket/runs"])
+def test_a_dry_run_needs_neither_the_store_nor_its_driver(
+    runs: str, name: tuple[str, ...], stoker: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # where nothing listens
+    asked = ("train", RECIPE, "--on", "kubernetes", "--option", "image=a", "--runs", runs, *name)
+    pod = _rendered(stoker, *asked)["Job"]["spec"]["template"]["spec"]
+    words = pod["containers"][0]["command"]
+    assert words[words.index("--runs") + 1] == runs
+    assert "--name" in words
+    if runs.startswith("oci:"):
+        refused = stoker(*asked)
+        assert refused.code == 2
+        assert "driver that is not installed" in refused.err
+
+
 def test_a_job_of_two_nodes_is_two_pods_that_meet_at_the_first(stoker: Command) -> None:
     parts = _rendered(stoker, *TWO, "--env", "NCCL_DEBUG=INFO")
     job, service = parts["Job"], parts["Service"]

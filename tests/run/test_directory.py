@@ -50,6 +50,22 @@ def test_refuses_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
         ("s3://", "give a folder"),
         ("s3://bucket/runs?versionId=1", "give a folder"),
         ("s4://bucket/runs", "fsspec does not support this kind of store"),
+        ("gs:/bucket/runs", "write gs://bucket/runs$"),
+        ("s3:bucket/runs", "write s3://bucket/runs$"),
+        ("az:///bucket/runs", "give a folder, such as az://"),
+        ("gs://key:secret@bucket/runs", "in the environment .GOOGLE_APPLICATION_CREDENTIALS"),
+        ("abfss://box:secret@me.dfs.core.windows.net/a", "in the environment .AZURE_STORAGE_ACCOUNT_NAME"),
+        (
+            "abfss://box@me.dfs.core.windows.net/a/b",
+            "write az://box/a/b, and set AZURE_STORAGE_ACCOUNT_NAME=me$",
+        ),
+        (
+            "https://me.blob.core.windows.net/box/a?sig=secret",
+            "write az://box/a, and set AZURE_STORAGE_ACCOUNT_NAME=me$",
+        ),
+        ("https://storage.googleapis.com/bucket/runs", "write gs://bucket/runs$"),
+        ("https://bucket.s3.eu-west-1.amazonaws.com/runs", "write s3://bucket/runs$"),
+        ("https://example.org/runs?key=secret", "https:// cannot be written to"),
     ],
 )
 def test_refuses_urls_that_are_no_folder_of_a_store(url: str, said: str) -> None:

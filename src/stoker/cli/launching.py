@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from stoker import config as configs
-from stoker import duration, redaction
+from stoker import duration, object_store, redaction
 from stoker.cli import outcome, submit, training
 from stoker.cli.options import MaxTime, Nproc
 from stoker.cli.output import show_messages
@@ -95,7 +95,12 @@ def start(
     redaction.keep_out(resolved.values)
     experiment = experiment or recipe.name
     _check_where(launch, where, name)
-    if name is not None:
+    stored = object_store.of(runs.absolute())
+    if stored is not None and not where.dry_run:
+        object_store.check(stored.url)  # its driver: before anything is started
+    if name is not None and stored is not None and where.dry_run:
+        log.info("a dry run does not ask %s whether the run is finished already", stored.url)
+    elif name is not None:
         finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             uploaded = _upload_rest(finished.directory)

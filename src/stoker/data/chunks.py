@@ -176,7 +176,7 @@ def texts(content: str) -> Iterator[Document]:
 def _where(source: str) -> tuple[str, list[str]]:
     """The URL of a folder, and the files in it that are meant, or none for all files."""
     if object_store.is_url(source):
-        object_store.check(source)
+        object_store.check(source, written=False)
         folder, _, last = source.rstrip("/").rpartition("/")
         return (folder, [last]) if compressed.kind(last) else (source.rstrip("/"), [])
     path = Path(source).expanduser().absolute()

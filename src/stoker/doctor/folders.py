@@ -146,7 +146,8 @@ def _stored(url: str) -> Iterator[Finding]:
         yield problem(said(error))
     except StokerError as error:
         told = said(error).replace(f"/{folder}/object", "").replace(f"/{folder}", "")
-        yield problem(f"{told}: check the network, AWS_ENDPOINT_URL and the credentials, or correct --runs")
+        server = ", AWS_ENDPOINT_URL" if url.startswith("s3") else ""
+        yield problem(f"{told}: check the network{server} and the credentials, or correct --runs")
 
 
 def _used(store: Store, folder: str, begun: float) -> Iterator[Finding]:

@@ -240,7 +240,7 @@ def _unkept(error: Exception, what: str, reference: str) -> str:
 
 def _from_store(url: str, what: str) -> Path:
     """A folder of an object store, downloaded once per content. Raises BadInput, Unreachable."""
-    object_store.check(url)
+    object_store.check(url, written=False)
     store = object_store.Store(url.rstrip("/"), "")
     found = store.objects()
     if not found:
