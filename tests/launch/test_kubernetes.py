@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stoker.launch import jobs, kubernetes
+from stoker.launch.jobspec import ELEMENT, JobSpec
 
 import kubernetes_api
 from commands import Command, Start
@@ -131,6 +136,44 @@ def test_a_cluster_without_gpus_may_add_a_node_that_has_some(stoker: Command, ap
     assert done.code == 0, done.err
     assert "no node has nvidia.com/gpu now: the pods wait until the cluster adds one" in done.err
     assert api.of_kind("Job")
+
+
+@given(st.lists(st.text("$()HOME5", max_size=12), min_size=1, max_size=4), st.text("$()HOME5", max_size=12))
+@settings(max_examples=200)
+def test_pods_get_every_argument_and_variable_as_it_was_given(words: list[str], value: str) -> None:
+    spec = JobSpec(
+        name="a", command=("python", *words, f"{value}{ELEMENT}"), folder=Path("/here"), elements=2,
+        environment={"GIVEN": value}, options={"image": "a", "claim": "b"},
+    )  # fmt: skip
+    job = yaml.safe_load(kubernetes.render(jobs.planned("kubernetes", spec, Path("/runs"), ("a",))))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    known = {"HOME": "/root", "JOB_COMPLETION_INDEX": "1"}
+    found = [kubernetes_api.expanded(word, known) for word in container["command"]]
+    assert found[1:-2] == [*words, f"{value}1"]
+    (variable,) = (one["value"] for one in container["env"] if one["name"] == "GIVEN")
+    assert kubernetes_api.expanded(variable, known) == value
+
+
+def test_a_pod_that_is_replaced_once_the_first_has_ended_ends_as_the_run_has(
+    stoker: Command, tmp_path: Path
+) -> None:
+    pod = _rendered(stoker, *TWO)["Job"]["spec"]["template"]["spec"]
+    (waiting,), (container,) = pod["initContainers"], pod["containers"]
+    impatient = tmp_path / "bin" / "timeout"
+    impatient.parent.mkdir()
+    impatient.write_text(f'#!/bin/sh\nshift\nexec {shutil.which("timeout")} 1 "$@"\n')
+    impatient.chmod(0o755)
+    path = {"PATH": f"{impatient.parent}{os.pathsep}{os.environ['PATH']}"}
+    assert subprocess.run(waiting["command"], env=path, check=False).returncode == 0
+    there = str(tmp_path / "there")
+    words = [there if word == "/runs" else word for word in container["command"][3:]]
+    in_pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    later = stoker(*words, env=in_pod)
+    assert later.code == 75, later.err
+    assert "exit code 75 asks for another try later" in later.err
+    assert stoker("train", RECIPE, "steps=5", "--name", "a", "--runs", there).code == 0
+    again = stoker(*words, env=in_pod)
+    assert (again.code, "was already finished" in again.out) == (0, True), again.err
 
 
 def test_what_looks_like_a_variable_stays_what_it_is(stoker: Command) -> None:

@@ -23,6 +23,7 @@ from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError,
 from stoker.launch import arguments, client, jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+from stoker.launch.rounds import COMING
 from stoker.launch.targets import Line, Status
 
 log = logging.getLogger("stoker")
@@ -419,11 +420,16 @@ def _tolerations(spec: JobSpec) -> list[dict[str, Any]]:
 
 
 def _wait_for_first(spec: JobSpec, host: str) -> dict[str, Any]:
-    """Pods start in any order, and a name resolves once its pod has an address."""
+    """Pods start in any order, and a name resolves once its pod has an address.
+
+    The first pod may also wait for a node, or have succeeded: after a while the launcher starts without it,
+    and ends with 0 if the run has finished, otherwise with 75, so that its pod is replaced.
+    """
+    until = f"until getent hosts {host}; do sleep 1; done"
     return {
         "name": "wait-for-first",
         "image": spec.options["image"],
-        "command": ["sh", "-c", f"until getent hosts {host}; do sleep 1; done"],
+        "command": ["sh", "-c", f"timeout {COMING:.0f} sh -c '{until}' || true"],
         "resources": {amount: {"cpu": "100m", "memory": "64Mi"} for amount in ("requests", "limits")},
     }
 
@@ -478,8 +484,8 @@ def _relative(word: str, folder: Path) -> str:
 
 
 def _literal(text: str) -> str:
-    """Escape `$(NAME)`, which Kubernetes would replace with a variable."""
-    return text.replace("$(", "$$(")
+    """Escape `$`: Kubernetes replaces `$(NAME)` with a variable, and `$$` with `$`."""
+    return text.replace("$", "$$")
 
 
 def _when_exit_code(action: str, code: int) -> dict[str, Any]:
