@@ -190,6 +190,9 @@ def test_a_manifest_has_letters_as_they_were_given(stoker: Command) -> None:
 
 
 def test_a_secret_is_named_and_its_value_is_nowhere(stoker: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    elsewhere = _rendered(stoker, *TWO, "--env", "HF_TOKEN", "--option", "secret=keys")["Job"]
+    assert "'key': 'HF_TOKEN'" in str(elsewhere)
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     refused = stoker(*TWO, "--env", "HF_TOKEN", "--dry-run")
     assert refused.code == 2
