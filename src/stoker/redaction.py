@@ -61,7 +61,7 @@ _OTHER_THAN_SECRET = re.compile(  # names of properties of secrets, and of token
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_PATH_OF_KEY = re.compile(r"/(?:[\w.@+-]+/)*[\w.@+-]+\.[A-Za-z][A-Za-z0-9]{1,7}")  # of no base64: it has no dot
+_PATH_OF_KEY = re.compile(r"/(?:[\w.@+-]+/)*[\w.@+-]+\.[A-Za-z][A-Za-z0-9]{1,7}")  # base64 has no dot
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 # Formats of secrets, each with characters of which at least one occurs in every match. Group "kept" stays.
@@ -184,7 +184,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """Whether an environment variable is a secret, by its name or value; the path of a file with one is not."""
+    """Whether an environment variable is a secret, by its name or value: the path of a key's file is none."""
     named = is_secret_name(name) and not (name.endswith("_CREDENTIALS") and _PATH_OF_KEY.fullmatch(value))
     return named or text(value) != value
 

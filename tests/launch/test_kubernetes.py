@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stoker.launch import jobs, kubernetes
+from stoker.errors import BadInput
+from stoker.launch import jobs, kubernetes, kubernetes_options
 from stoker.launch.jobspec import ELEMENT, JobSpec
 
 import kubernetes_api
@@ -117,6 +119,83 @@ def test_kubeflows_kinds_start_the_ranks_by_torchrun(kind: str, stoker: Command)
     assert words[:5] == ["torchrun", "--max-restarts=1", "-m", "stoker", "train"]
     assert not {"--nodes", "--nproc", "--rendezvous", "--max-restarts"} & {*words}
     assert words[words.index("--name") + 1] == "a"
+
+
+@pytest.mark.parametrize("kind", ["job", "pytorchjob", "trainjob"])
+def test_pods_have_what_their_cluster_asks_of_them(kind: str, stoker: Command) -> None:
+    two = TWO if kind != "trainjob" else _without_retries(TWO)
+    given = {
+        "kind": kind, "grace": "10min", "ephemeral-storage": "50GB", "user": "1000", "fs-group": "2000",
+        "secret-files": "gcs:/keys", "service-account": "trainer",
+        **({"priority-class": "low"} if kind != "trainjob" else {}),
+    }  # fmt: skip
+    key = ("--env", "GOOGLE_APPLICATION_CREDENTIALS=/keys/key.json")
+    options = (word for name, value in given.items() for word in ("--option", f"{name}={value}"))
+    made = _rendered(stoker, *two, *options, *key)
+    spec = made.popitem()[1]["spec"]
+    if kind == "trainjob":
+        (job,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        pod, resources = job["template"]["spec"]["template"]["spec"], spec["trainer"]["resourcesPerNode"]
+        variables = spec["trainer"]["env"]
+    else:
+        of_pods = spec if kind == "job" else spec["pytorchReplicaSpecs"]["Worker"]
+        pod = of_pods["template"]["spec"]
+        (container,) = pod["containers"]
+        resources, variables = container["resources"], container["env"]
+        assert pod["priorityClassName"] == "low"
+    assert pod["terminationGracePeriodSeconds"] == 600
+    assert pod["serviceAccountName"] == "trainer"
+    assert pod["securityContext"] == {
+        "fsGroup": 2000, "runAsUser": 1000, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}
+    }  # fmt: skip
+    for container in [*pod["containers"], *pod.get("initContainers", [])]:
+        context = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == context
+    assert {"name": "secret-files", "secret": {"secretName": "gcs"}} in pod["volumes"]
+    mount = {"name": "secret-files", "mountPath": "/keys", "readOnly": True}
+    assert mount in pod["containers"][0]["volumeMounts"]
+    assert resources["limits"]["ephemeral-storage"] == resources["requests"]["ephemeral-storage"] == "50Gi"
+    assert {"name": "GOOGLE_APPLICATION_CREDENTIALS", "value": "/keys/key.json"} in variables
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("node.pool=-bad-", "at most 63 letters"),
+        ("node.a/b/c=x", "at most 63 letters"),
+        ("node.=x", "give node.LABEL=VALUE"),
+        ("gpu-resource=NVIDIA GPU", "such as nvidia.com/gpu"),
+        ("gpu-resource=gpu", "such as nvidia.com/gpu"),
+        ("namespace=team.ml", "the name of a namespace"),
+        (f"queue={'q' * 80}", "at most 63"),
+        ("claim=a..b", "a Kubernetes name has only"),
+        ("toleration=-bad-", "give KEY or KEY=VALUE of a taint"),
+        ("priority-class=High", "a Kubernetes name has only"),
+        ("grace=soon", "--option grace: 'soon' is not a length of time"),
+        ("ephemeral-storage=much", "give a size"),
+        ("user=root", "give an id"),
+        ("fs-group=0", "give an id"),
+        ("secret-files=keys", "give NAME:/FOLDER"),
+        ("secret-files=Keys:/keys", "give NAME:/FOLDER"),
+    ],
+)
+def test_a_setting_that_a_cluster_would_refuse_is_refused_here(option: str, said: str) -> None:
+    name, _, value = option.partition("=")
+    with pytest.raises(BadInput, match=re.escape(said)):
+        kubernetes_options.check({name: value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "node.kubernetes.io/arch=amd64", "node.pool=", "gpu-resource=nvidia.com/mig-1g.5gb",
+        "namespace=team-ml",
+        "toleration=spot,example.com/pool=A_1", "queue=team.low", "secret-files=keys:/var/keys",
+    ],
+)  # fmt: skip
+def test_a_setting_that_a_cluster_accepts_is_accepted(option: str) -> None:
+    name, _, value = option.partition("=")
+    kubernetes_options.check({name: value})
 
 
 def test_a_trainjob_that_could_not_be_tried_again_is_refused(stoker: Command) -> None:
