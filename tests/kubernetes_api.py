@@ -7,8 +7,10 @@ Kubeflow's client packages for theirs), unknown fields included.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import uuid
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,17 @@ def check(manifest: dict[str, Any]) -> None:
             _check_pod(replica["template"]["spec"], image=True)
     else:
         kubernetes_validate.validate(manifest, _VERSION, strict=True)
+
+
+def expanded(text: str, variables: Mapping[str, str]) -> str:
+    """What the kubelet makes of an argument or variable, as in `third_party/forked/golang/expansion`."""
+
+    def replaced(found: re.Match[str]) -> str:
+        if found[0] == "$$":
+            return "$"
+        return variables.get(found[1], found[0])
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", replaced, text)
 
 
 def _check_pod(spec: dict[str, Any], *, image: bool) -> None:

@@ -61,6 +61,7 @@ _OTHER_THAN_SECRET = re.compile(  # names of properties of secrets, and of token
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_PATH_OF_KEY = re.compile(r"/(?:[\w.@+-]+/)*[\w.@+-]+\.[A-Za-z][A-Za-z0-9]{1,7}")  # base64 has no dot
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 # Formats of secrets, each with characters of which at least one occurs in every match. Group "kept" stays.
@@ -180,6 +181,12 @@ def is_secret_name(name: str) -> bool:
     """Whether a name is that of a secret: `HF_TOKEN`, `dbPassword`, but not `pad_token`."""
     spelled = _CAMEL.sub("_", name) if not name.isupper() else name
     return _WORDS.search(spelled) is not None and _OTHER_THAN_SECRET.search(spelled) is None
+
+
+def is_secret_variable(name: str, value: str) -> bool:
+    """Whether an environment variable is a secret, by its name or value: the path of a key's file is none."""
+    named = is_secret_name(name) and not (name.endswith("_CREDENTIALS") and _PATH_OF_KEY.fullmatch(value))
+    return named or text(value) != value
 
 
 def keep_out(config: Mapping[str, Any]) -> None:

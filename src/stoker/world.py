@@ -73,6 +73,15 @@ def is_unattended() -> bool:
     return any(name in os.environ for name in _OF_A_SCHEDULER) or World.current().size > 1
 
 
+def comes_one_by_one() -> bool:
+    """Whether Kubernetes started this process: the pods of a job start, and are replaced, one by one.
+
+    The machines of a job of Slurm or Ray start together, also where those run in pods.
+    """
+    by = [name for name in _OF_A_SCHEDULER if name in os.environ]
+    return by == ["KUBERNETES_SERVICE_HOST"]
+
+
 def tasks_of_srun() -> int:
     """The number of processes that srun has started with this command; 1 if another launcher has."""
     known = os.environ

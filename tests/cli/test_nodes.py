@@ -166,6 +166,20 @@ def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines,
     assert loaded(run).status == "preempted"
 
 
+@pytest.mark.parametrize(("leaves", "stays"), ["ab", "ba"])
+def test_a_machine_told_to_stop_while_ranks_come_up_ends_the_others_as_a_preemption(
+    leaves: str, stays: str, machines: Machines, tmp_path: Path
+) -> None:
+    """So a cluster's queue starts them again; it may be the machine at which they meet."""
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
+    processes = {name: machines.start(name, "train", RECIPE, *SLOW, *together) for name in "ab"}
+    until(lambda: _ranks(processes[leaves]), *processes.values())
+    processes[leaves].terminate()
+    assert [process.wait(60) for process in processes.values()] == [75, 75], _all_said(machines)
+    assert "was told to stop, so all machines have ended" in machines.said(stays).read_text()
+    assert points(tmp_path / "runs" / "ranked" / "a") == 0
+
+
 def test_machines_come_and_go_and_the_batches_stay_the_same(
     machines: Machines, stoker: Command, tmp_path: Path
 ) -> None:

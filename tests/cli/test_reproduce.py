@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+import yaml
 
 import families
 from commands import Command, Start
@@ -672,6 +674,40 @@ def test_a_package_of_code_whose_names_mean_something_to_a_shell_runs(
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("it-ran"))
+
+
+@pytest.mark.parametrize("name", [".", 'cost$a "of" it'])
+def test_the_image_of_a_package_runs_the_command_of_a_cluster(
+    name: str, project: Path, stoker: Command, tmp_path: Path
+) -> None:
+    """What its Dockerfile sets holds here in the folder: there is no docker in a test."""
+    folder = project / name
+    folder.mkdir(exist_ok=True)
+    if name != ".":
+        for file in ("count.py", "factor.py", "numbers.txt"):
+            (project / file).rename(folder / file)
+    assert stoker("train", "count.py", "--name", "first", cwd=folder).code == 0
+    made = tmp_path / "made"
+    assert stoker("package", "first", "--to", str(made), cwd=folder).code == 0
+    dockerfile = (made / "Dockerfile").read_text().replace("${PYTHONPATH:+:$PYTHONPATH}", "")
+    (path,), (*_, there) = (
+        [re.sub(r"\\(.)", r"\1", word) for word in re.findall(rf'(?m)^{of}"?(.*?)"?$', dockerfile)]
+        for of in ("ENV PYTHONPATH=", "WORKDIR ")
+    )
+    env = {**os.environ, "PYTHONPATH": path.replace("/run/", f"{made}/")}
+    cwd = Path(there.replace("/run/", f"{made}/"))
+    shutil.copy(folder / "numbers.txt", cwd)
+    shutil.rmtree(project)
+    options = ("--on", "kubernetes", "--option", "image=a", "--option", "claim=b", "--dry-run")
+    (job,) = yaml.safe_load_all(stoker("train", "count.py", "--name", "second", *options, cwd=cwd).out)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    _, *words = [word.replace("/runs", str(tmp_path / "volume")) for word in container["command"]]
+    done = subprocess.run([sys.executable, *words], cwd=cwd, env=env, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(loaded(tmp_path / "volume/count/second").points["loss"]) > 0
+    here = [sys.executable, "-c", "import stoker; print(stoker.__file__)"]
+    found = subprocess.run(here, cwd=cwd, env=env, check=True, capture_output=True, text=True).stdout
+    assert Path(found).is_relative_to(made)
 
 
 def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_memory_without_a_unit_is_refused(text: str) -> None:
 def test_a_variable_without_a_value_is_passed_on_and_not_written_down() -> None:
     assert jobspec.environment(["A=b=c", "B="], {}) == ({"A": "b=c", "B": ""}, ())
     assert jobspec.environment(["HF_TOKEN"], {"HF_TOKEN": "x"}) == ({}, ("HF_TOKEN",))
+    assert jobspec.environment(["HF_TOKEN"], {}, stored=True) == ({}, ("HF_TOKEN",))
+    path = {"GOOGLE_APPLICATION_CREDENTIALS": "/keys/my-project.json"}
+    assert jobspec.environment(["=".join(one) for one in path.items()], {}) == (path, ())
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,11 @@ def test_a_variable_without_a_value_is_passed_on_and_not_written_down() -> None:
     [
         ("HF_TOKEN=x", "looks like a secret"),
         ("AWS_SECRET_ACCESS_KEY=x", "looks like a secret"),
+        ("AWS_SECRET_ACCESS_KEY=/x/key.json", "looks like a secret"),
+        ("MY_CREDENTIALS=me:pw", "looks like a secret"),
+        ("MY_CREDENTIALS=x/key.json", "looks like a secret"),
+        ("MY_CREDENTIALS=/9j/4AAQSkZJRgABAQEASABIAAD", "looks like a secret"),
+        ("MY_CREDENTIALS=/x/ghp_0123456789abcdefghij0123456789abcdef.json", "looks like a secret"),
         ("NOT_SET", "not set; export"),
         ("1A=b", "give NAME=VALUE"),
         ("=b", "give NAME=VALUE"),

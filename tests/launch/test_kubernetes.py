@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stoker.errors import BadInput
+from stoker.launch import jobs, kubernetes, kubernetes_options
+from stoker.launch.jobspec import ELEMENT, JobSpec
 
 import kubernetes_api
 from commands import Command, Start
@@ -131,6 +138,83 @@ def test_kubeflows_kinds_start_the_ranks_by_torchrun(kind: str, stoker: Command)
     assert words[words.index("--name") + 1] == "a"
 
 
+@pytest.mark.parametrize("kind", ["job", "pytorchjob", "trainjob"])
+def test_pods_have_what_their_cluster_asks_of_them(kind: str, stoker: Command) -> None:
+    two = TWO if kind != "trainjob" else _without_retries(TWO)
+    given = {
+        "kind": kind, "grace": "10min", "ephemeral-storage": "50GB", "user": "1000", "fs-group": "2000",
+        "secret-files": "gcs:/keys", "service-account": "trainer",
+        **({"priority-class": "low"} if kind != "trainjob" else {}),
+    }  # fmt: skip
+    key = ("--env", "GOOGLE_APPLICATION_CREDENTIALS=/keys/key.json")
+    options = (word for name, value in given.items() for word in ("--option", f"{name}={value}"))
+    made = _rendered(stoker, *two, *options, *key)
+    spec = made.popitem()[1]["spec"]
+    if kind == "trainjob":
+        (job,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        pod, resources = job["template"]["spec"]["template"]["spec"], spec["trainer"]["resourcesPerNode"]
+        variables = spec["trainer"]["env"]
+    else:
+        of_pods = spec if kind == "job" else spec["pytorchReplicaSpecs"]["Worker"]
+        pod = of_pods["template"]["spec"]
+        (container,) = pod["containers"]
+        resources, variables = container["resources"], container["env"]
+        assert pod["priorityClassName"] == "low"
+    assert pod["terminationGracePeriodSeconds"] == 600
+    assert pod["serviceAccountName"] == "trainer"
+    assert pod["securityContext"] == {
+        "fsGroup": 2000, "runAsUser": 1000, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}
+    }  # fmt: skip
+    for container in [*pod["containers"], *pod.get("initContainers", [])]:
+        context = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == context
+    assert {"name": "secret-files", "secret": {"secretName": "gcs"}} in pod["volumes"]
+    mount = {"name": "secret-files", "mountPath": "/keys", "readOnly": True}
+    assert mount in pod["containers"][0]["volumeMounts"]
+    assert resources["limits"]["ephemeral-storage"] == resources["requests"]["ephemeral-storage"] == "50Gi"
+    assert {"name": "GOOGLE_APPLICATION_CREDENTIALS", "value": "/keys/key.json"} in variables
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("node.pool=-bad-", "at most 63 letters"),
+        ("node.a/b/c=x", "at most 63 letters"),
+        ("node.=x", "give node.LABEL=VALUE"),
+        ("gpu-resource=NVIDIA GPU", "such as nvidia.com/gpu"),
+        ("gpu-resource=gpu", "such as nvidia.com/gpu"),
+        ("namespace=team.ml", "the name of a namespace"),
+        (f"queue={'q' * 80}", "at most 63"),
+        ("claim=a..b", "a Kubernetes name has only"),
+        ("toleration=-bad-", "give KEY or KEY=VALUE of a taint"),
+        ("priority-class=High", "a Kubernetes name has only"),
+        ("grace=soon", "--option grace: 'soon' is not a length of time"),
+        ("ephemeral-storage=much", "give a size"),
+        ("user=root", "give an id"),
+        ("fs-group=0", "give an id"),
+        ("secret-files=keys", "give NAME:/FOLDER"),
+        ("secret-files=Keys:/keys", "give NAME:/FOLDER"),
+    ],
+)
+def test_a_setting_that_a_cluster_would_refuse_is_refused_here(option: str, said: str) -> None:
+    name, _, value = option.partition("=")
+    with pytest.raises(BadInput, match=re.escape(said)):
+        kubernetes_options.check({name: value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "node.kubernetes.io/arch=amd64", "node.pool=", "gpu-resource=nvidia.com/mig-1g.5gb",
+        "namespace=team-ml",
+        "toleration=spot,example.com/pool=A_1", "queue=team.low", "secret-files=keys:/var/keys",
+    ],
+)  # fmt: skip
+def test_a_setting_that_a_cluster_accepts_is_accepted(option: str) -> None:
+    name, _, value = option.partition("=")
+    kubernetes_options.check({name: value})
+
+
 def test_a_trainjob_that_could_not_be_tried_again_is_refused(stoker: Command) -> None:
     done = stoker(*TWO, "--option", "kind=trainjob", "--dry-run")
     assert done.code == 2
@@ -150,6 +234,44 @@ def test_a_cluster_without_gpus_may_add_a_node_that_has_some(stoker: Command, ap
     assert api.of_kind("Job")
 
 
+@given(st.lists(st.text("$()HOME5", max_size=12), min_size=1, max_size=4), st.text("$()HOME5", max_size=12))
+@settings(max_examples=200)
+def test_pods_get_every_argument_and_variable_as_it_was_given(words: list[str], value: str) -> None:
+    spec = JobSpec(
+        name="a", command=("python", *words, f"{value}{ELEMENT}"), folder=Path("/here"), elements=2,
+        environment={"GIVEN": value}, options={"image": "a", "claim": "b"},
+    )  # fmt: skip
+    job = yaml.safe_load(kubernetes.render(jobs.planned("kubernetes", spec, Path("/runs"), ("a",))))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    known = {"HOME": "/root", "JOB_COMPLETION_INDEX": "1"}
+    found = [kubernetes_api.expanded(word, known) for word in container["command"]]
+    assert found[1:-2] == [*words, f"{value}1"]
+    (variable,) = (one["value"] for one in container["env"] if one["name"] == "GIVEN")
+    assert kubernetes_api.expanded(variable, known) == value
+
+
+def test_a_pod_that_is_replaced_once_the_first_has_ended_ends_as_the_run_has(
+    stoker: Command, tmp_path: Path
+) -> None:
+    pod = _rendered(stoker, *TWO)["Job"]["spec"]["template"]["spec"]
+    (waiting,), (container,) = pod["initContainers"], pod["containers"]
+    impatient = tmp_path / "bin" / "timeout"
+    impatient.parent.mkdir()
+    impatient.write_text(f'#!/bin/sh\nshift\nexec {shutil.which("timeout")} 1 "$@"\n')
+    impatient.chmod(0o755)
+    path = {"PATH": f"{impatient.parent}{os.pathsep}{os.environ['PATH']}"}
+    assert subprocess.run(waiting["command"], env=path, check=False).returncode == 0
+    there = str(tmp_path / "there")
+    words = [there if word == "/runs" else word for word in container["command"][3:]]
+    in_pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    later = stoker(*words, env=in_pod)
+    assert later.code == 75, later.err
+    assert "exit code 75 asks for another try later" in later.err
+    assert stoker("train", RECIPE, "steps=5", "--name", "a", "--runs", there).code == 0
+    again = stoker(*words, env=in_pod)
+    assert (again.code, "was already finished" in again.out) == (0, True), again.err
+
+
 def test_what_looks_like_a_variable_stays_what_it_is(stoker: Command) -> None:
     one = ("train", RECIPE, "--on", "kubernetes", "--option", "image=a", "--runs", "s3://bucket/$(HOME)")
     (job,) = _rendered(stoker, *one).values()
@@ -164,6 +286,9 @@ def test_a_manifest_has_letters_as_they_were_given(stoker: Command) -> None:
 
 
 def test_a_secret_is_named_and_its_value_is_nowhere(stoker: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    elsewhere = _rendered(stoker, *TWO, "--env", "HF_TOKEN", "--option", "secret=keys")["Job"]
+    assert "'key': 'HF_TOKEN'" in str(elsewhere)
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     refused = stoker(*TWO, "--env", "HF_TOKEN", "--dry-run")
     assert refused.code == 2

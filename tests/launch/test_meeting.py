@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-from stoker.errors import EXIT_PREEMPTED, BadInput
+from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch import nodes, rounds
 from stoker.launch.budget import Budget
 from stoker.launch.nodes import Seat
@@ -103,6 +104,64 @@ def test_one_machine_too_many_is_refused_once_none_of_the_others_is_gone(meeting
         one.result(SOON)
     with pytest.raises(BadInput, match="all 2 machines have already joined"):
         meeting.round_of(meeting.seat()).result(SOON)
+
+
+def test_a_machine_that_is_told_to_stop_before_it_has_ranks_ends_the_others_as_a_preemption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock[0])
+    host = rounds.Host(TWO, Budget(0), frozenset({2}))
+    reports = [Report(name, name, 1, "2", first=name == "a") for name in "ab"]
+    answers = [host.hear(report) for report in reports]
+    assert [host.hear(report).number for report in reports] == [0, 1]
+    a, b = (dataclasses.replace(report, round=1, phase=rounds.RUNNING) for report in reports)
+    host.hear(a)
+    assert not answers[0].ended
+    assert host.hear(dataclasses.replace(b, phase=rounds.GONE, leaving=True)).code == EXIT_PREEMPTED
+    clock[0] = 2.0
+    ended = host.hear(a)
+    assert (ended.ended, ended.code) == (True, EXIT_PREEMPTED)
+    assert ended.error == (
+        "b was told to stop, so all machines have ended; once it is back, the same command resumes"
+    )
+
+
+@pytest.mark.parametrize(("told", "code"), [(True, EXIT_PREEMPTED), (False, EXIT_FAILED)])
+def test_the_machine_where_they_meet_ends_the_others_as_it_ends(told: bool, code: int) -> None:
+    host = rounds.Host(TWO, Budget(0), frozenset({2}))
+    waits = Report("b", "b", 1, "2")
+    host.hear(waits)
+    host.end_with_host("a", told=told)
+    assert host.hear(waits).code == code
+
+
+@pytest.mark.parametrize(
+    ("by", "code"),
+    [
+        ((), EXIT_FAILED),
+        (("KUBERNETES_SERVICE_HOST",), EXIT_PREEMPTED),
+        (("KUBERNETES_SERVICE_HOST", "SLURM_JOB_ID"), EXIT_FAILED),
+    ],
+)
+def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one(
+    by: tuple[str, ...], code: int, meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one where they meet, for the other; and the other, for that one."""
+    monkeypatch.setattr(rounds, "COMING", 1.0)
+    monkeypatch.setattr(nodes, "COMING", 1.0)
+    for name in by:
+        monkeypatch.setenv(name, "1")
+    alone = meeting.seat()
+    with pytest.raises(StokerError, match="does not answer for 1 s") as caught:
+        meeting.round_of(alone).result(SOON)
+    assert caught.value.exit_code == code
+    kill(alone)
+    monkeypatch.setattr(nodes, "COMING", SOON)
+    meeting.host()
+    with pytest.raises(StokerError, match="only 1 of 2 machines joined within 1 s") as caught:
+        meeting.round_of(meeting.seat(first=True)).result(SOON)
+    assert caught.value.exit_code == code
 
 
 def test_a_lost_machine_leaves_its_place_to_another_while_the_rest_goes_on(

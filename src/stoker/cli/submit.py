@@ -23,7 +23,7 @@ from stoker.errors import BadInput
 from stoker.launch import arguments, here, jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
-from stoker.launch.targets import LOCAL, TARGETS
+from stoker.launch.targets import KUBERNETES, LOCAL, TARGETS
 from stoker.run import finding
 
 
@@ -159,7 +159,9 @@ def spec(
         processes: ranks per node.
         elements: the number of jobs in the array; 0 for a single job.
     """
-    written, passed = jobspec.environment(where.env or (), os.environ)
+    options = jobspec.settings(where.option or ())
+    in_secret = where.on == KUBERNETES and "secret" in options
+    written, passed = jobspec.environment(where.env or (), os.environ, stored=in_secret)
     if runs := os.environ.get("STOKER_RUNS"):
         command = command if command.has("--runs") else command.with_("--runs", runs)
     made = JobSpec(
@@ -168,7 +170,7 @@ def spec(
         memory=jobspec.memory(where.memory) if where.memory is not None else None,
         time=duration.limit("--time", where.time) if where.time is not None else None,
         environment=written, passed=passed, retries=where.retries, elements=elements,
-        options=jobspec.settings(where.option or ()),
+        options=options,
     )  # fmt: skip
     jobspec.check(made)
     return made

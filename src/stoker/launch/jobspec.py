@@ -148,12 +148,15 @@ def shown_memory(count: int) -> str:
     return f"{mebibytes // 1024}G" if mebibytes % 1024 == 0 else f"{mebibytes}M"
 
 
-def environment(given: Sequence[str], here: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+def environment(
+    given: Sequence[str], here: Mapping[str, str], *, stored: bool = False
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """Parse `--env`: variables that are recorded, and names of those that are only passed on.
 
     Args:
         given: NAME=VALUE, or just NAME for a variable that is already set.
         here: the variables of this process.
+        stored: whether the cluster has the values of those that are only passed on.
 
     Raises BadInput, also for a value that looks like a secret, as it would be written to a file.
     """
@@ -163,10 +166,10 @@ def environment(given: Sequence[str], here: Mapping[str, str]) -> tuple[dict[str
         if not _VARIABLE.fullmatch(name):
             raise BadInput(f"--env {text}: give NAME=VALUE, or the NAME of a variable that is set")
         if not equals:
-            if name not in here:
+            if name not in here and not stored:
                 raise BadInput(f"--env {name}: not set; export it first, or give {name}=VALUE")
             passed.append(name)
-        elif redaction.is_secret_name(name) or redaction.text(value) != value:
+        elif redaction.is_secret_variable(name, value):
             raise BadInput(
                 f"--env {name}=...: this looks like a secret, and would be written to a file; "
                 f"export {name} and use --env {name}"

@@ -20,45 +20,30 @@ from typing import Any
 
 import yaml
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError, nearest
-from stoker.launch import arguments, client, jobs, jobspec, tail
+from stoker.launch import arguments, client, jobs, jobspec, kubernetes_options, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+from stoker.launch.kubernetes_options import SELECTOR
+from stoker.launch.rounds import COMING
 from stoker.launch.targets import Line, Status
+from stoker.words import parsed_size
 
 log = logging.getLogger("stoker")
 
 MANIFEST = "manifest.yaml"
 RUNS = "/runs"
 """Where the volume for the runs is mounted."""
+_PATCHED = ("volumeMounts", "securityContext")
+"""What a TrainJob has no setting for: a patch of the runtime's container."""
 LABEL = "stoker/job"
 
 _PORT = 29400
-_GRACE = 120  # seconds that a pod has for a checkpoint after being told to stop
 _CONTAINER = "train"
 _TOLD_TO_TORCHRUN = ("--rendezvous", "--nodes", "--nproc", "--max-restarts")
 _OF_LOG = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}")
 """The beginning of a line of klog, with which kubectl logs what it does."""
 
-_OPTIONS = {
-    "image": "the container image with the code",
-    "kind": "job, pytorchjob or trainjob",
-    "claim": "the persistent volume claim that holds the runs",
-    "namespace": "the namespace of the job",
-    "secret": "the Secret with the variables of --env NAME",
-    "service-account": "the service account of the pods",
-    "pull-secret": "the Secret for pulling the image",
-    "queue": "Kueue's queue",
-    "gpu-resource": "nvidia.com/gpu by default",
-    "toleration": "taints that the pods tolerate, as KEY or KEY=VALUE, separated by commas",
-    "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
-}
-_NAMES = ("claim", "namespace", "secret", "service-account", "pull-secret", "queue", "runtime")
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
-_TAINT = re.compile(r"[A-Za-z0-9][\w./-]*(?:=[\w.-]*)?")
-_IMAGE = re.compile(r"[\w./:@+-]*")
 _NEEDS = "it must be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
-_SELECTOR = "node."
-"""Prefix for a label that nodes must have, as in `node.accelerator=a100`."""
 
 
 # -- what a target does ----------------------------------------------------------------------
@@ -285,7 +270,7 @@ def _train_job(job: Job) -> list[dict[str, Any]]:
     (container,) = pod.pop("containers")
     patch = {
         **pod,
-        "containers": [{"name": "node", "volumeMounts": container["volumeMounts"]}],
+        "containers": [{"name": "node", **{key: container[key] for key in _PATCHED if key in container}}],
     }
     trainer = {
         "image": container["image"],
@@ -371,23 +356,31 @@ def _meets(spec: JobSpec) -> bool:
 
 def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> dict[str, Any]:
     spec, options = job.spec, job.spec.options
-    made: dict[str, Any] = {"terminationGracePeriodSeconds": _GRACE}
+    made: dict[str, Any] = {"terminationGracePeriodSeconds": kubernetes_options.grace(options)}
+    if "priority-class" in options:
+        made["priorityClassName"] = options["priority-class"]
     if "service-account" in options:
         made["serviceAccountName"] = options["service-account"]
     if "pull-secret" in options:
         made["imagePullSecrets"] = [{"name": options["pull-secret"]}]
-    selected = {key.removeprefix(_SELECTOR): v for key, v in options.items() if key.startswith(_SELECTOR)}
+    selected = {key.removeprefix(SELECTOR): v for key, v in options.items() if key.startswith(SELECTOR)}
     if selected:
         made["nodeSelector"] = selected
     tolerations = _tolerations(spec)
     if tolerations:
         made["tolerations"] = tolerations
     # Loader workers pass batches through shared memory, of which a container has 64 MiB by default.
-    volumes = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
-    mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
+    mounts: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     if "claim" in options:
         volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": options["claim"]}})
         mounts.append({"name": "runs", "mountPath": RUNS})
+    secret, folder = kubernetes_options.files(options)
+    if secret:
+        volumes.append({"name": "secret-files", "secret": {"secretName": secret}})
+        mounts.append({"name": "secret-files", "mountPath": folder, "readOnly": True})
+    of_pod, of_container = _security(options)
+    made |= of_pod
     made["containers"] = [
         {
             "name": container,
@@ -396,22 +389,37 @@ def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> di
             "env": _environment(spec),
             "resources": _resources(spec),
             "volumeMounts": mounts,
+            **of_container,
         }
     ]
     made["volumes"] = volumes
     return made
 
 
+def _security(options: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The security contexts of a pod and of each container: with a user, what the level `restricted` asks."""
+    of_pod: dict[str, Any] = {}
+    if "fs-group" in options:
+        of_pod["fsGroup"] = int(options["fs-group"])
+    if "user" not in options:
+        return {"securityContext": of_pod} if of_pod else {}, {}
+    of_pod |= {
+        "runAsUser": int(options["user"]),
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    of_container = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    return {"securityContext": of_pod}, {"securityContext": of_container}
+
+
 def _tolerations(spec: JobSpec) -> list[dict[str, Any]]:
-    """The taints of nodes that pods accept: the usual one of GPUs, and those given. Raises BadInput."""
+    """The taints of nodes that pods accept: the usual one of GPUs, and those given."""
     found: list[dict[str, Any]] = []
     if spec.gpus:
         gpu = spec.options.get("gpu-resource", "nvidia.com/gpu")
         found.append({"key": gpu, "operator": "Exists", "effect": "NoSchedule"})
     asked = spec.options.get("toleration")
     for given in asked.split(",") if asked is not None else ():
-        if not _TAINT.fullmatch(given):
-            raise BadInput(f"--option toleration={asked}: give KEY or KEY=VALUE of a taint, as in pool=a")
         key, equals, value = given.partition("=")
         match = {"operator": "Equal", "value": value} if equals else {"operator": "Exists"}
         found.append({"key": key, **match})
@@ -419,12 +427,18 @@ def _tolerations(spec: JobSpec) -> list[dict[str, Any]]:
 
 
 def _wait_for_first(spec: JobSpec, host: str) -> dict[str, Any]:
-    """Pods start in any order, and a name resolves once its pod has an address."""
+    """Pods start in any order, and a name resolves once its pod has an address.
+
+    The first pod may also wait for a node, or have succeeded: after a while the launcher starts without it,
+    and ends with 0 if the run has finished, otherwise with 75, so that its pod is replaced.
+    """
+    until = f"until getent hosts {host}; do sleep 1; done"
     return {
         "name": "wait-for-first",
         "image": spec.options["image"],
-        "command": ["sh", "-c", f"until getent hosts {host}; do sleep 1; done"],
+        "command": ["sh", "-c", f"timeout {COMING:.0f} sh -c '{until}' || true"],
         "resources": {amount: {"cpu": "100m", "memory": "64Mi"} for amount in ("requests", "limits")},
+        **_security(spec.options)[1],
     }
 
 
@@ -440,10 +454,12 @@ def _environment(spec: JobSpec) -> list[dict[str, Any]]:
 
 
 def _resources(spec: JobSpec) -> dict[str, Any]:
-    """Memory and GPUs are also limits; of cores, a pod may use idle ones."""
+    """Memory, disk and GPUs are also limits; of cores, a pod may use idle ones."""
     hard: dict[str, Any] = {}
     if spec.memory is not None:
         hard["memory"] = jobspec.shown_memory(spec.memory) + "i"
+    if disk := parsed_size(spec.options.get("ephemeral-storage", "")):
+        hard["ephemeral-storage"] = jobspec.shown_memory(disk) + "i"
     if spec.gpus:
         hard[spec.options.get("gpu-resource", "nvidia.com/gpu")] = str(spec.gpus)
     requests = {"cpu": str(spec.cores), **hard}
@@ -478,8 +494,8 @@ def _relative(word: str, folder: Path) -> str:
 
 
 def _literal(text: str) -> str:
-    """Escape `$(NAME)`, which Kubernetes would replace with a variable."""
-    return text.replace("$(", "$$(")
+    """Escape `$`: Kubernetes replaces `$(NAME)` with a variable, and `$$` with `$`."""
+    return text.replace("$", "$$")
 
 
 def _when_exit_code(action: str, code: int) -> dict[str, Any]:
@@ -530,23 +546,7 @@ def _kind(spec: JobSpec) -> str:
 
 def _check_options(spec: JobSpec) -> None:
     """Raises BadInput."""
-    for key in spec.options:
-        if key not in _OPTIONS and not key.startswith(_SELECTOR):
-            known = "; ".join(f"{name}: {what}" for name, what in _OPTIONS.items())
-            raise BadInput(
-                f"--option {key}: no such setting{nearest(key, _OPTIONS)}; the settings are {known}; "
-                "node.LABEL: a label that nodes must have"
-            )
-    for key, value in spec.options.items():
-        if key in _NAMES and not _NAME.fullmatch(value):
-            raise BadInput(
-                f"--option {key}={value}: a Kubernetes name has only lower-case letters, digits, - and . "
-                "(RFC 1123)"
-            )
-        if key == _SELECTOR:
-            raise BadInput(f"--option {key}={value}: give node.LABEL=VALUE, such as node.accelerator=a100")
-        if key == "image" and not _IMAGE.fullmatch(value):
-            raise BadInput(f"--option image={value}: not a valid image name")
+    kubernetes_options.check(spec.options)
     if not spec.options.get("image"):
         raise BadInput(
             "--option image=NAME is missing: pods run an image that contains stoker and your code; `stoker "
@@ -575,6 +575,8 @@ def _check_options(spec: JobSpec) -> None:
             f"--retries {spec.retries}: a TrainJob has no such setting, its runtime decides; use "
             "--max-restarts, with which torchrun restarts the ranks, or omit kind"
         )
+    if _kind(spec) == "trainjob" and "priority-class" in spec.options:
+        raise BadInput("--option priority-class: a TrainJob has no such setting, its runtime decides")
 
 
 def _store(spec: JobSpec) -> str:

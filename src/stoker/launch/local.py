@@ -166,11 +166,14 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
             _tell_run(folder, "told to stop twice, so its ranks were ended at once")
         log.warning("told to stop twice: ending at once; the newest checkpoint remains")
         raise Stopped(STATUS[watch.told])
-    if watch.abandoned:
+    early = watch.told and place.seat is not None and not _begun(folder)
+    if watch.abandoned and not early:
         return max(end.code or 0 for end in ends.values())
     try:
         _raise_first(ends, failed, watch)
     except RankFailed as failure:
+        if early:  # those elsewhere may have been told first, and have left these
+            raise Stopped(STATUS[watch.told]) from failure
         if watch.told:  # it did end as asked, if not in the intended way
             raise StokerError(str(failure)) from failure
         failure.step, failure.saved = _progress(folder)
@@ -178,7 +181,10 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
         said = failure.brief or str(failure).partition("\n")[0]
         _tell_run(folder, said, raised=failure.raised and alone)
         raise
-    return _code([end.code or 0 for _, end in sorted(ends.items())])
+    code = _code([end.code or 0 for _, end in sorted(ends.items())])
+    if early and code:  # the ranks elsewhere may wait for these for ever
+        raise Stopped(STATUS[watch.told])
+    return code
 
 
 def _code(codes: Sequence[int]) -> int:
@@ -201,6 +207,11 @@ def _progress(folder: Path) -> tuple[int, int]:
     """Steps done, and the step of the newest checkpoint; -1 for none."""
     pulses = supervision.read(folder).values()
     return max((p.step for p in pulses), default=-1), max((p.saved for p in pulses), default=-1)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a rank has done a step in this launch."""
+    return any(pulse.begun for pulse in supervision.read(folder).values())
 
 
 def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
@@ -269,7 +280,7 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
         failure.exit_code = first.code or failure.exit_code
         failure.raised, failure.at, failure.changed = bool(first.trace), first.at, first.changed
         raise failure
-    if failed or not ends:
+    if not ends or not all(ends[rank].code for rank in failed):
         raise RankFailed(f"ranks could not be started: exit codes {failed}")
 
 

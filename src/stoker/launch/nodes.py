@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, StokerError
+from stoker import world
+from stoker.errors import BadInput, StokerError, Stopped
 from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.rounds import (
     COMING,
@@ -37,6 +38,7 @@ from stoker.launch.rounds import (
     Host,
     Machines,
     Report,
+    waited,
 )
 
 log = logging.getLogger("stoker")
@@ -94,8 +96,8 @@ class Seat:
                 self._say(round=answer.round, phase=RUNNING, said="", code=0)
                 return answer
             if time.monotonic() - self._heard > COMING:
-                code = EXIT_PREEMPTED if done else EXIT_FAILED
-                self._raise(Answer(code=code, error=f"{self._where} does not answer for {COMING:.0f} s"))
+                code, said = waited(f"{self._where} does not answer for {COMING:.0f} s", begun=done > 0)
+                self._raise(Answer(code=code, error=said))
             time.sleep(BEAT / 5)
 
     def finished(self, code: int) -> int:
@@ -131,6 +133,11 @@ class Seat:
     def leave(self) -> None:
         """Report that this machine was told to stop."""
         self._say(leaving=True)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether this machine was told to stop."""
+        return self._report.leaving
 
     def changes(self) -> str:
         """Why the round must be ended after a checkpoint; empty if it need not be."""
@@ -204,9 +211,12 @@ def seat(
     place = Seat(address, nproc, nodes, folder, first=server is not None)
     try:
         yield place
+    except (Stopped, KeyboardInterrupt):
+        place.leave()
+        raise
     finally:
         if server is not None:
-            _let_others_hear(host)
+            _let_others_hear(host, told=place.leaves)
         place.close()
         if server is not None:
             server.shutdown()
@@ -239,7 +249,11 @@ def parsed(rendezvous: str) -> tuple[str, int]:
     try:
         socket.getaddrinfo(host, int(port))
     except OSError as error:
-        raise BadInput(f"--rendezvous {rendezvous}: cannot resolve {host}: {error}") from error
+        refused = BadInput(f"--rendezvous {rendezvous}: cannot resolve {host}: {error}")
+        if world.comes_one_by_one():  # its pod has no address now
+            refused.exit_code, said = waited(str(refused), begun=False)
+            refused.args = (said,)
+        raise refused from error
     return host, int(port)
 
 
@@ -291,11 +305,10 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
     return server
 
 
-def _let_others_hear(host: Host) -> None:
+def _let_others_hear(host: Host, *, told: bool) -> None:
     """Before this machine ends, wait until all others have been told how it ended."""
-    if host.answer is None:
-        with host.lock:
-            host._end(1, f"{platform.node()}, the rendezvous machine, has ended")
+    with host.lock:
+        host.end_with_host(platform.node(), told=told)
     deadline = time.monotonic() + _GOODBYE
     while time.monotonic() < deadline and host.told < host.members.keys():
         time.sleep(BEAT / 5)

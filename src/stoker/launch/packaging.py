@@ -16,6 +16,7 @@ official one: torch's packages include CUDA, and the driver is the host's.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from stoker.run.view import RunView
 IMAGE = "STOKER_IMAGE"
 """The variable that names the image a run is in, by name and digest."""
 
+_IN_IMAGE = "/run"
+"""Where an image has the folder."""
 _LONGEST = 500
 """Maximum characters of a value that becomes a parameter of an MLflow Project."""
 
@@ -90,7 +93,8 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
         tuple(left.path for left in there.code.left_out), tuple(name for name in outside if name != "stoker"),
         secrets,
     )  # fmt: skip
-    (folder / "Dockerfile").write_text(_dockerfile(made.image, lock, environment), encoding="utf-8")
+    dockerfile = _dockerfile(made.image, lock, environment, _cwd(there, folder), _within(imported, folder))
+    (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
     has_keys = seen.record["recipe"].get("reference") is not None
     _write_mlproject(folder, seen, environment, _parameters(values) if has_keys else {})
     (folder / "README.md").write_text(_readme(made, seen, there, environment), encoding="utf-8")
@@ -137,9 +141,8 @@ def _write_script(
     file: Path, seen: RunView, there: Place, folder: Path, command: str, imported: Sequence[str],
     environment: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    cwd = there.cwd.relative_to(folder) if there.cwd.is_relative_to(folder) else Path("code")
     variables = differences.computing(environment.get("variables", {}))
-    paths = ":".join(f'"$here"/{shlex.quote(str(Path(path).relative_to(folder)))}' for path in imported)
+    paths = ":".join(f'"$here"/{shlex.quote(path)}' for path in _within(imported, folder))
     lines = [
         "#!/bin/sh",
         f"# Trains {seen.directory.name} again; takes its command's arguments.",
@@ -149,11 +152,21 @@ def _write_script(
         *([f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []),
         'export STOKER_RUNS="${STOKER_RUNS:-$here/runs}"',
         *_CHECKED,
-        f'cd "$here"/{shlex.quote(str(cwd))}',
+        f'cd "$here"/{shlex.quote(_cwd(there, folder))}',
         f"exec {command}",
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     file.chmod(0o755)
+
+
+def _cwd(there: Place, folder: Path) -> str:
+    """The working directory, within the folder."""
+    return str(there.cwd.relative_to(folder)) if there.cwd.is_relative_to(folder) else "code"
+
+
+def _within(paths: Sequence[str], folder: Path) -> list[str]:
+    """Paths relative to the folder."""
+    return [str(Path(path).relative_to(folder)) for path in paths]
 
 
 def _used_from_elsewhere(lock: str, there: Place) -> list[str]:
@@ -179,7 +192,15 @@ def _image(environment: Mapping[str, Any]) -> str:
     return str(recorded or f"python:{environment.get('python', '3')}-slim")
 
 
-def _dockerfile(image: str, lock: str, environment: Mapping[str, Any]) -> str:
+def _dockerfile(
+    image: str, lock: str, environment: Mapping[str, Any], cwd: str, imported: Sequence[str]
+) -> str:
+    """An image that trains the run again; and that runs other commands as where the run was.
+
+    Args:
+        cwd: the working directory, within the folder.
+        imported: the paths there from which Python imports.
+    """
     known = IMAGE in environment.get("variables", {})
     said = "The image of the run" if known else "The Python version of the run, which recorded no image"
     by = "" if "@sha256:" in image else ". Named by tag, so it may change"
@@ -194,18 +215,26 @@ def _dockerfile(image: str, lock: str, environment: Mapping[str, Any]) -> str:
         if environment.get("gpus")
         else ""
     )
+    paths = _in_dockerfile(":".join(f"{_IN_IMAGE}/{path}" for path in imported))
     lines = [
         f"# {said}{by}.",
         f"FROM {image}",
         gpus,
         installed,
-        "WORKDIR /run",
+        f"WORKDIR {_IN_IMAGE}",
         "COPY requirements.txt .",
         "RUN pip install --no-cache-dir --no-deps -r requirements.txt",
         "COPY . .",
-        'ENTRYPOINT ["./run.sh"]',
+        f"ENV PYTHONPATH={paths}${{PYTHONPATH:+:$PYTHONPATH}}" if imported else "",
+        f"WORKDIR {_in_dockerfile(f'{_IN_IMAGE}/{cwd}')}",
+        f'ENTRYPOINT ["{_IN_IMAGE}/run.sh"]',
     ]
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def _in_dockerfile(word: str) -> str:
+    """A word as a Dockerfile's ENV and WORKDIR read it."""
+    return '"' + re.sub(r'(["\\$])', r"\\\1", word) + '"'
 
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

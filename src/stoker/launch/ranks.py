@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 from stoker import machine, redaction, signals, storage, supervision, terminal
 from stoker.errors import StokerError, Stopped, stops_as_raised, trace_of
+from stoker.supervision import Pulse
+from stoker.world import World
 
 _PAUSE = 0.08  # seconds; see `main`
 
@@ -76,6 +78,8 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
     if end.error:
         time.sleep(_PAUSE)  # so that a killed rank, which cost this one its peer, is noticed first
         os._exit(end.code or 1)  # immediately: a collective of the others may be waiting for this rank
+    if end.code and _leaves_others_waiting(rank, Path(folder)):
+        os._exit(end.code)  # after a success, its launcher would wait for the launchers of these
 
 
 def ends(folder: Path) -> dict[int, End]:
@@ -106,6 +110,12 @@ def living(folder: Path) -> list[int]:
 def failed(folder: Path) -> bool:
     """Whether any rank of a launch has reported a failure, or disappeared without a report."""
     return any(_has_failed(folder / f"rank-{rank}.json", pid) for rank, pid in pids(folder).items())
+
+
+def _leaves_others_waiting(rank: int, folder: Path) -> bool:
+    """Whether ranks of other machines may still wait for this one to start, which has done no step."""
+    world = World.current()
+    return world.size > world.local_size and not supervision.read(folder).get(rank, Pulse()).begun
 
 
 def _has_failed(said: Path, pid: int) -> bool:

@@ -19,7 +19,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from stoker import machine
+from stoker import machine, world
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput
 from stoker.launch.budget import Budget, RankFailed
 from stoker.words import counted
@@ -35,6 +35,8 @@ _NOT_SHARED = (
     "the runs folder of {host} is not the one that the other machines use: set --runs to a folder that they "
     "all share; for an object store, share its working copy, which is below STOKER_CACHE"
 )
+
+_TOLD = "{host} was told to stop"
 
 WAITING, RUNNING, FAILED, DONE, GONE = "waiting", "running", "failed", "done", "gone"
 
@@ -145,6 +147,8 @@ class Host:
     """In the newest round."""
     running: bool = False
     over: str = "not begun"
+    left: list[str] = field(default_factory=list)
+    """The machines of the newest round that were told to stop and have ended."""
     changes: str = ""
     failed_at: float | None = None
     failure: RankFailed | None = None
@@ -206,8 +210,13 @@ class Host:
     def _let_go(self, report: Report, now: float) -> None:
         """Remove a machine that says that it is leaving."""
         known = self.members.pop(report.node, None)
-        if self._plays(known) and self.failure is None:
-            self.failure, self.final, self.failed_at = RankFailed(f"{report.host} left"), False, now
+        if not self._plays(known):
+            return
+        if report.leaving:
+            self.left.append(report.host)
+        if self.failure is None:
+            how = _TOLD if report.leaving else "{host} left"
+            self.failure, self.final, self.failed_at = RankFailed(how.format(host=report.host)), False, now
             if self.nodes.elastic:
                 self._pause(str(self.failure))
 
@@ -253,8 +262,8 @@ class Host:
         if size and (all_here or settled) and any(member.report.first for member in here):
             self._begin(here, size)
         elif now - self.since > COMING:
-            code = EXIT_PREEMPTED if self.round else EXIT_FAILED
-            self._end(code, f"only {len(here)} of {self.nodes} machines joined within {COMING:.0f} s")
+            said = f"only {len(here)} of {self.nodes} machines joined within {COMING:.0f} s"
+            self._end(*waited(said, begun=self.round > 0))
 
     def _judge_round(self, now: float) -> None:
         playing = self._playing()
@@ -323,15 +332,15 @@ class Host:
         # Those that were in rounds of an earlier host, which is back since, wait for one after those.
         self.round = 1 + max(self.round, *(member.report.round for member in here))
         self.machines, self.running, self.over, self.changes = size, True, "", ""
-        self.failed_at, self.failure = None, None
+        self.failed_at, self.failure, self.left = None, None, []
         self.port, self.id = machine.free_port(), uuid.uuid4().hex
 
     def _over(self, now: float) -> None:
         """End the round; this costs a restart, unless it failed because of a machine that may be lost."""
         assert self.failure is not None
-        lost = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
-        if self.nodes.elastic and lost and not self.final:
-            self._pause(f"{', '.join(lost)} does not respond")
+        gone = [] if self.final else self._gone(now)
+        if self.nodes.elastic and gone:
+            self._pause(", ".join(gone))
             return
         self._pause(str(self.failure), quiet=True)
         try:
@@ -339,14 +348,21 @@ class Host:
                 raise self.failure
             self.budget.spend(self.failure)
         except RankFailed as error:
-            if lost and not self.final:  # training itself did not fail: it can be started again
-                gone = f"{', '.join(lost)} does not respond, so all machines have ended"
-                again = "once it is back, the same command resumes"
-                self._end(EXIT_PREEMPTED, f"{gone}; {again}.\n{error}")
+            if gone:  # training itself did not fail: it can be started again
+                said = without(", ".join(gone))
+                self._end(EXIT_PREEMPTED, said if str(error) in gone else f"{said}.\n{error}")
             else:
                 self._end(error.exit_code, str(error))
         else:
             log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
+
+    def _gone(self, now: float) -> list[str]:
+        """What happened to machines of the round because of which the ranks of the others fail."""
+        told = [member.report.host for member in self._of_round() if member.report.leaving]
+        silent = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
+        return [_TOLD.format(host=host) for host in (*self.left, *told)] + [
+            f"{host} does not respond" for host in silent if host not in told
+        ]
 
     def _pause(self, why: str, *, quiet: bool = False) -> None:
         """The round is over; the next one will follow."""
@@ -354,5 +370,32 @@ class Host:
         if not quiet:
             log.info("%s: continuing with the machines that are available", why)
 
+    def end_with_host(self, host: str, *, told: bool) -> None:
+        """The machine at which they meet ends before the others.
+
+        Args:
+            told: whether it was told to stop.
+        """
+        if self.answer is None and told:
+            self._end(EXIT_PREEMPTED, without(_TOLD.format(host=f"{host}, the rendezvous machine,")))
+        elif self.answer is None:
+            self._end(EXIT_FAILED, f"{host}, the rendezvous machine, has ended")
+
     def _end(self, code: int, error: str) -> None:
         self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
+
+
+def without(gone: str) -> str:
+    """A message that says why machines end that could be started again."""
+    return f"{gone}, so all machines have ended; once it is back, the same command resumes"
+
+
+def waited(said: str, *, begun: bool) -> tuple[int, str]:
+    """The exit code and the message of machines that have waited for others in vain.
+
+    Args:
+        begun: whether all of them were there before.
+    """
+    if world.comes_one_by_one():
+        return EXIT_PREEMPTED, f"{said}; exit code {EXIT_PREEMPTED} asks for another try later"
+    return EXIT_PREEMPTED if begun else EXIT_FAILED, said

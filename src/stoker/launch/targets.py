@@ -14,10 +14,11 @@ from stoker.launch.jobs import Job
 
 LOCAL = "local"
 RAY = "ray"
+KUBERNETES = "kubernetes"
 TARGETS = {
     "slurm": "stoker.launch.slurm",
     RAY: "stoker.launch.ray_jobs",
-    "kubernetes": "stoker.launch.kubernetes",
+    KUBERNETES: "stoker.launch.kubernetes",
 }
 
 
