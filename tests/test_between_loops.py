@@ -284,6 +284,20 @@ def test_each_loop_that_counts_from_where_it_begins_has_an_order_of_its_own(tmp_
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_a_loop_that_counts_from_where_it_begins_needs_no_advice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Run("test", "a", runs=tmp_path) as run:
+        trainer = _trainer(run)
+        for _ in trainer.steps(trainer.loader(_Numbers(16, []), batch_size=8), max_steps=2):
+            break  # before a step is done
+        for batch in trainer.steps(
+            trainer.loader(_Numbers(40, []), batch_size=8), max_steps=1, from_here=True
+        ):
+            trainer.step(batch)
+    assert "reads other data" not in caplog.text
+
+
 def test_a_loop_that_begins_in_the_middle_of_other_data_is_told_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,6 +62,7 @@ _OTHER_THAN_SECRET = re.compile(  # names of properties of secrets, and of token
     re.VERBOSE | re.IGNORECASE,
 )
 _PATH_OF_KEY = re.compile(r"/(?:[\w.@+-]+/)*[\w.@+-]+\.[A-Za-z][A-Za-z0-9]{1,7}")  # base64 has no dot
+_KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"  # always a path
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 # Formats of secrets, each with characters of which at least one occurs in every match. Group "kept" stays.
@@ -185,7 +186,8 @@ def is_secret_name(name: str) -> bool:
 
 def is_secret_variable(name: str, value: str) -> bool:
     """Whether an environment variable is a secret, by its name or value: the path of a key's file is none."""
-    named = is_secret_name(name) and not (name.endswith("_CREDENTIALS") and _PATH_OF_KEY.fullmatch(value))
+    is_path = value.startswith("/") if name == _KEY_FILE else _PATH_OF_KEY.fullmatch(value) is not None
+    named = is_secret_name(name) and not (name.endswith("_CREDENTIALS") and is_path)
     return named or text(value) != value
 
 

@@ -23,8 +23,10 @@ class Steps:
     """Which loop of the script it is, from 1."""
     loader: Loader
     length: Duration
+    from_here: bool
+    """Whether the loop counts from where it begins, and not from the run's start."""
     first: tuple[int, int]
-    """The steps and samples of the run from which the loop counts; none, if from the run's start."""
+    """The steps and samples of the run from which it counts."""
     end: int
     """The step of the run with which the loop ends; one before those done, if the run is past it."""
     early: bool
@@ -71,7 +73,7 @@ class Steps:
             log.info("the run was finished early, after step %d; give another length to go on", self.end)
         if at.step > self.end:
             log.info("a length of %s is over already: the run is at step %d", self.length, at.step)
-        if before is None or self.first != (0, 0) or at.step >= self.end:
+        if before is None or self.from_here or at.step >= self.end:
             return
         was, now = before.loader.samples_per_epoch, self.loader.samples_per_epoch
         if was != now:
@@ -108,11 +110,11 @@ def begin(number: int, loader: Loader, length: Duration, at: Position, *, from_h
     """
     first = at.begin(number) if from_here else (0, 0)
     if number in at.left:  # the state that was saved is of where the next loop began
-        return Steps(number, loader, length, first, at.step - 1, early=False)
+        return Steps(number, loader, length, from_here, first, at.step - 1, early=False)
     step, samples = first
     planned = step + counting.steps_in(length, loader, at.step - step, at.samples - samples)
     end = at.ended.get(planned, planned)
-    return Steps(number, loader, length, first, end, early=end < planned)
+    return Steps(number, loader, length, from_here, first, end, early=end < planned)
 
 
 def length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:

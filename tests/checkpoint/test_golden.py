@@ -37,6 +37,10 @@ def test_it_is_read_by_several_ranks(size: int, golden: Path, tmp_path: Path) ->
             assert torch.equal(found[name], tensor), name
 
 
+def test_it_is_known_of_which_the_checksums_can_be_compared() -> None:
+    assert [manifest.is_determined(manifest.folder(golden, 3)) for golden in FORMATS] == [False, False, True]
+
+
 def _content(folder: Path) -> dict[str, Any]:
     """The bytes of every file."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -123,9 +123,14 @@ def test_memory_without_a_unit_is_refused(text: str) -> None:
 def test_a_variable_without_a_value_is_passed_on_and_not_written_down() -> None:
     assert jobspec.environment(["A=b=c", "B="], {}) == ({"A": "b=c", "B": ""}, ())
     assert jobspec.environment(["HF_TOKEN"], {"HF_TOKEN": "x"}) == ({}, ("HF_TOKEN",))
+    for file in ("/keys/my-project.json", "/keys/key", "/keys/my key"):
+        path = {"GOOGLE_APPLICATION_CREDENTIALS": file}
+        assert jobspec.environment(["=".join(one) for one in path.items()], {}) == (path, ())
+
+
+def test_a_variable_that_is_in_a_secret_need_not_be_set_here(caplog: pytest.LogCaptureFixture) -> None:
     assert jobspec.environment(["HF_TOKEN"], {}, stored=True) == ({}, ("HF_TOKEN",))
-    path = {"GOOGLE_APPLICATION_CREDENTIALS": "/keys/my-project.json"}
-    assert jobspec.environment(["=".join(one) for one in path.items()], {}) == (path, ())
+    assert "--env HF_TOKEN: not set here, so the job starts only if the Secret has it" in caplog.text
 
 
 @pytest.mark.parametrize(

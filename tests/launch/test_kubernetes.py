@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,7 @@ def test_pods_have_what_their_cluster_asks_of_them(kind: str, stoker: Command) -
         ("fs-group=0", "give an id"),
         ("secret-files=keys", "give NAME:/FOLDER"),
         ("secret-files=Keys:/keys", "give NAME:/FOLDER"),
+        ("secret-files=keys:/runs", "a folder of its own"),
     ],
 )
 def test_a_setting_that_a_cluster_would_refuse_is_refused_here(option: str, said: str) -> None:
@@ -255,12 +257,18 @@ def test_a_pod_that_is_replaced_once_the_first_has_ended_ends_as_the_run_has(
 ) -> None:
     pod = _rendered(stoker, *TWO)["Job"]["spec"]["template"]["spec"]
     (waiting,), (container,) = pod["initContainers"], pod["containers"]
-    impatient = tmp_path / "bin" / "timeout"
-    impatient.parent.mkdir()
-    impatient.write_text(f'#!/bin/sh\nshift\nexec {shutil.which("timeout")} 1 "$@"\n')
-    impatient.chmod(0o755)
-    path = {"PATH": f"{impatient.parent}{os.pathsep}{os.environ['PATH']}"}
-    assert subprocess.run(waiting["command"], env=path, check=False).returncode == 0
+    command = [kubernetes_api.expanded(word, {}) for word in waiting["command"]]
+    with subprocess.Popen(command) as told:
+        time.sleep(0.5)
+        told.terminate()
+    assert told.returncode == 143
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, code in (("sleep", 0), ("getent", 2)):  # nobody has that long
+        (programs / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (programs / name).chmod(0o755)
+    path = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    assert subprocess.run(command, env=path, check=False).returncode == 0
     there = str(tmp_path / "there")
     words = [there if word == "/runs" else word for word in container["command"][3:]]
     in_pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}

@@ -148,6 +148,14 @@ def sums(path: Path) -> dict[str, str]:
     return {file.path: file.xxh3 for file in _files(_read(path)) if file.path.endswith(".safetensors")}
 
 
+def is_determined(path: Path) -> bool:
+    """Whether equal tensors have equal checksums in a checkpoint, which older ones do not promise.
+
+    Raises InvalidCheckpoint.
+    """
+    return bool(_read(path)["format"] == FORMAT)
+
+
 def _files(manifest: Mapping[str, Any]) -> list[File]:
     try:
         files = [File(**entry) for entry in manifest["files"]]

@@ -369,7 +369,7 @@ def _weights(seen: RunView, made: RunView, part: Stretch) -> Weights:
 def _equal(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
     """Whether two files have equal weights.
 
-    Equal checkpoints are equal in their bytes: the checksum of one that is only in a store decides.
+    Of a checkpoint that is only in a store the checksum decides: equal ones are equal in their bytes.
     """
     there = one[1].is_file() and other[1].is_file()
     return one[0] == other[0] or (there and weights.same(one[1], other[1]))
@@ -381,11 +381,14 @@ def _sums(of: RunView, part: Stretch) -> dict[str, dict[str, tuple[str, Path]]]:
     for path in manifest.committed(of.directory.checkpoints):
         if part.after < manifest.step_of(path) <= (part.until or of.step):
             try:
-                sums = manifest.sums(path)
+                sums, comparable = manifest.sums(path), manifest.is_determined(path)
             except InvalidCheckpoint as error:
                 log.warning("the weights of %s are not compared: %s", path, error)
                 continue
-            found[path.name] = {name: (xxh3, path / name) for name, xxh3 in sums.items()}
+            if comparable or all((path / name).is_file() for name in sums):
+                found[path.name] = {name: (xxh3, path / name) for name, xxh3 in sums.items()}
+            else:
+                log.warning("the weights of %s, of an older format, are not here: not compared", path.name)
     if part.until is None:
         for name, event in of.artifacts.items():
             if event["kind"] in ("model", "adapter"):

@@ -9,6 +9,7 @@ runs/.jobs/<id>/
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import os
@@ -122,7 +123,7 @@ def check_store(job: Job) -> None:
     store = object_store.of(job.runs)
     if store is None:
         return
-    key = f"{FOLDER}/{job.id}/{_PROBE}"
+    key = f"{FOLDER}/{job.id}/{LOGS}/{_PROBE}"  # where no other machine takes it for a part of the job
     try:
         store.write(key, b"")
         store.remove(key)
@@ -156,7 +157,8 @@ def _bring(runs: Path) -> None:
             if key.count("/") > 2:  # its logs, which are read in the store
                 continue
             if not file.is_file() or (file.name == RECORD and _older(file, stored)):
-                store.get(key, file)
+                with contextlib.suppress(FileNotFoundError):  # removed since
+                    store.get(key, file)
     except Unreachable as error:
         if not any((runs / FOLDER).glob(f"*/{RECORD}")):
             raise

@@ -6,6 +6,7 @@ A target (`launch/targets.py`) translates a spec into its own form: an sbatch sc
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any
 
 from stoker import redaction, words
 from stoker.errors import BadInput
+
+log = logging.getLogger("stoker")
 
 # No user argument can contain this character: the system would not accept it.
 RENDEZVOUS = "\0rendezvous\0"
@@ -168,6 +171,8 @@ def environment(
         if not equals:
             if name not in here and not stored:
                 raise BadInput(f"--env {name}: not set; export it first, or give {name}=VALUE")
+            if name not in here:
+                log.warning("--env %s: not set here, so the job starts only if the Secret has it", name)
             passed.append(name)
         elif redaction.is_secret_variable(name, value):
             raise BadInput(

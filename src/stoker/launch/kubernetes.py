@@ -23,7 +23,7 @@ from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError,
 from stoker.launch import arguments, client, jobs, jobspec, kubernetes_options, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
-from stoker.launch.kubernetes_options import SELECTOR
+from stoker.launch.kubernetes_options import RUNS, SELECTOR, SHARED_MEMORY
 from stoker.launch.rounds import COMING
 from stoker.launch.targets import Line, Status
 from stoker.words import parsed_size
@@ -31,14 +31,16 @@ from stoker.words import parsed_size
 log = logging.getLogger("stoker")
 
 MANIFEST = "manifest.yaml"
-RUNS = "/runs"
-"""Where the volume for the runs is mounted."""
 _PATCHED = ("volumeMounts", "securityContext")
 """What a TrainJob has no setting for: a patch of the runtime's container."""
 LABEL = "stoker/job"
 
 _PORT = 29400
 _CONTAINER = "train"
+_WAIT_FOR_FIRST = (  # as the first process of a container, a shell ignores SIGTERM unless it has a trap
+    "trap 'exit 143' TERM; waited=0; "
+    "until getent hosts {host} || [ $waited -ge {seconds} ]; do sleep 1; waited=$((waited + 1)); done"
+)
 _TOLD_TO_TORCHRUN = ("--rendezvous", "--nodes", "--nproc", "--max-restarts")
 _OF_LOG = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}")
 """The beginning of a line of klog, with which kubectl logs what it does."""
@@ -371,7 +373,7 @@ def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> di
         made["tolerations"] = tolerations
     # Loader workers pass batches through shared memory, of which a container has 64 MiB by default.
     volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
-    mounts: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    mounts: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": SHARED_MEMORY}]
     if "claim" in options:
         volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": options["claim"]}})
         mounts.append({"name": "runs", "mountPath": RUNS})
@@ -432,11 +434,11 @@ def _wait_for_first(spec: JobSpec, host: str) -> dict[str, Any]:
     The first pod may also wait for a node, or have succeeded: after a while the launcher starts without it,
     and ends with 0 if the run has finished, otherwise with 75, so that its pod is replaced.
     """
-    until = f"until getent hosts {host}; do sleep 1; done"
+    script = _WAIT_FOR_FIRST.format(host=host, seconds=round(COMING))
     return {
         "name": "wait-for-first",
         "image": spec.options["image"],
-        "command": ["sh", "-c", f"timeout {COMING:.0f} sh -c '{until}' || true"],
+        "command": ["sh", "-c", _literal(script)],
         "resources": {amount: {"cpu": "100m", "memory": "64Mi"} for amount in ("requests", "limits")},
         **_security(spec.options)[1],
     }

@@ -29,6 +29,8 @@ _KNOWN = {
     "toleration": "taints that the pods tolerate, as KEY or KEY=VALUE, separated by commas",
     "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
 }
+RUNS, SHARED_MEMORY = "/runs", "/dev/shm"
+"""Where pods have the volume for the runs, and the one for shared memory."""
 _GRACE = 120  # seconds
 
 _DNS_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -101,7 +103,7 @@ def _are_taints(value: str) -> bool:
 
 def _are_files(value: str) -> bool:
     match = _FILES.fullmatch(value)
-    return match is not None and _is_name(match["secret"])
+    return match is not None and _is_name(match["secret"]) and match["folder"] not in (RUNS, SHARED_MEMORY)
 
 
 _NAMED = (_is_name, "a Kubernetes name has only lower-case letters, digits, - and . (RFC 1123)")
@@ -125,6 +127,9 @@ _RULES: Mapping[str, tuple[Callable[[str], bool], str]] = {
         "give the name of a resource and its domain, such as nvidia.com/gpu",
     ),
     "ephemeral-storage": (lambda value: words.parsed_size(value) >= 2**20, "give a size, such as 50GB"),
-    "secret-files": (_are_files, "give NAME:/FOLDER, the Secret and where its files are, as in keys:/keys"),
+    "secret-files": (
+        _are_files,
+        "give NAME:/FOLDER, the Secret and a folder of its own for its files, as in keys:/keys",
+    ),
     "toleration": (_are_taints, "give KEY or KEY=VALUE of a taint, as in pool=a"),
 }
