@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,7 +14,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.exceptions import (
+    LocalRayletDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 from ray.job_submission import JobSubmissionClient
+from stoker.launch import ray_nodes
 
 from commands import Command, Done
 from ray_machines import Machines, started
@@ -68,6 +78,12 @@ def _writes(process: psutil.Process, run: Path) -> bool:
 def _git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
     return subprocess.check_output(["git", *identity, *words], cwd=folder, text=True).strip()
+
+
+def _of_a_task(cause: Exception) -> RayError:
+    """As `ray.get` raises it."""
+    trace = f"Traceback (most recent call last):\n  File a\n{type(cause).__name__}: {cause}"
+    return RayTaskError("f", trace, cause, proctitle="f", pid=1, ip="10.0.0.7").as_instanceof_cause()
 
 
 def _wait_for_end(cluster: WithDashboard, submitted: Done) -> None:
@@ -234,6 +250,40 @@ def test_a_node_that_lacks_what_a_job_needs_ends_it_at_once_and_says_which_and_w
     assert "Traceback" not in said
 
 
+def test_what_may_be_over_the_next_time_takes_a_retry(of_two: WithDashboard) -> None:
+    unreadable = "/" + "a" * 300
+    given = ("--name", "a", "--nodes", "1", "--cpus", "1", "--retries", "1", "--folder", unreadable)
+    done = subprocess.run(
+        [sys.executable, "-m", "stoker.launch.ray_nodes", *given, "--", "true"],
+        env={**os.environ, "RAY_ADDRESS": of_two.address}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("stoker: ")]
+    assert said[1] == "stoker: exit code 1; starting again, retries left: 0"
+    assert len(said) == 3
+    for line in (said[0], said[2]):
+        assert re.match(r"stoker: node 0, \S+ \([0-9.]+\): OSError: .* File name too long", line)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (_of_a_task(ModuleNotFoundError("no")), 2, "stoker cannot be run there: ModuleNotFoundError: no"),
+        (_of_a_task(OSError("stale")), 1, "OSError: stale"),
+        (RuntimeEnvSetupError("Traceback:\n  a\nOSError: s3 says 503"), 1, "OSError: s3 says 503"),
+        (OutOfMemoryError("Task was killed\nSee the docs"), 1, "Task was killed"),
+        (LocalRayletDiedError(), 1, "The task's local raylet died."),
+    ],
+)
+def test_only_a_node_that_lacks_a_module_is_taken_to_stay_as_it_is(
+    error: RayError, code: int, said: str
+) -> None:
+    failure = ray_nodes._failure(error)
+    assert failure.exit_code == code
+    assert str(failure).startswith(said)
+
+
 def test_code_that_was_sent_is_recorded_with_its_commit_and_all_files_and_runs_again(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
@@ -245,14 +295,14 @@ def test_code_that_was_sent_is_recorded_with_its_commit_and_all_files_and_runs_a
         _git(project, *words)
     (project / "data" / "factor.txt").write_text("3")
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--option", "working-dir=.")
-    done = stoker("train", "mine.py", *on, "--runs", str(runs), "--name", "a", cwd=project)
+    done = stoker("train", "mine.py", *on, "--runs", str(runs), "--name", "a", "--json", cwd=project)
     assert done.code == 0, done.err
     assert done.err == "", "Ray says nothing of how it packs a folder"
     client = JobSubmissionClient(of_two.dashboard)
-    (job,) = (one for one in client.list_jobs() if one.submission_id.startswith("mine-a-"))
-    until(lambda: client.get_job_status(job.submission_id).is_terminal(), every=0.5)
+    native = done.answer["native"]
+    until(lambda: client.get_job_status(native).is_terminal(), every=0.5)
     run = runs / "mine" / "a"
-    assert loaded(run).status == "finished", client.get_job_logs(job.submission_id)
+    assert loaded(run).status == "finished", client.get_job_logs(native)
     code = json.loads((run / "provenance" / "code.json").read_bytes())
     assert code["kind"] == "git"
     assert code["commit"] == _git(project, "rev-parse", "HEAD")

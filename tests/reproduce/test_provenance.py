@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import uuid
 from pathlib import Path
 
 import orjson
@@ -14,7 +15,7 @@ import xxhash
 from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import bundle, code, inputs, packages, place, provenance, shipped
-from stoker.reproduce.code import Code, File
+from stoker.reproduce.code import Code, File, Found
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -482,9 +483,11 @@ def test_code_that_was_sent_without_git_is_described_by_what_git_said_there(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _write(repository, {"part/run.py": "import near\n", "part/near.py": "", "part/data/x.txt": "1\n"})
-    _git(repository, "add", ".")
+    _write(repository, {"part/gone.py": "", "part/ignored.txt": "", "part/.gitignore": "ignored.txt\n"})
+    _git(repository, "add", "--force", ".")
     _git(repository, "commit", "-m", "second")
     _write(repository, {"part/data/x.txt": "2\n", "part/.env": "A=1\n", "part/new.txt": ""})
+    (repository / "part" / "gone.py").unlink()
     record = shipped.packed(repository / "part", tmp_path / "runs")
     monkeypatch.setattr(shipped, "_MOST", 0)
     short = shipped.packed(repository / "part", tmp_path / "runs")
@@ -493,6 +496,7 @@ def test_code_that_was_sent_without_git_is_described_by_what_git_said_there(
 
     there = tmp_path / "there"
     shutil.copytree(repository / "part", there)
+    (there / "ignored.txt").unlink()  # as Ray leaves out
     _write(there, {"written/by_a_run.txt": ""})
     monkeypatch.setenv(shipped.FOLDER, str(there))
     monkeypatch.setenv(shipped.RECORD, record)
@@ -501,8 +505,11 @@ def test_code_that_was_sent_without_git_is_described_by_what_git_said_there(
     assert found.commit == _git(repository, "rev-parse", "HEAD")
     assert found.dirty
     assert found.untracked == (".env", "new.txt")
-    assert _paths(found) == ["data/x.txt", "near.py", "new.txt", "run.py"]
-    assert [left.path for left in found.left_out] == [".env"]
+    assert _paths(found) == [".gitignore", "data/x.txt", "near.py", "new.txt", "run.py"]
+    assert [(left.path, left.why) for left in found.left_out] == [
+        ("ignored.txt", "it was not sent with the folder"),
+        (".env", "not in git, and its name suggests secrets"),
+    ]
     assert b"+2" in (target / "diff.patch").read_bytes()
 
     monkeypatch.setenv(shipped.RECORD, short)
@@ -511,3 +518,42 @@ def test_code_that_was_sent_without_git_is_described_by_what_git_said_there(
     assert _paths(found) == ["near.py", "run.py"]
     elsewhere = provenance.gather(repository / "train.py").code
     assert elsewhere.root == str(repository), "other code is not what was sent"
+
+
+def test_of_a_folder_that_was_sent_nothing_is_told_of_the_rest_of_its_repository(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    part, runs = repository / "part", tmp_path / "runs"
+    _write(part, {"run.py": "x = 1\n"})
+    _git(repository, "add", ".")
+    _git(repository, "commit", "-m", "second")
+    _write(repository, {"train.py": "private\n", "new.py": ""})
+    monkeypatch.setenv(shipped.FOLDER, str(part))
+
+    def told() -> Found:
+        monkeypatch.setenv(shipped.RECORD, shipped.packed(part, runs))
+        found = shipped.find(part / "run.py")
+        assert found is not None
+        return found
+
+    clean = told()
+    assert (clean.code.dirty, clean.code.untracked, clean.diff) == (False, (), b"")
+    (part / "run.py").write_text("x = 2\n")
+    changed = told()
+    assert changed.code.dirty
+    assert changed.diff.startswith(b"diff --git a/run.py b/run.py\n")
+    assert b"private" not in changed.diff
+
+    (part / "run.py").write_text("\n".join(uuid.uuid4().hex for _ in range(3000)))
+    assert told().diff == b""
+    assert "too many differences from its commit" in caplog.text
+
+
+def test_what_another_version_said_of_the_code_that_it_sent_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path, {"run.py": ""})
+    monkeypatch.setenv(shipped.FOLDER, str(tmp_path))
+    monkeypatch.setenv(shipped.RECORD, shipped._text({"commit": "abc", "since": "a later version"}))
+    found = provenance.gather(tmp_path / "run.py").code
+    assert (found.commit, _paths(found)) == ("abc", ["run.py"])

@@ -479,6 +479,18 @@ def test_two_forks_that_fail_at_once_are_enough(tmp_path: Path, monkeypatch: pyt
     ]  # fmt: skip
 
 
+def test_trials_that_are_refused_alike_end_a_search_on_whichever_machines_they_were(tmp_path: Path) -> None:
+    ends = [
+        Ended(number, "failed", "no data", refused=True, where=f"host{number % 4} (10.0.0.{number % 4})")
+        for number in range(9)
+    ]
+    found = _search(tmp_path, Script([*ends], room=1, begun=()), 9)  # type: ignore[arg-type]
+    with pytest.raises(StokerError, match=r"^5 trials were .* error: no data \(on host0 \(10.* and host3 \("):
+        found.run()
+    assert [trial.error for trial in found.trials.values()] == [end.said for end in ends[:5]]
+    assert found.trials[3].error == "no data (on host3 (10.0.0.3))"
+
+
 def test_the_best_that_a_search_writes_down_is_the_one_that_it_prints(tmp_path: Path) -> None:
     rule = schedulers.make("asha-stop", least=5, most=100, factor=2)
     stopped = [Report(0, 10, 2.0), Report(1, 10, 1.0), Ended(0, "stopped"), Ended(1, "stopped")]

@@ -16,6 +16,7 @@ import importlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -28,11 +29,11 @@ from typing import Any
 
 import psutil
 from stoker import machine, ray_errors
-from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput
+from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch import job_uploader, jobs
 from stoker.reproduce import shipped
 from stoker.run import finding
-from stoker.words import counted
+from stoker.words import counted, first_line
 
 MEETING = "{rendezvous}"
 """As a separate word of a command: the HOST:PORT where the launchers meet."""
@@ -178,9 +179,12 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
         except ray.exceptions.RayActorError:
             _end(nodes)
             return _LOST
-    except BadInput as error:
+        except ray.exceptions.RayError as error:
+            _end(nodes)
+            raise _failure(error) from error
+    except StokerError as error:
         _say(str(error))
-        return EXIT_BAD_INPUT
+        return error.exit_code
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):  # while it was checked
         return _LOST
     finally:
@@ -205,7 +209,10 @@ def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
 
 
 def _check(group: Any, needs: Needs, program: str, folder: str) -> None:
-    """Raises BadInput if a node lacks what a launcher needs, which does not get better by starting again."""
+    """Raises BadInput if a node lacks what a launcher needs, which does not get better by starting again.
+
+    Raises StokerError if a node cannot be asked now.
+    """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -218,20 +225,46 @@ def _check(group: Any, needs: Needs, program: str, folder: str) -> None:
         for number in range(needs.nodes)
     ]
     for number, answer in enumerate(answers):
+        failed: StokerError | None
         try:
-            lacking = ray.get(answer)
-        except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
-            lacking = f"stoker cannot be run there: {ray_errors.cause(error)}"
-        if lacking:
-            raise BadInput(f"node {number}, {ray_errors.shown(ray_errors.node_of(group, number))}: {lacking}")
+            failed = BadInput(lacking) if (lacking := ray.get(answer)) else None
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):
+            raise
+        except ray.exceptions.RayError as error:
+            failed = _failure(error)
+        if failed is not None:
+            node = ray_errors.shown(ray_errors.node_of(group, number))
+            raise type(failed)(f"node {number}, {node}: {failed}")
+
+
+def _failure(error: Exception) -> StokerError:
+    """What an error of Ray's means for the job: BadInput only if a node lacks stoker, or a part of it.
+
+    Anything else may be over the next time: a URL that does not answer, a folder of a network that does not,
+    a node without memory.
+    """
+    from ray.exceptions import RayTaskError, RuntimeEnvSetupError
+
+    if isinstance(error, RayTaskError) and isinstance(error.cause, ImportError):
+        return BadInput(f"stoker cannot be run there: {ray_errors.cause(error)}")
+    has_trace = isinstance(error, RayTaskError | RuntimeEnvSetupError)
+    return StokerError(ray_errors.cause(error) if has_trace else first_line(error))
 
 
 def _lacking(program: str, folder: str) -> str:
     """What is missing on this node; called by Ray also where stoker is."""
     importlib.import_module("stoker.launch.ray_nodes")
-    if folder and not Path(folder).is_dir():
+    if folder and not _is_folder(folder):
         return f"the folder {folder} does not exist there; to send it, add --option working-dir=."
     return "" if shutil.which(program) else f"{program} does not exist there"
+
+
+def _is_folder(path: str) -> bool:
+    """Unlike `Path.is_dir`, it takes no failing disk for a folder that does not exist. Raises OSError."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _wait(nodes: Sequence[Any], told: Sequence[int]) -> int:

@@ -106,7 +106,7 @@ def _repository(root: Path, script: Path | None, runs: str | None) -> Found:
 
     with ThreadPoolExecutor(4) as threads:
         listing = threads.submit(_list, root)
-        diff = threads.submit(_diff, root)
+        diff = threads.submit(differences, root)
         head = threads.submit(_git, root, "rev-parse", "HEAD", "--abbrev-ref", "HEAD")
         remote = threads.submit(_git, root, "config", "--get", "remote.origin.url")
     listed = listing.result()
@@ -178,12 +178,13 @@ def _list(root: Path, prefix: str = "", depth: int = 0) -> _Listing:
     return found
 
 
-def _diff(root: Path) -> bytes:
-    """The differences from the commit, without secrets; empty if there are none, or no commit."""
-    said = _git(
-        root, "-c", "core.quotepath=off", "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv"
-    )
-    said = said or ""
+def differences(folder: Path) -> bytes:
+    """The differences from the commit within a folder of a repository, without secrets.
+
+    Their paths are relative to the folder. Empty if there are none, or no commit.
+    """
+    options = ("--relative", "--no-color", "--no-ext-diff", "--no-textconv")
+    said = _git(folder, "-c", "core.quotepath=off", "diff", "HEAD", *options) or ""
     if len(said) > _MOST_DIFF:
         more = len(said) - _MOST_DIFF
         said = f"{said[:_MOST_DIFF]}\n... and {more:,} more characters: code.tar.gz has the files\n"

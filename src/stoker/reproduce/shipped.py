@@ -6,7 +6,6 @@ Where the folder is sent from, the record is packed into a text that fits into a
 from __future__ import annotations
 
 import base64
-import dataclasses
 import logging
 import os
 import zlib
@@ -15,7 +14,7 @@ from typing import Any
 
 import orjson
 from stoker.reproduce import code
-from stoker.reproduce.code import Code, Found
+from stoker.reproduce.code import Found, LeftOut
 
 log = logging.getLogger("stoker")
 
@@ -24,13 +23,15 @@ RECORD = "STOKER_SHIPPED_CODE"
 FOLDER = "STOKER_SHIPPED_TO"
 """The variable that names the folder on the machine that it was sent to."""
 
+_UNSENT = "it was not sent with the folder"
 _MOST = 48 * 2**10  # characters: Linux allows 128 KiB for a variable, and Ray passes on all of a job's in one
 
 
 def packed(folder: Path, runs: Path) -> str:
     """What git says about a folder that is about to be sent; empty outside of git.
 
-    If it is too long, it is without the differences from the commit, and then without the list of files.
+    It is about this folder alone, whatever else the repository has. If it is too long, it is without the
+    differences from the commit, and then without the list of files, with a warning.
 
     Args:
         runs: the folder of the runs, which is not code.
@@ -38,21 +39,30 @@ def packed(folder: Path, runs: Path) -> str:
     found = code.find(folder, runs)
     if found.code.kind != "git":
         return ""
-    inside = Path(os.path.realpath(folder)).relative_to(found.code.root).as_posix()
+    root = Path(os.path.realpath(folder))
+    inside = root.relative_to(found.code.root).as_posix()
     prefix = "" if inside == "." else f"{inside}/"
 
     def within(paths: tuple[str, ...]) -> list[str]:
         return [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
 
-    known = found.code
+    known, untracked = found.code, within(found.code.untracked)
+    diff = code.differences(root) if prefix else found.diff
     said: dict[str, Any] = {
-        "commit": known.commit, "branch": known.branch, "remote": known.remote, "dirty": known.dirty,
-        "untracked": within(known.untracked), "paths": within(found.paths),
-        "diff": found.diff.decode(errors="replace"),
+        "commit": known.commit, "branch": known.branch, "remote": known.remote,
+        "dirty": bool(diff or untracked or known.commit is None), "untracked": untracked,
+        "paths": [path for path in within(found.paths) if not _is_missing(root, path)],  # not deleted ones
+        "diff": diff.decode(errors="replace"),
     }  # fmt: skip
-    for less in ({}, {"diff": ""}):
-        if len(text := _text(said | less)) <= _MOST:
-            return text
+    if len(text := _text(said)) <= _MOST:
+        return text
+    if len(text := _text(said | {"diff": ""})) <= _MOST:
+        log.warning(
+            "%s has too many differences from its commit for them to be sent along: the run will record its "
+            "files, but no diff.patch",
+            folder,
+        )
+        return text
     log.warning(
         "%s has too many files for their list to be sent along: of its code the run will record the commit, "
         "and the modules that it imports",
@@ -72,12 +82,15 @@ def find(source: Path) -> Found | None:
     if not record or not folder or not source.is_relative_to(root := Path(os.path.realpath(folder))):
         return None
     said = orjson.loads(zlib.decompress(base64.b64decode(record)))
-    paths, diff = frozenset(said.pop("paths")), said.pop("diff").encode()
     found = code.outside_of_git(source, root)
+    here = {"kind": "git", "root": str(root), "cwd": found.code.cwd, "script": found.code.script}
+    paths = frozenset(said.get("paths", ()))
+    unsent = tuple(LeftOut(path, None, _UNSENT) for path in sorted(paths) if _is_missing(root, path))
     if found.code.script not in paths:
         paths |= frozenset(found.paths)
-    described = Code(
-        **{**said, "untracked": tuple(said["untracked"])},
-        kind="git", root=str(root), cwd=found.code.cwd, script=found.code.script,
-    )  # fmt: skip
-    return dataclasses.replace(found, code=described, paths=tuple(sorted(paths)), diff=diff)
+    return Found(code.from_json(said | here), tuple(sorted(paths)), said.get("diff", "").encode(), unsent)
+
+
+def _is_missing(root: Path, path: str) -> bool:
+    """Whether a listed file does not exist; False for a name that is not UTF-8, as its list says another."""
+    return not os.path.lexists(root / path) and "\ufffd" not in path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from stoker.errors import StokerError
 from stoker.run import view
@@ -31,8 +32,7 @@ class Failures:
         self, plan: Plan, trials: Mapping[int, Seen], lengths: Callable[[int], Sequence[float]]
     ) -> None:
         self._plan, self._trials, self._lengths = plan, trials, lengths
-        self._refused: list[str] = []
-        """The errors of refused trials."""
+        self._refused: list[Ended] = []
         self._said_short = False
 
     def check(self, ended: Ended) -> None:
@@ -85,9 +85,11 @@ class Failures:
         """Raises StokerError if trials are refused with the same error, and none has logged anything."""
         if not ended.refused or any(trial.others or trial.values for trial in self._trials.values()):
             return
-        self._refused.append(ended.error)
-        if self._refused.count(ended.error) == _REFUSED:
+        self._refused.append(ended)
+        alike = [one for one in self._refused if one.error == ended.error]
+        if len(alike) == _REFUSED:
+            where = " and ".join(sorted({one.where for one in alike if one.where}))
             raise StokerError(
-                f"{_REFUSED} trials were refused with the same error: {ended.error}; run the same search "
-                "again to continue with other trials"
+                f"{_REFUSED} trials were refused with the same error: {replace(ended, where=where).said}; "
+                "run the same search again to continue with other trials"
             )

@@ -530,7 +530,7 @@ class Workers:
         ended = local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
         if ended.refused and len(self._usable()) > 1:  # what is missing may be there on the others
             rank = min(rank for rank, end in over.items() if end.failed)
-            return replace(ended, error=f"{ended.error} (on {ray_errors.shown(places[rank].node)})")
+            return replace(ended, where=ray_errors.shown(places[rank].node))
         return ended
 
     def _pass_on(self, trial: _Trial, slot: _Slot) -> None:

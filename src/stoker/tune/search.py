@@ -522,7 +522,7 @@ class Search:
     def _error_of(self, ended: Ended) -> str:
         """The error that a trial reports; or of its run, which for a hang says where its stacks are."""
         run = self._run_of(self.trials[ended.number]) if ended.error and not ended.trace else None
-        return (run and run.attempts and run.attempts[-1].error) or ended.error
+        return (run and run.attempts and run.attempts[-1].error) or ended.said
 
     def _tell(self, trial: Seen, state: State) -> None:
         """End a trial; a complete one that lacks an objective has failed."""

@@ -81,6 +81,13 @@ class Ended:
     """The newest value of each metric to optimise."""
     refused: bool = False
     """Whether its input was refused: it never started, and a retry would not help."""
+    where: str = ""
+    """The machine that refused it, if others may not; it is only shown."""
+
+    @property
+    def said(self) -> str:
+        """The error, with the machine."""
+        return f"{self.error} (on {self.where})" if self.where else self.error
 
 
 _HELD = 0.25
