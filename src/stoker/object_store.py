@@ -64,6 +64,11 @@ _REFUSALS = (
     "Forbidden: ", "Invalid Credentials",  # Google's
     "unable to connect to account",  # Azure's, without credentials
 )  # fmt: skip
+_NO_ANSWER = ("no response from the IMDS endpoint", "Cannot connect to host")  # of a source of Azure's
+_NOT_OF_CREDENTIALS = re.compile(
+    r"(user)?rateLimitExceeded|quotaExceeded|retentionPolicyNotMet|objectUnderActiveHold", re.IGNORECASE
+)
+"""Google's reasons for an answer 403 that no other credentials would change."""
 
 T = TypeVar("T")
 
@@ -101,7 +106,8 @@ def check(url: str, *, written: bool = True) -> None:
     """
     parts = urlsplit(url)
     web, kind = parts.scheme in ("http", "https"), _kind(parts.scheme)
-    if parts.password is None and (written or not web) and (meant := _meant(parts)):
+    addressed = parts.scheme in ("abfs", "abfss") or (web and written)  # by a host, not the name of a bucket
+    if addressed and parts.password is None and (meant := _meant(parts)):
         raise BadInput(f"{parts.scheme}://{parts.hostname}/...: write {meant}")
     if parts.username or parts.password or "@" in parts.netloc:
         where = f" ({_CREDENTIALS[kind]})" if kind in _CREDENTIALS else ""
@@ -288,7 +294,8 @@ class Store:
             except _FINAL:
                 raise
             except Exception as error:
-                said = f"{self.url}/{key}: {_in_a_line(error)}"
+                unanswered = _unanswered(error)
+                said = f"{self.url}/{key}: {_in_a_line(unanswered or error)}"
                 if _is_taken(error):
                     raise FileExistsError(said) from error
                 if type(error).__name__ == "ResourceNotFoundError":  # Azure's: of a container
@@ -301,9 +308,13 @@ class Store:
                     raise Unreachable(f"{said}; {_needed(scheme)}") from error
                 if time.monotonic() - begun >= patience:
                     _away_until[self.url] = time.monotonic() + _AWAY
-                    hint = f"; no credentials were found: {_needed(scheme)}" if _is_anonymous(scheme) else ""
-                    _file_system.cache_clear()  # so that the next request finds out about its credentials
-                    raise Unreachable(said + hint) from error
+                    if unanswered:
+                        said += "; the source of credentials did not answer; "
+                        said += f"if there is none, {_needed(scheme)}"
+                    elif _is_anonymous(scheme):
+                        said += f"; no credentials were found: {_needed(scheme)}"
+                        _file_system.cache_clear()  # so that the next request looks for them
+                    raise Unreachable(said) from error
                 log.debug("%s; retrying", said)
                 tries += 1
                 time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**tries, _LONGEST_PAUSE))
@@ -327,9 +338,10 @@ def _file_system(scheme: str) -> Any:
     if scheme == "s3":
         options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
     if _kind(scheme) == "gs":
-        own = conf.get("gcs", {}).get("session_kwargs", {}) | conf.get("gs", {}).get("session_kwargs", {})
-        options["session_kwargs"] = {"raise_for_status": _refuse_if_unauthorised, **own}
-        options["retry_timeout"] = 10.0  # of asking what kind of bucket it is, which precedes all requests
+        own = {**conf.get("gcs", {}), **conf.get("gs", {})}
+        options["session_kwargs"] = {"raise_for_status": _say_at_once, **own.get("session_kwargs", {})}
+        # Of asking what kind of bucket it is, which precedes all requests.
+        options["retry_timeout"] = own.get("retry_timeout", 10.0)
     if scheme in ("file", "local"):
         options["auto_mkdir"] = True
     made = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
@@ -341,10 +353,18 @@ def _file_system(scheme: str) -> Any:
     return made
 
 
-async def _refuse_if_unauthorised(response: Any) -> None:
-    """Raise at once for an answer 401, which Google's driver would repeat for half a minute."""
+async def _say_at_once(response: Any) -> None:
+    """Raise for an answer 401, which Google's driver would repeat for half a minute, or 403 with a reason.
+
+    The driver leaves out the reason, and calls every 403 forbidden, also one of too many requests.
+    """
+    if response.status not in (401, 403):
+        return
+    said = " ".join((await response.text()).split())
     if response.status == 401:
-        raise PermissionError(f"Unauthorized: {' '.join((await response.text()).split())}")
+        raise PermissionError(f"Unauthorized: {said}")
+    if reason := _NOT_OF_CREDENTIALS.search(said):
+        raise OSError(f"{reason[0]}: {said}")
 
 
 class _Parts:
@@ -418,7 +438,7 @@ def _is_anonymous(scheme: str) -> bool:
     return False
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     """An error by its class and message; of Azure's, without ids and details."""
     ends = ("Content: ", "Attempted credentials:")
     said = itertools.takewhile(lambda line: not line.startswith(ends), str(error).splitlines())
@@ -438,8 +458,27 @@ def _is_taken(error: Exception) -> bool:
 
 def _is_refused(error: Exception) -> bool:
     """Whether credentials are missing, insufficient or expired: a retry with the same ones is useless."""
+    if _unanswered(error):
+        return False
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return True
     if getattr(error, "status_code", None) in (401, 403):  # Azure's
         return True
     return any(word in f"{error}{error.__cause__}" for word in _REFUSALS)
+
+
+def _unanswered(error: Exception) -> BaseException | None:
+    """What says that a source of credentials did not answer: the error or a cause of it; None if nothing."""
+    cause: BaseException | None = error
+    while cause and not _is_unanswered(cause):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _is_unanswered(error: BaseException) -> bool:
+    kind = type(error).__name__
+    if kind in ("TransportError", "RefreshError"):  # Google's
+        return kind == "TransportError" or getattr(error, "retryable", False)
+    if kind not in ("ClientAuthenticationError", "CredentialUnavailableError"):  # Azure's
+        return False
+    return (getattr(error, "status_code", 0) or 0) >= 500 or any(word in str(error) for word in _NO_ANSWER)
