@@ -411,6 +411,7 @@ class Proxy:
                 connection.request(self.command, self.path, body, {**headers, "Host": name})
                 answer = connection.getresponse()
                 content = answer.read()
+                connection.close()
                 if not answered:
                     return
                 self.send_response(answer.status)
