@@ -356,6 +356,8 @@ class Proxy:
         self.mode = "ok"
         self.left: int | None = None
         """How many requests more the mode is for; None for all."""
+        self.said = ""
+        """The content of an answer of the mode; empty for a page of http.server's."""
         self.log: list[tuple[str, str]] = []
         """Every request: its method and path."""
         self.seen: dict[str, int] = {}
@@ -391,6 +393,7 @@ class Proxy:
                     if not proxy._released.wait(3):
                         self._pass_on(body)
                 elif mode.isdigit():
+                    self.error_message_format = proxy.said or self.error_message_format
                     self.send_error(int(mode))
                 elif mode == "lost":
                     self._pass_on(body, answered=False)
@@ -408,6 +411,7 @@ class Proxy:
                 connection.request(self.command, self.path, body, {**headers, "Host": name})
                 answer = connection.getresponse()
                 content = answer.read()
+                connection.close()
                 if not answered:
                     return
                 self.send_response(answer.status)

@@ -28,6 +28,7 @@ FLOORS = (
         "supervision",
         "threads",
         "object_store",
+        "store_urls",
         "periodic",
         "disk",
         "words",

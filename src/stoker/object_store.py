@@ -21,10 +21,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from stoker import storage
 from stoker.errors import BadInput, StokerError
+from stoker.store_urls import MissingDriver, advice, check, check_driver, is_url, kind_of
+
+__all__ = [
+    "MissingDriver",
+    "Store",
+    "Stored",
+    "Unreachable",
+    "check",
+    "is_url",
+    "of",
+    "upload",
+    "working_copy",
+]
 
 log = logging.getLogger("stoker")
 
@@ -43,16 +56,6 @@ _S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard"
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, BadInput)
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")
-_NEEDED = "provide credentials that allow listing, reading, writing and deleting in this folder"
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or `az login`, "
-    "or AZURE_STORAGE_CONNECTION_STRING",
-}
-"""Where the drivers find credentials, by kind of store."""
-_EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
-_SLIP = re.compile(r"(s3|s3a|gs|gcs|az|abfs|abfss):/?(?!/)", re.IGNORECASE)  # of s3:/bucket, s3:bucket
 _NO_CREDENTIALS = (
     "NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError",
     "RefreshError", "NonRetryableError",  # Google's
@@ -64,6 +67,11 @@ _REFUSALS = (
     "Forbidden: ", "Invalid Credentials",  # Google's
     "unable to connect to account",  # Azure's, without credentials
 )  # fmt: skip
+_NO_ANSWER = ("no response from the IMDS endpoint", "Cannot connect to host")  # of a source of Azure's
+_NOT_OF_CREDENTIALS = re.compile(
+    r"(user)?rateLimitExceeded|quotaExceeded|retentionPolicyNotMet|objectUnderActiveHold", re.IGNORECASE
+)
+"""Google's reasons for an answer 403 that no other credentials would change."""
 
 T = TypeVar("T")
 
@@ -80,42 +88,6 @@ class Unreachable(StokerError):
     """A request to an object store failed, and so did its retries."""
 
     again = True
-
-
-class MissingDriver(BadInput):
-    """The driver for a kind of store is not installed."""
-
-
-def is_url(folder: str) -> bool:
-    """Whether a folder is in an object store. Raises BadInput for the URL of one that lacks a slash."""
-    if slip := _SLIP.match(folder):
-        raise BadInput(f"{folder}: write {slip[1]}://{folder[slip.end() :]}")
-    return "://" in folder
-
-
-def check(url: str, *, written: bool = True) -> None:
-    """Raises BadInput if a URL contains credentials, names no folder, or fsspec has no driver for it.
-
-    Args:
-        written: it must be a store that can be written to.
-    """
-    parts = urlsplit(url)
-    web, kind = parts.scheme in ("http", "https"), _kind(parts.scheme)
-    if parts.password is None and (written or not web) and (meant := _meant(parts)):
-        raise BadInput(f"{parts.scheme}://{parts.hostname}/...: write {meant}")
-    if parts.username or parts.password or "@" in parts.netloc:
-        where = f" ({_CREDENTIALS[kind]})" if kind in _CREDENTIALS else ""
-        raise BadInput(
-            f"{parts.scheme}://...: leave credentials out of the URL, because it is recorded; "
-            f"set them in the environment{where}"
-        )
-    example = f"{parts.scheme if kind in _CREDENTIALS else 's3'}://bucket/runs"
-    if written and web:
-        raise BadInput(f"{parts.scheme}:// cannot be written to: give a folder, such as {example}")
-    named = parts.netloc or (kind not in _CREDENTIALS and parts.path.strip("/"))
-    if parts.query or parts.fragment or not named:
-        raise BadInput(f"{url}: give a folder, such as {example}")
-    _check_driver(parts.scheme)
 
 
 def working_copy(url: str) -> Path:
@@ -150,39 +122,13 @@ def upload(folder: Path, url: str) -> None:
 
 def _place(scheme: str) -> str:
     """A folder name for the server: two of S3, or accounts of Azure, may have buckets of the same name."""
-    if _kind(scheme) == "az":
+    if kind_of(scheme) == "az":
         known = re.search(r"AccountName=([\w-]+)", os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
         return f"az@{known[1] if known else os.environ.get('AZURE_STORAGE_ACCOUNT_NAME', '')}"
     endpoint = next((os.environ[name] for name in _S3_ENDPOINTS if os.environ.get(name)), "")
     if scheme != "s3" or not endpoint:
         return scheme
     return f"s3@{urlsplit(endpoint).netloc.rpartition('@')[2].replace(':', '-')}"
-
-
-def _check_driver(scheme: str) -> None:
-    import fsspec
-
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ValueError as error:
-        raise BadInput(f"{scheme}://: fsspec does not support this kind of store") from error
-    except ImportError as error:
-        extra = _EXTRAS.get(_kind(scheme))
-        hint = f"pip install 'stoker[{extra}]'" if extra else str(error)
-        raise MissingDriver(f"{scheme}:// needs a driver that is not installed: {hint}") from error
-
-
-def _meant(parts: SplitResult) -> str:
-    """What to write in place of the web address of a folder in a known store, or of Azure's; else empty."""
-    host, folder = parts.hostname or "", parts.path.strip("/") or "bucket/runs"
-    if azure := re.match(r"(.+?)\.(blob|dfs)\.core\.", host):
-        folder = f"{parts.username}/{folder}" if parts.username else folder
-        return f"az://{folder}, and set AZURE_STORAGE_ACCOUNT_NAME={azure[1]}"
-    if host in ("storage.googleapis.com", "storage.cloud.google.com"):
-        return f"gs://{folder}"
-    if amazon := re.match(r"(?:(.+)\.)?s3[.-].*amazonaws\.com", host):
-        return f"s3://{amazon[1]}/{folder}" if amazon[1] else f"s3://{folder}"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -264,7 +210,7 @@ class Store:
 
     @property
     def _kind(self) -> str:
-        return _kind(urlsplit(self.url).scheme)
+        return kind_of(urlsplit(self.url).scheme)
 
     def _transfer(self, request: str, key: str, *paths: str, **parts: Any) -> None:
         """Transfer a file in parts."""
@@ -288,7 +234,8 @@ class Store:
             except _FINAL:
                 raise
             except Exception as error:
-                said = f"{self.url}/{key}: {_in_a_line(error)}"
+                unanswered = _unanswered(error)
+                said = f"{self.url}/{key}: {_in_a_line(unanswered or error)}"
                 if _is_taken(error):
                     raise FileExistsError(said) from error
                 if type(error).__name__ == "ResourceNotFoundError":  # Azure's: of a container
@@ -298,12 +245,16 @@ class Store:
                     _file_system.cache_clear()  # its credentials may have been replaced since it read them
                     continue
                 if _is_refused(error):
-                    raise Unreachable(f"{said}; {_needed(scheme)}") from error
+                    raise Unreachable(f"{said}; {advice(scheme)}") from error
                 if time.monotonic() - begun >= patience:
                     _away_until[self.url] = time.monotonic() + _AWAY
-                    hint = f"; no credentials were found: {_needed(scheme)}" if _is_anonymous(scheme) else ""
-                    _file_system.cache_clear()  # so that the next request finds out about its credentials
-                    raise Unreachable(said + hint) from error
+                    if unanswered:
+                        said += "; the source of credentials did not answer; "
+                        said += f"if there is none, {advice(scheme)}"
+                    elif _is_anonymous(scheme):
+                        said += f"; no credentials were found: {advice(scheme)}"
+                        _file_system.cache_clear()  # so that the next request looks for them
+                    raise Unreachable(said) from error
                 log.debug("%s; retrying", said)
                 tries += 1
                 time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**tries, _LONGEST_PAUSE))
@@ -319,21 +270,22 @@ def _file_system(scheme: str) -> Any:
 
     The user's own fsspec settings (FSSPEC_S3_..., its configuration files) take precedence.
     """
-    _check_driver(scheme)
+    check_driver(scheme)
     import fsspec
     from fsspec.config import conf
 
     options: dict[str, Any] = {}
     if scheme == "s3":
         options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
-    if _kind(scheme) == "gs":
-        own = conf.get("gcs", {}).get("session_kwargs", {}) | conf.get("gs", {}).get("session_kwargs", {})
-        options["session_kwargs"] = {"raise_for_status": _refuse_if_unauthorised, **own}
-        options["retry_timeout"] = 10.0  # of asking what kind of bucket it is, which precedes all requests
+    if kind_of(scheme) == "gs":
+        own = {**conf.get("gcs", {}), **conf.get("gs", {})}
+        options["session_kwargs"] = {"raise_for_status": _say_at_once, **own.get("session_kwargs", {})}
+        # Of asking what kind of bucket it is, which precedes all requests.
+        options["retry_timeout"] = own.get("retry_timeout", 10.0)
     if scheme in ("file", "local"):
         options["auto_mkdir"] = True
     made = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
-    if _kind(scheme) == "az" and hasattr(made.credential, "get_token"):
+    if kind_of(scheme) == "az" and hasattr(made.credential, "get_token"):
         from fsspec.asyn import sync
 
         # Now: if that fails in a request, it is repeated for a minute.
@@ -341,10 +293,18 @@ def _file_system(scheme: str) -> Any:
     return made
 
 
-async def _refuse_if_unauthorised(response: Any) -> None:
-    """Raise at once for an answer 401, which Google's driver would repeat for half a minute."""
+async def _say_at_once(response: Any) -> None:
+    """Raise for an answer 401, which Google's driver would repeat for half a minute, or 403 with a reason.
+
+    The driver leaves out the reason, and calls every 403 forbidden, also one of too many requests.
+    """
+    if response.status not in (401, 403):
+        return
+    said = " ".join((await response.text()).split())
     if response.status == 401:
-        raise PermissionError(f"Unauthorized: {' '.join((await response.text()).split())}")
+        raise PermissionError(f"Unauthorized: {said}")
+    if reason := _NOT_OF_CREDENTIALS.search(said):
+        raise OSError(f"{reason[0]}: {said}")
 
 
 class _Parts:
@@ -400,25 +360,14 @@ def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> 
     return sync(fs.loop, watched)
 
 
-def _kind(scheme: str) -> str:
-    """The kind of store: several schemes may mean the same one."""
-    return {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}.get(scheme, scheme)
-
-
-def _needed(scheme: str) -> str:
-    """What to do about credentials that are missing or refused."""
-    where = _CREDENTIALS.get(_kind(scheme))
-    return f"{_NEEDED} ({where})" if where else _NEEDED
-
-
 def _is_anonymous(scheme: str) -> bool:
     """Whether Google's driver found no credentials, and asks for what everyone may read."""
     with contextlib.suppress(Exception):  # there may be no driver for what is set
-        return _kind(scheme) == "gs" and _file_system(scheme).credentials.credentials is None
+        return kind_of(scheme) == "gs" and _file_system(scheme).credentials.credentials is None
     return False
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     """An error by its class and message; of Azure's, without ids and details."""
     ends = ("Content: ", "Attempted credentials:")
     said = itertools.takewhile(lambda line: not line.startswith(ends), str(error).splitlines())
@@ -438,8 +387,27 @@ def _is_taken(error: Exception) -> bool:
 
 def _is_refused(error: Exception) -> bool:
     """Whether credentials are missing, insufficient or expired: a retry with the same ones is useless."""
+    if _unanswered(error):
+        return False
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return True
     if getattr(error, "status_code", None) in (401, 403):  # Azure's
         return True
     return any(word in f"{error}{error.__cause__}" for word in _REFUSALS)
+
+
+def _unanswered(error: Exception) -> BaseException | None:
+    """What says that a source of credentials did not answer: the error or a cause of it; None if nothing."""
+    cause: BaseException | None = error
+    while cause and not _is_unanswered(cause):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _is_unanswered(error: BaseException) -> bool:
+    kind = type(error).__name__
+    if kind in ("TransportError", "RefreshError"):  # Google's
+        return kind == "TransportError" or getattr(error, "retryable", False)
+    if kind not in ("ClientAuthenticationError", "CredentialUnavailableError"):  # Azure's
+        return False
+    return (getattr(error, "status_code", 0) or 0) >= 500 or any(word in str(error) for word in _NO_ANSWER)

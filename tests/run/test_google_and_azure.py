@@ -9,8 +9,11 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fsspec
+import fsspec.config
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -219,14 +222,24 @@ def tokens() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize("old", ["expired", "revoked"])
-def test_credentials_for_google_that_were_replaced_on_disk_are_read_anew(
-    old: str, google: Proxy, tokens: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def account() -> dict[str, str]:
+    """The file of a service account of Google's, without the address of its source of tokens."""
     key = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    account = {"type": "service_account", "client_email": "someone@project", "private_key": key.decode()}
+    return {"type": "service_account", "client_email": "someone@project", "private_key": key.decode()}
+
+
+@pytest.mark.parametrize("old", ["expired", "revoked"])
+def test_credentials_for_google_that_were_replaced_on_disk_are_read_anew(
+    old: str,
+    google: Proxy,
+    account: dict[str, str],
+    tokens: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "account.json"
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
     proxy = Proxy(google.url, required="Bearer new")
@@ -241,3 +254,64 @@ def test_credentials_for_google_that_were_replaced_on_disk_are_read_anew(
     store.write("a", b"one")
     proxy.close()
     assert google.log
+
+
+def test_a_source_of_tokens_of_google_that_does_not_answer_is_no_refusal(
+    google: Proxy,
+    account: dict[str, str],
+    tokens: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("google.auth._exponential_backoff.time", SimpleNamespace(sleep=lambda _: None))
+    source = Proxy(tokens)
+    file = tmp_path / "account.json"
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    file.write_text(json.dumps({**account, "token_uri": f"{source.url}/new"}))
+    store = Store("gs://bucket/runs", "")
+    source.mode = "503"
+    said = r"RefreshError: .*Service Unavailable.* the source of credentials did not answer; if there is none"
+    with pytest.raises(Unreachable, match=said) as raised:
+        dataclasses.replace(store, patience=0.0).write("a", b"one")
+    assert "\n" not in str(raised.value)
+    object_store._away_until.clear()
+    source.left = 6  # of two requests for a token
+    store.write("a", b"one")
+    assert store.read("a") == b"one"
+    source.close()
+
+
+def test_a_source_of_tokens_of_azure_that_does_not_answer_is_asked_again(
+    tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Proxy(tokens)
+    source.mode = "refuse"
+    monkeypatch.setattr("azure.identity._credentials.imds.IMDS_AUTHORITY", source.url)
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "prod")
+    _forget(monkeypatch)
+    with pytest.raises(
+        Unreachable, match=r"did not answer; if there is none, provide credentials .*az login"
+    ):
+        Store("az://bucket/runs", "", patience=1.5).write("a", b"")
+    assert source.seen["refuse"] > 2
+    source.close()
+
+
+@pytest.mark.parametrize("reason", ["userRateLimitExceeded", "quotaExceeded", "retentionPolicyNotMet"])
+def test_a_limit_of_google_is_no_refusal(reason: str, google: Proxy) -> None:
+    error = {"code": 403, "message": "Not now.", "errors": [{"reason": reason}]}
+    google.said, google.mode, google.left = json.dumps({"error": error}), "403", 2
+    store = Store("gs://bucket/runs", "")
+    store.write("a", b"one")
+    assert store.read("a") == b"one"
+
+
+def test_settings_of_fsspec_for_google_take_precedence(
+    google: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert object_store._file_system("gs").storage_options["retry_timeout"] == 10.0
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {"retry_timeout": 3.0})
+    _forget(monkeypatch)
+    assert object_store._file_system("gs").storage_options["retry_timeout"] == 3.0

@@ -95,11 +95,19 @@ def test_a_part_that_is_cut_off_is_sent_again_alone(store: Store, proxy: Proxy, 
 
 
 def test_one_that_stays_away_is_said_to(store: Store, proxy: Proxy) -> None:
+    driver = object_store._file_system("s3")
     proxy.mode = "503"
     with pytest.raises(Unreachable, match=r"s3://bucket/.*/a: "):
         dataclasses.replace(store, patience=1.0).write("a", b"")
+    assert object_store._file_system("s3") is driver  # another one costs a part of a second
     proxy.mode = "ok"
     assert sizes(store) == {}
+
+
+@pytest.mark.parametrize("url", ["s3://my.blob.core.team/runs", "gs://s3.amazonaws.com/runs"])
+def test_a_bucket_may_have_the_name_of_a_host(url: str) -> None:
+    object_store.check(url)
+    object_store.check(url, written=False)
 
 
 def test_one_that_never_lets_us_send_is_given_up(
