@@ -137,7 +137,7 @@ def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
     assert caplog.text.count("cannot ship to tensorboard now (ConnectionError: nobody is there)") == 1
     tracker.opens = lambda run: None
     until(lambda: trial.id in tracker.ended)
-    assert follower.failing(trial) == {}
+    until(lambda: follower.failing(trial) == {})  # it is written after the sink has ended
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
