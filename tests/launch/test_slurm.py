@@ -288,9 +288,9 @@ def test_a_job_that_stops_while_slurm_does_not_answer_is_queued_again_once_it_do
 
 
 def test_a_job_that_twice_reaches_its_time_limit_before_it_trains_is_not_queued_again(folder: Path) -> None:
-    command = ("bash", "-c", "trap 'exit 75' USR1 TERM; echo >> up; sleep 60 & wait")
+    command = ("bash", "-c", "trap 'exit 75' USR1 TERM; echo >> up; sleep 600 & wait")
     option = {"signal": "USR1@50"}
-    spec = JobSpec(name="k", command=command, folder=folder, cpus=2, time=60, options=option)
+    spec = JobSpec(name="k", command=command, folder=folder, cpus=2, time=600, options=option)
     job = _submitted(spec, ("waiting/k",))
     number, told = job.native, ("scancel", "--signal=USR1", job.native)  # as Slurm before the limit
     taken = ("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
