@@ -25,19 +25,7 @@ from urllib.parse import urlsplit
 
 from stoker import storage
 from stoker.errors import BadInput, StokerError
-from stoker.store_urls import MissingDriver, advice, check, check_driver, is_url, kind_of
-
-__all__ = [
-    "MissingDriver",
-    "Store",
-    "Stored",
-    "Unreachable",
-    "check",
-    "is_url",
-    "of",
-    "upload",
-    "working_copy",
-]
+from stoker.store_urls import MissingDriver, advice, check, check_driver, kind_of
 
 log = logging.getLogger("stoker")
 
@@ -240,12 +228,12 @@ class Store:
                     raise FileExistsError(said) from error
                 if type(error).__name__ == "ResourceNotFoundError":  # Azure's: of a container
                     raise FileNotFoundError(said) from error
-                if _is_refused(error) and not renewed:
+                if not unanswered and _is_refused(error):
+                    if renewed:
+                        raise Unreachable(f"{said}; {advice(scheme)}") from error
                     renewed = True
                     _file_system.cache_clear()  # its credentials may have been replaced since it read them
                     continue
-                if _is_refused(error):
-                    raise Unreachable(f"{said}; {advice(scheme)}") from error
                 if time.monotonic() - begun >= patience:
                     _away_until[self.url] = time.monotonic() + _AWAY
                     if unanswered:
@@ -387,8 +375,6 @@ def _is_taken(error: Exception) -> bool:
 
 def _is_refused(error: Exception) -> bool:
     """Whether credentials are missing, insufficient or expired: a retry with the same ones is useless."""
-    if _unanswered(error):
-        return False
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return True
     if getattr(error, "status_code", None) in (401, 403):  # Azure's

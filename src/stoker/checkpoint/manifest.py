@@ -28,7 +28,9 @@ from stoker.run.series import Goal
 
 FORMAT = 4
 _READABLE = (2, 3, FORMAT)
-"""Format 2 had no checksum for the manifest itself; up to 3, equal tensors could be in different bytes."""
+"""Format 2 had no checksum for the manifest itself."""
+_DETERMINED = 4
+"""The first format in which equal tensors are equal bytes."""
 NAME = directory.MANIFEST
 _VOID = "void-manifest.json"
 _THREADS = 2
@@ -153,7 +155,7 @@ def is_determined(path: Path) -> bool:
 
     Raises InvalidCheckpoint.
     """
-    return bool(_read(path)["format"] == FORMAT)
+    return bool(_read(path)["format"] >= _DETERMINED)
 
 
 def _files(manifest: Mapping[str, Any]) -> list[File]:

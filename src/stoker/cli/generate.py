@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 import yaml
-from stoker import exports, object_store
+from stoker import exports, store_urls
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
 from stoker.data import called
 from stoker.errors import BadInput
@@ -201,7 +201,7 @@ def run_meant(reference: str, runs: Path, checkpoint: str | None) -> RunView | N
             raise
         owner, _, name = reference.partition("/")
         of_hub = bool(name) and owner not in {run.experiment for run in finding.every(runs)}
-        if not (of_hub or object_store.is_url(reference) or Path(reference).expanduser().is_dir()):
+        if not (of_hub or store_urls.is_url(reference) or Path(reference).expanduser().is_dir()):
             raise
     if checkpoint is not None:
         raise BadInput(f"--checkpoint {checkpoint} needs a run, but {reference} is a model")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from stoker import config as configs
-from stoker import duration, object_store, redaction
+from stoker import duration, object_store, redaction, store_urls
 from stoker.cli import outcome, submit, training
 from stoker.cli.options import MaxTime, Nproc
 from stoker.cli.output import show_messages
@@ -97,7 +97,7 @@ def start(
     _check_where(launch, where, name)
     stored = object_store.of(runs.absolute())
     if stored is not None and not where.dry_run:
-        object_store.check(stored.url)  # its driver: before anything is started
+        store_urls.check(stored.url)  # its driver: before anything is started
     if name is not None and stored is not None and where.dry_run:
         log.info("a dry run does not ask %s whether the run is finished already", stored.url)
     elif name is not None:

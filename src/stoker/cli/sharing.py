@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker import exports, object_store, storage
+from stoker import exports, object_store, storage, store_urls
 from stoker.errors import BadInput
 from stoker.exports import Exported
 from stoker.language.shape import SIZES
@@ -49,8 +49,8 @@ def destination(to: str) -> Destination:
             return hub.push(folder, reference, private=private)
 
         return Destination(name, push, revision or None)
-    if object_store.is_url(to):
-        object_store.check(to)
+    if store_urls.is_url(to):
+        store_urls.check(to)
 
         def upload(folder: Path, private: bool) -> str:
             object_store.upload(folder, to)

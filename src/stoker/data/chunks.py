@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from stoker import object_store, storage
+from stoker import object_store, storage, store_urls
 from stoker.data import cached, called, compressed, hub_datasets, parquet, records
 from stoker.data.documents import Document, Message, chop, content_key
 from stoker.data.records import NO_COLUMNS, Columns, Record
@@ -175,8 +175,8 @@ def texts(content: str) -> Iterator[Document]:
 
 def _where(source: str) -> tuple[str, list[str]]:
     """The URL of a folder, and the files in it that are meant, or none for all files."""
-    if object_store.is_url(source):
-        object_store.check(source, written=False)
+    if store_urls.is_url(source):
+        store_urls.check(source, written=False)
         folder, _, last = source.rstrip("/").rpartition("/")
         return (folder, [last]) if compressed.kind(last) else (source.rstrip("/"), [])
     path = Path(source).expanduser().absolute()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker import object_store
+from stoker import store_urls
 from stoker.data import hub_datasets, parquet, python_parts, records
 from stoker.data.documents import content_key
 from stoker.data.labelled import (
@@ -55,7 +55,7 @@ def check(data: str) -> None:
     """Raises BadInput if the data does not exist, before any of it is read."""
     if data in BUILT_IN or Path(data).expanduser().exists():
         return
-    if object_store.is_url(data):
+    if store_urls.is_url(data):
         raise BadInput(f"data={data}: labelled texts are read from local files: copy it to a folder first")
     if hub_datasets.is_a_file_name(data):
         raise BadInput(f"data={data} does not exist{nearest(data, BUILT_IN)}")

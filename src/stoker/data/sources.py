@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stoker import object_store, words
+from stoker import store_urls, words
 from stoker.data import called, chunks, compressed, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import (
@@ -192,7 +192,7 @@ def check(data: Mapping[Key, str], columns: BySource = NO_COLUMNS, *, evaluated:
     _check_columns(columns, names)
     for name in names:
         path = Path(name).expanduser()
-        if name in BUILT_IN or object_store.is_url(name):
+        if name in BUILT_IN or store_urls.is_url(name):
             continue
         if path.exists():
             _check_first(name, path, columns_of(name, columns))
@@ -322,7 +322,7 @@ def _with_short_names(found: list[Source]) -> list[Source]:
 
 
 def _short_name(name: str) -> str:
-    if object_store.is_url(name) or is_here(name):
+    if store_urls.is_url(name) or is_here(name):
         last = Path(name.rstrip("/")).name
         ending = compressed.kind(last)
         return last[: last.lower().rindex(ending)] if ending else last
@@ -350,7 +350,7 @@ def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
     elif path.exists():
         documents = list(_read_file(path, columns))
         origin = path.name
-    elif object_store.is_url(source):
+    elif store_urls.is_url(source):
         found = chunks.find(source, columns)
         documents = [document for number in range(len(found)) for document in found.documents(number)]
         origin = f"{source}, {counted(len(found.files), 'file')}"

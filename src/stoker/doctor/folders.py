@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from stoker import object_store, storage, words
+from stoker import storage, store_urls, words
 from stoker.doctor.findings import Finding, note, ok, problem, said
 from stoker.errors import BadInput, StokerError
 from stoker.object_store import Store
@@ -34,7 +34,7 @@ _OTHER_RUNS = "set --runs, or STOKER_RUNS, to a writable folder"
 
 def runs(place: str) -> Iterator[Finding]:
     """The folder for runs, which is not created; or that of an object store."""
-    if object_store.is_url(place):
+    if store_urls.is_url(place):
         yield from _stored(place)
         return
     path = Path(place).absolute()
@@ -133,7 +133,7 @@ def _stored(url: str) -> Iterator[Finding]:
     """A folder of an object store, tested by writing, reading, listing and removing an object."""
     folder = f"{_PREFIX}{uuid.uuid4().hex}"
     try:
-        object_store.check(url)
+        store_urls.check(url)
         store, begun = Store(url.rstrip("/"), "", patience=0.0), time.perf_counter()
         try:
             yield from _used(store, folder, begun)

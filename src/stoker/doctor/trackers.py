@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from stoker import object_store
+from stoker import store_urls
 from stoker.doctor.findings import Finding, note, ok, problem, said
 from stoker.doctor.software import version
 from stoker.errors import BadInput
@@ -46,7 +46,7 @@ def _mlflow(runs: str) -> Finding:
 
     if uri is not None:
         return ok(f"mlflow {version('mlflow')}, to {shown}, which is not a server and was not opened")
-    where = "in its working copy" if object_store.is_url(runs) else f"in {runs}/mlflow.db"
+    where = "in its working copy" if store_urls.is_url(runs) else f"in {runs}/mlflow.db"
     return ok(f"mlflow {version('mlflow')}, to the embedded store {where}; `stoker ui` shows it")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import object_store, recipes
+from stoker import object_store, recipes, store_urls
 from stoker.cli import training
 from stoker.cli.trial import train_trial
 from stoker.errors import BadInput
@@ -63,7 +63,7 @@ def recipe_of(recipe: str | Path | Callable[..., None]) -> Recipe:
 def runs_folder(given: Path | str | None) -> Path:
     """The folder that contains the runs, with the same default as for every command. Raises BadInput."""
     named = finding.asked_for(given)
-    if object_store.is_url(named) or object_store.of(Path(named).absolute()) is not None:
+    if store_urls.is_url(named) or object_store.of(Path(named).absolute()) is not None:
         raise BadInput(f"runs={named}: a search cannot be in an object store; give a local folder")
     return Path(named).absolute()
 

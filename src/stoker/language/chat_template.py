@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError, meta
-from stoker import object_store
+from stoker import store_urls
 from stoker.errors import BadInput, nearest
 from stoker.language import hub
 from stoker.words import first_line
@@ -39,7 +39,7 @@ def read(given: str) -> Template:
             "chat_template is Jinja, but should name where it is: save it as FILE.jinja, and give that"
         )
     path = Path(given).expanduser()
-    if object_store.is_url(given) or path.is_dir():
+    if store_urls.is_url(given) or path.is_dir():
         return _of_tokenizer(given)
     if path.exists() or path.suffix in _OF_FILES or given.startswith((".", "/", "~")):
         return _of_file(path)

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils._validators import validate_repo_id
-from stoker import exports, object_store, storage
+from stoker import exports, object_store, storage, store_urls
 from stoker.checkpoint import manifest
 from stoker.data import cached, hub_datasets
 from stoker.errors import BadInput, nearest
@@ -81,7 +81,7 @@ def find(
     """
     if not reference.strip():
         raise BadInput(f"{what} is empty: give a folder, a URL, or an id of the hub")
-    if object_store.is_url(reference):
+    if store_urls.is_url(reference):
         return _from_store(reference, what)
     path = Path(reference).expanduser()
     if path.is_dir():
@@ -102,7 +102,7 @@ def record(run: Run, given: Mapping[str, str | None]) -> None:
     """
     for key, reference in given.items():
         path = Path(reference or "").expanduser().absolute()
-        if not reference or object_store.is_url(reference) or not path.exists():
+        if not reference or store_urls.is_url(reference) or not path.exists():
             continue
         read = find(reference, key, weights=False) if path.is_dir() else path
         if read.is_relative_to(path):
@@ -240,7 +240,7 @@ def _unkept(error: Exception, what: str, reference: str) -> str:
 
 def _from_store(url: str, what: str) -> Path:
     """A folder of an object store, downloaded once per content. Raises BadInput, Unreachable."""
-    object_store.check(url, written=False)
+    store_urls.check(url, written=False)
     store = object_store.Store(url.rstrip("/"), "")
     found = store.objects()
     if not found:
@@ -270,7 +270,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def named(reference: str, folder: Path) -> tuple[str, str | None]:
     """The name, and the hub revision, under which a model found in a folder can be found again."""
-    if object_store.is_url(reference):
+    if store_urls.is_url(reference):
         return reference, None
     if Path(reference).expanduser().is_dir():
         return str(folder), None

@@ -89,7 +89,7 @@ class Seat:
         while True:
             answer = self._answer
             if answer.error:
-                self._raise(answer)
+                raise _error(answer.code, answer.error)
             if answer.ended:
                 return answer
             if answer.round > done and not answer.over and answer.number >= 0:
@@ -97,7 +97,7 @@ class Seat:
                 return answer
             if time.monotonic() - self._heard > COMING:
                 code, said = waited(f"{self._where} does not answer for {COMING:.0f} s", begun=done > 0)
-                self._raise(Answer(code=code, error=said))
+                raise _error(code, said)
             time.sleep(BEAT / 5)
 
     def finished(self, code: int) -> int:
@@ -108,7 +108,7 @@ class Seat:
                 return -1
             time.sleep(BEAT / 5)
         if self._answer.error:
-            self._raise(self._answer)
+            raise _error(self._answer.code, self._answer.error)
         return self._answer.code
 
     def failed(self, failure: StokerError, again: bool) -> None:
@@ -169,11 +169,6 @@ class Seat:
         with self._lock:
             for name, value in fields.items():
                 setattr(self._report, name, value)
-
-    def _raise(self, answer: Answer) -> None:
-        error = (BadInput if answer.code == BadInput.exit_code else StokerError)(answer.error)
-        error.exit_code = answer.code
-        raise error
 
     def _talk(self) -> None:
         while not self._closed.is_set():
@@ -249,11 +244,11 @@ def parsed(rendezvous: str) -> tuple[str, int]:
     try:
         socket.getaddrinfo(host, int(port))
     except OSError as error:
-        refused = BadInput(f"--rendezvous {rendezvous}: cannot resolve {host}: {error}")
-        if world.comes_one_by_one():  # its pod has no address now
-            refused.exit_code, said = waited(str(refused), begun=False)
-            refused.args = (said,)
-        raise refused from error
+        said = f"--rendezvous {rendezvous}: cannot resolve {host}: {error}"
+        if not world.comes_one_by_one():
+            raise BadInput(said) from error
+        code, said = waited(said, begun=False)  # its pod has no address now
+        raise _error(code, said) from error
     return host, int(port)
 
 
@@ -266,6 +261,13 @@ def interface_towards(host: str) -> str | None:
             if any(address.address == own for address in addresses):
                 return str(name)
     return None
+
+
+def _error(code: int, said: str) -> StokerError:
+    """What ends this machine's command with an exit code."""
+    error = (BadInput if code == BadInput.exit_code else StokerError)(said)
+    error.exit_code = code
+    return error
 
 
 def _is_here(host: str) -> bool:

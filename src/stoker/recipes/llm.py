@@ -295,13 +295,13 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
     """Part of `check_launch`. A model from the hub may not have all its weights downloaded yet."""
-    from stoker import object_store
+    from stoker import store_urls
     from stoker.language import hub, saved_adapters
 
     folder = hub.find(adapter, "lora.adapter")
     saved_adapters.check(folder, model=config.model, origin=model, quantised=config.quantisation != "none")
     saved_adapters.check_scaling(folder, config.rope_scaling)
-    here = object_store.is_url(config.model) or Path(config.model).expanduser().is_dir()
+    here = store_urls.is_url(config.model) or Path(config.model).expanduser().is_dir()
     if (model is None or here) and World.current().rank == 0:
         saved_adapters.check_weights(folder, model or config.model)
 

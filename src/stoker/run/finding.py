@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stoker import object_store
+from stoker import object_store, store_urls
 from stoker.errors import BadInput, nearest
 from stoker.object_store import Unreachable
 from stoker.run import mirror
@@ -29,7 +29,7 @@ def folder(name: Path | str) -> Path:
 
     Raises BadInput for an invalid URL.
     """
-    return object_store.working_copy(str(name)) if object_store.is_url(str(name)) else Path(name)
+    return object_store.working_copy(str(name)) if store_urls.is_url(str(name)) else Path(name)
 
 
 def asked_for(given: Path | str | None) -> str:
@@ -53,7 +53,7 @@ def option(runs: Path) -> str:
     there, usual = shown(runs), asked_for(None)
     if there == usual.rstrip("/") or runs.resolve() == Path(usual).resolve():
         return ""
-    return f" --runs {shlex.quote(there if object_store.is_url(there) else shortest(runs))}"
+    return f" --runs {shlex.quote(there if store_urls.is_url(there) else shortest(runs))}"
 
 
 def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:
