@@ -25,7 +25,9 @@ from commands import SECRET, Command, Done, Point, Start
 from servers import Proxy, s3_server
 from support import LONG, SOAK
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+hypothesis.settings.register_profile(  # a slow machine is no failure
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("untimed")
 
 STARTING = {"cli", "engine", "language", "launch", "tracking", "report", "run"}
@@ -133,11 +135,13 @@ def write_file(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
 
 @pytest.fixture
 def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
-    """Have this process ask the hub of an address, with a cache of its own."""
+    """Have this process ask the hub of an address, with a cache of its own; its client's patience is long."""
     from huggingface_hub import close_session, constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for patience in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, patience, 2 * LONG)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     close_session()
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import random
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import warm
+from servers import free_port
 
 
 def run(
@@ -27,7 +25,7 @@ def run(
 
     The function is one of a module; ranks find each other by the variables that torchrun sets.
     """
-    port = _free_port()
+    port = free_port()
     answers = [folder / f"answer-{port}-{rank}" for rank in range(size)]
     processes = [
         warm.process(_rank, function, arguments, options, rank, size, port, str(answers[rank]))
@@ -48,15 +46,6 @@ def run(
     if alive:
         raise AssertionError(f"ranks {alive} did not end within {timeout} s")
     return [result[0] if result is not None else None for result in results]
-
-
-def _free_port() -> int:
-    """A port below those that the system gives to connections, which might take one that is free now."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 class _Failure:

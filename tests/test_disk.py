@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stoker import Run, disk
 
-from support import until
+from support import LONG, until
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_they_are_brought_within_a_second_or_so_by_themselves(tmp_path: Path, sy
     file = tmp_path / "a"
     file.touch()
     disk.bring_soon(file)
-    until(lambda: file.stat().st_ino in synced, within=20)
+    until(lambda: file.stat().st_ino in synced)
 
 
 def test_what_the_thread_could_not_bring_is_said_to_who_waits(
@@ -56,7 +56,7 @@ def test_what_the_thread_could_not_bring_is_said_to_who_waits(
 
     monkeypatch.setattr(os, "fsync", failing_once)
     disk.bring_soon(tmp_path)
-    assert asked.wait(20)
+    assert asked.wait(LONG)
     with pytest.raises(OSError, match="Input/output"):
         disk.bring()
     disk.bring()
@@ -68,7 +68,7 @@ def test_a_process_made_by_fork_brings_what_is_its_own(tmp_path: Path) -> None:
     child = context.Process(target=_bring_in_child, args=(tmp_path,))
     with disk._BRINGER._one:  # as while the thread brings something
         child.start()
-    child.join(20)
+    child.join(LONG)
     assert child.exitcode == 0
 
 

@@ -14,6 +14,7 @@ from stoker import distributed
 from stoker.world import World
 
 import ranks
+from support import LONG
 
 _LIMIT = 1.0  # s, of the group that steps use
 
@@ -26,6 +27,7 @@ def prepare(slow: int) -> None:
     with distributed.rank_zero_first(world):
         if world.rank == slow:
             time.sleep(2 * _LIMIT)
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=LONG))
     dist.barrier()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +27,7 @@ from stoker.tracking import background
 from stoker.tracking.system import SystemSampler
 from stoker.world import World
 
-from support import until
+from support import LONG, until
 
 Open = Callable[..., Run]
 
@@ -330,17 +330,15 @@ def test_an_artifact_of_two_runs_is_stored_once_and_collected_with_the_last(
 
 def test_what_a_kill_left_of_a_copy_is_collected(open_run: Open, tmp_path: Path) -> None:
     data, runs = tmp_path / "data.bin", tmp_path / "runs"
-    with data.open("wb") as file:
-        file.truncate(2**32)
-    script = f"import stoker; stoker.Run('test', 'a', runs='{runs}').artifact('{data}')"
-    process = subprocess.Popen([sys.executable, "-c", script])
-    left: list[Path] = []
-    while not left:
-        assert process.poll() is None
-        with contextlib.suppress(FileNotFoundError):  # the run's code is copied before, and is small
-            left = [file for file in artifacts.store(runs).glob(".*") if file.stat().st_size > 2**20]
-    process.kill()
-    process.wait()
+    data.write_bytes(bytes(2**23))
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))"
+    copies = f"stoker.Run('test', 'a', runs='{runs}').artifact('{data}')"
+    # Python ignores the signal that a file beyond the limit is answered with.
+    killed = "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)"
+    script = f"import resource, signal, stoker; {limit}; {killed}; {copies}"
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGXFSZ
+    left = [file for file in artifacts.store(runs).glob(".*") if file.stat().st_size == 2**22]
     assert artifacts.collect_garbage(runs, older_than=0) == 0  # another process may be writing it
     size = left[0].stat().st_size
     with pytest.MonkeyPatch.context() as patch:
@@ -587,20 +585,26 @@ def test_of_a_folder_that_is_gone_the_machine_is_still_known(tmp_path: Path) -> 
     assert "disk_free_bytes" not in found
 
 
-def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(open_run: Open) -> None:
+def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(
+    open_run: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_SYNC_SECONDS", 3600.0)  # within which it is over on any machine
     with open_run() as run:
         run.log(loss=1.0)
     assert _seen(run).system == {}
 
 
 def _wait_for_the_machine(run: Run) -> None:
-    until(lambda: run.attempt._background._system is not None, within=20)
+    until(lambda: run.attempt._background._system is not None)
 
 
 def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(
     open_run: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(
+        background, "_SYSTEM_SECONDS", 3600.0
+    )  # it is sampled at the end of each attempt alone
     with open_run() as run:
         for step in range(1, 6):
             run.log(loss=float(step))
@@ -763,7 +767,7 @@ def _launch(tmp_path: Path, launch: str, ranks: int = 3) -> list[subprocess.Pope
 def test_metrics_are_reduced_over_ranks_and_the_rest_is_rank_0s(tmp_path: Path) -> None:
     for launch in ("one", "two"):  # ranks of the second never join the attempt of the first
         for process in _launch(tmp_path, launch):
-            assert process.wait(60) == 0
+            assert process.wait(LONG) == 0
     seen = view.load(RunDirectory(tmp_path / "test" / "ranks"))
     assert [a.world for a in seen.attempts] == [3, 3]
     of_both = {s + begun: s + 1.0 for begun in (0, 51) for s in range(1, 51)}  # the second goes on counting

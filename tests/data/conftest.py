@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from support import LONG
+
 
 @pytest.fixture(autouse=True)
 def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -14,5 +16,5 @@ def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for thread in threading.enumerate():
         if thread.name == "tokenise-ahead":
-            thread.join(60)
+            thread.join(LONG)
             assert not thread.is_alive()

@@ -186,7 +186,6 @@ def test_only_the_newest_chunks_are_kept_and_the_others_are_made_again(
     assert len([p for p in next((tmp_path / "few").iterdir()).iterdir() if p.is_dir()]) <= 3
 
 
-@pytest.mark.timeout(60)
 def test_a_chunk_whose_removal_was_cut_short_is_made_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

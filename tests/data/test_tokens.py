@@ -25,6 +25,8 @@ from stoker.data.tokens import NO_LOSS, PackedDataset, collate, pack, tokenise
 from stoker.errors import BadInput
 from stoker.storage import cache_folder
 
+from support import LONG
+
 EOS = 0
 
 
@@ -233,7 +235,7 @@ def test_a_kill_while_several_processes_tokenise_ends_them_and_leaves_nothing_ha
     process.kill()
     process.wait()
     assert len(others) >= 2
-    assert not psutil.wait_procs(others, timeout=30)[1]
+    assert not psutil.wait_procs(others, timeout=LONG)[1]
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir() and p.suffix != ".tmp"]
     again = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, check=True)
     assert int(again.stdout) == sum(3 * n - (3 * n % 16 == 1) for n in range(1, 1001))

@@ -12,13 +12,14 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import fsspec.config
 import psutil
 import pytest
 import torch
-from stoker import machine, object_store
+from stoker import machine, object_store, threads
 from stoker.doctor import checks, folders, gpus, hardware, hub, launchers, meeting, software, trackers
 from stoker.doctor.checks import Check
 from stoker.doctor.findings import Finding, ok
@@ -28,6 +29,7 @@ from stoker.object_store import Store
 import hub_server
 from commands import SECRET, Point
 from servers import Proxy, free_port, listening, mlflow_server
+from support import LONG, until
 
 NO_GPU = pytest.mark.skipif(bool(machine.visible_gpus()), reason="this machine has a GPU")
 ONE = "import sys; from stoker.doctor import {0}; [print(f.state, f.text) for f in {0}.{1}(*sys.argv[1:])]"
@@ -52,20 +54,28 @@ def ran(command: list[str], module: str, function: str = "check", *arguments: st
 # -- how a check is made ---------------------------------------------------------------------
 
 
-def test_a_check_that_hangs_is_given_up_with_what_to_do() -> None:
-    over = threading.Event()
+def test_a_check_that_hangs_is_given_up_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs, over, begun = threading.Event(), threading.Event(), threads.begun
 
     def hanging() -> Iterator[Finding]:
         yield ok("before")
+        hangs.set()
         over.wait()
 
+    def no_sooner(work: Callable[[], Any], name: str) -> Any:
+        """So that the little time that it has begins when it hangs, or has found what it finds before."""
+        future = begun(work, name)
+        until(lambda: future.done() or hangs.is_set())
+        return future
+
+    monkeypatch.setattr(threads, "begun", no_sooner)
     before, after = checks.made(Check("a", hanging, limit=0.2, hint="look at the disk"))
     over.set()
     assert before == ok("before")
     assert (after.state, after.text) == ("problem", "no answer within 0 s: look at the disk")
 
 
-@pytest.mark.parametrize("limit", [None, 5.0])
+@pytest.mark.parametrize("limit", [None, LONG])
 def test_a_check_that_fails_is_a_finding_without_secrets(
     limit: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +263,7 @@ def test_a_path_that_is_too_long_for_sockets_is_named(
 ) -> None:
     (long := tmp_path / ("long" * 20)).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    found = meeting.meet("gloo", 2, limit=60.0)
+    found = meeting.meet("gloo", 2, limit=LONG)
     assert (found.state, "set TMPDIR to a folder with a shorter path" in found.text) == ("problem", True)
 
 
@@ -389,6 +399,7 @@ def test_sinks_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 def test_mlflow_servers_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_SINKS", "mlflow")
+    monkeypatch.setattr(trackers, "_ANSWER", LONG)
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "1")  # the check sets them for its process
     (found,) = trackers.check("some/runs")
@@ -416,6 +427,7 @@ def _http(status: str, body: bytes) -> bytes:
 
 def test_wandb_is_asked_whether_it_knows_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_SINKS", "wandb")
+    monkeypatch.setattr(trackers, "_ANSWER", LONG)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -447,6 +459,7 @@ def test_wandb_is_asked_whether_it_knows_the_key(tmp_path: Path, monkeypatch: py
 def test_the_hub_is_asked_whether_it_knows_the_token(
     point_at: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hub, "_ANSWER", LONG)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -472,6 +485,7 @@ def test_the_hub_is_asked_whether_it_knows_the_token(
 def test_clusters_that_can_be_asked_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(launchers, "_ANSWER", LONG)
     (found,) = launchers.check()
     assert found == ok("no client for slurm, ray, kubernetes, needed only for --on slurm|ray|kubernetes")
     (tmp_path / "kubectl").write_text("#!/bin/sh\necho yes\n")
@@ -480,7 +494,7 @@ def test_clusters_that_can_be_asked_are_asked(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(launchers, "_CLIENTS", {**launchers._CLIENTS, "slurm": lambda: None})
     first, _ = launchers.check()
     assert first == ok("--on kubernetes: a cluster answers, and would accept a job")
-    (tmp_path / "kubectl").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "kubectl").write_text("#!/bin/sh\nexec sleep 600\n")
     monkeypatch.setattr(launchers, "_ANSWER", 0.2)
     first, _ = launchers.check()
     assert (first.state, "no answer within 0 s" in first.text) == ("note", True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from optuna.trial import TrialState
 from stoker.errors import BadInput, StokerError
@@ -69,81 +69,70 @@ storage = optuna.storages.RDBStorage(
     sys.argv[1], heartbeat_interval=1, grace_period=2, failed_trial_callback=callback,
 )
 study = optuna.create_study(study_name="shared", storage=storage, load_if_exists=True)
-trained = objective(sys.argv[2], {"x": "uniform(0, 1)", "pause": sys.argv[3]}, runs=sys.argv[4])
+trained = objective(sys.argv[2], {"x": "uniform(0, 1)", "waits": sys.argv[3]}, runs=sys.argv[4])
 study.optimize(trained, n_trials=int(sys.argv[5]))
 """
 
 
-def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(tmp_path: Path) -> None:
-    """By what Optuna has for it: a heartbeat, and its callback for failed trials. No script has a guard."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-
-    def start(pause: str, trials: int) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            str(script),
-            storage,
-            RECIPE,
-            pause,
-            str(tmp_path / "runs"),
-        ]
-        return subprocess.Popen([*command, str(trials)], stderr=subprocess.PIPE, env={**os.environ})
-
-    first = start("0.2", 1)
-    while not any("val_loss" in f.read_text() for f in tmp_path.glob("runs/shared/*/journal/*.jsonl")):
-        assert first.poll() is None, first.communicate()[1].decode()
-    first.kill()
-    first.communicate()
-    second = start("0.2", 2)
-    _, err = second.communicate(timeout=LONG)
-    assert second.returncode == 0, err.decode()
-    study = optuna.load_study(study_name="shared", storage=storage)
-    lost, *others = study.trials
-    assert lost.state == TrialState.FAIL
-    (again,) = [t for t in others if t.user_attrs["run"] == lost.user_attrs["run"]]
-    assert again.state == TrialState.COMPLETE
-    run = loaded(tmp_path / "runs" / "shared" / again.user_attrs["run"])
-    assert len(run.attempts) == 2
-    assert [step for step, _ in run.points["val_loss"].items()] == list(range(1, 10))
-
-
-LONG_EXPORT = """
+WAITS = """
 import dataclasses, pathlib, time
 import stoker
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     x: float = 0.0
-    pause: float = 0.0
+    waits: int = 0
 
 def train(run: stoker.Run, config: Config):
     for step in range(run.step + 1, 4):
         run.log(val_loss=config.x + 1 / step, step=step)
-    mark = pathlib.Path(__file__).with_name("exports")
-    if not mark.exists():
-        mark.touch()
-        time.sleep(600)
+        mark = pathlib.Path(__file__).with_name("waits")
+        if step == config.waits and not mark.exists():
+            mark.touch()
+            time.sleep(600)
 """
+
+
+def killed_at(step: int, folder: Path) -> optuna.Study:
+    """A study of two processes, of which the first is killed at a step of its run. No script has a guard."""
+    script, recipe, storage = folder / "script.py", folder / "recipe.py", f"sqlite:///{folder / 'a.db'}"
+    script.write_text(SCRIPT, encoding="utf-8")
+    recipe.write_text(WAITS, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(script),
+        storage,
+        str(recipe),
+        str(step),
+        str(folder / "runs"),
+    ]
+    first = subprocess.Popen([*command, "1"], stderr=subprocess.PIPE)
+    until((folder / "waits").exists, first)
+    others = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.communicate()
+    assert not psutil.wait_procs(others, timeout=LONG)[1]
+    done = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=LONG, check=False)
+    assert done.returncode == 0, done.stderr
+    return optuna.load_study(study_name="shared", storage=storage)
+
+
+def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(tmp_path: Path) -> None:
+    """By what Optuna has for it: a heartbeat, and its callback for failed trials."""
+    lost, *others = killed_at(2, tmp_path).trials
+    assert lost.state == TrialState.FAIL
+    (again,) = [t for t in others if t.user_attrs["run"] == lost.user_attrs["run"]]
+    assert again.state == TrialState.COMPLETE
+    run = loaded(tmp_path / "runs" / "shared" / again.user_attrs["run"])
+    assert len(run.attempts) == 2
+    assert [step for step, _ in run.points["val_loss"].items()] == [1, 2, 3]
 
 
 def test_a_run_whose_process_was_killed_after_its_last_value_has_that_value(tmp_path: Path) -> None:
     """As during an export or a last test, after which there is nothing left to train."""
-    script, recipe, storage = tmp_path / "script.py", tmp_path / "recipe.py", f"sqlite:///{tmp_path / 'a.db'}"
-    script.write_text(SCRIPT, encoding="utf-8")
-    recipe.write_text(LONG_EXPORT, encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", str(script), storage, str(recipe), "0", str(tmp_path / "runs")]
-    first = subprocess.Popen([*command, "1"], stderr=subprocess.PIPE)
-    until((tmp_path / "exports").exists, first)
-    first.kill()
-    first.communicate()
-    done = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=LONG, check=False)
-    assert done.returncode == 0, done.stderr
-    study = optuna.load_study(study_name="shared", storage=storage)
-    lost, *others = study.trials
+    lost, *others = killed_at(3, tmp_path).trials
     (again,) = [t for t in others if t.user_attrs["run"] == lost.user_attrs["run"]]
     assert (again.state, again.value) == (TrialState.COMPLETE, again.params["x"] + 1 / 3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from stoker.tune import stores
 from stoker.tune import study as studies
 
 from commands import Command
-from support import loaded, until
+from support import LONG, loaded, until
 
 SEARCHED = Path(__file__).parents[1] / "cli" / "searched.py"
 QUADRATIC = SEARCHED.with_name("quadratic.py")
@@ -25,6 +26,7 @@ SPACE = {"x": "uniform(0, 1)", "kind": "[near, far]", "steps": 4}
 
 SCRIPT = """
 import json
+import os
 import time
 from dataclasses import dataclass
 import stoker
@@ -36,7 +38,7 @@ class Config:
 
 def train(run: stoker.Run, config: Config) -> None:
     for step in range(run.step + 1, 41):
-        time.sleep(config.pause)
+        time.sleep(config.pause * float(os.environ.get("SLOWER", "1")))
         run.log(step=step, val_loss=config.x + 1 / step)
 
 if GUARD:
@@ -105,20 +107,23 @@ def _script(folder: Path, *, pause: float = 0.0, guard: str = "__name__ == '__ma
 
 
 def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_path: Path) -> None:
-    process = subprocess.Popen(_script(tmp_path, pause=0.05), cwd=tmp_path, stderr=subprocess.PIPE)
+    slower = {**os.environ, "SLOWER": "20"}  # it is far from its end when the signal comes
+    process = subprocess.Popen(
+        _script(tmp_path, pause=0.05), cwd=tmp_path, stderr=subprocess.PIPE, env=slower
+    )
     trials = tmp_path / "runs" / "s"
     until(lambda: len(list(trials.glob("trial-*/journal"))) >= 2, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
     assert "the same search continues" in err.decode()
     script = _script(tmp_path)
-    refused = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    refused = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=LONG, check=False)
     assert refused.returncode == 1
     assert "BadInput" in refused.stderr
     assert "pause" in refused.stderr, "another space is another search"
     script = _script(tmp_path, pause=0.05)
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=LONG, check=True)
     assert re.search(r"^stoker: trial 3 complete: val_loss .*; best", done.stderr, re.MULTILINE), done.stderr
     over, best, drawn = json.loads(done.stdout)
     assert over
@@ -129,7 +134,7 @@ def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_
 
 def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
     script = _script(tmp_path, guard="True")
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=LONG, check=False)
     assert done.stderr.splitlines()[-1].startswith(
         "stoker.errors.StokerError: every trial failed, the first with: stoker.sweep is called while a file "
         "is imported; call it below if __name__ == '__main__':"
@@ -141,7 +146,12 @@ def test_worker_processes_of_a_script_search_if_they_may_have_children(tmp_path:
     workers = tmp_path / "workers.py"
     workers.write_text(IN_WORKERS, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(workers)], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, str(workers)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
     )
     assert "use concurrent.futures.ProcessPoolExecutor" in done.stderr.splitlines()[-1], done.stderr
     assert {folder.name for folder in (tmp_path / "runs").glob("[!.]*")} == {"fork", "here", "spawn"}

@@ -24,6 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import families
+from support import LONG
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -210,7 +211,7 @@ def test_on_a_terminal_a_conversation_goes_on_until_it_is_begun_anew_or_full(
 
     def until(text: str, after: int) -> int:
         nonlocal seen
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + LONG
         while text not in seen[after:]:
             assert time.monotonic() < limit, seen
             if select.select([mine], [], [], 1)[0]:
@@ -224,6 +225,6 @@ def test_on_a_terminal_a_conversation_goes_on_until_it_is_begun_anew_or_full(
         at = until(answer, until(line[-5:], at))
         at = at if answer == "> " else until("> ", at)
     os.write(mine, b"\x04")
-    assert process.wait(60) == 0
+    assert process.wait(LONG) == 0
     os.close(mine)
     assert "256 positions: shorten it; starting a new conversation" in seen

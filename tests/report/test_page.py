@@ -13,6 +13,7 @@ from stoker.run import journal, media, view
 from stoker.run.directory import RunDirectory
 
 from browser import Browser, needs_chromium
+from support import until
 
 pytestmark = needs_chromium
 
@@ -165,7 +166,7 @@ def test_an_error_in_the_console_is_noticed(page: Path, tmp_path: Path, script: 
     storage.write_atomically(broken, text.replace("</body>", f"<script>{script}</script></body>").encode())
     with Browser(broken, tmp_path / "profile") as opened:
         opened.until("document.readyState === 'complete'")
-        assert opened.errors
+        until(lambda: opened.run("0") == 0 and opened.errors)
         refused = [error for error in opened.errors if "Content Security Policy" in error]
         assert refused, "unsafe-inline counts for nothing beside a hash"
 

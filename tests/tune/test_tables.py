@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import psycopg2
@@ -48,27 +50,42 @@ def kept(database: str, monkeypatch: pytest.MonkeyPatch) -> stores.Database:
     return stores.Database(database)
 
 
+AWAY = "the database of the study does not answer"
+
+
 @contextlib.contextmanager
-def away(url: str, seconds: float = 1e6) -> Iterator[None]:
-    """The database ends its connections, and takes no others for so long, or within the block."""
+def away(url: str, caplog: pytest.LogCaptureFixture | None = None) -> Iterator[None]:
+    """The database ends its connections, and takes no others within the block.
+
+    Args:
+        caplog: only until the log says once more that it is away, within the block.
+    """
     admin = sqlalchemy.create_engine(url.replace("/mlflow", "/postgres"), isolation_level="AUTOCOMMIT")
+    left = threading.Event()
 
     def back() -> None:
         with admin.connect() as there:
             there.exec_driver_sql("ALTER DATABASE mlflow ALLOW_CONNECTIONS true")
 
+    def back_once_it_is_missed(said: pytest.LogCaptureFixture, before: int) -> None:
+        until(lambda: left.is_set() or said.text.count(AWAY) > before)
+        back()
+
     with admin.connect() as there:
         there.exec_driver_sql("ALTER DATABASE mlflow ALLOW_CONNECTIONS false")
-        there.exec_driver_sql(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'mlflow'"
-        )
-    timer = threading.Timer(seconds, back)
-    timer.start()
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'mlflow'"
+        until(lambda: not there.exec_driver_sql(ended).all())
+    waits = [] if caplog is None else [threading.Thread(target=back_once_it_is_missed, args=(
+        caplog, caplog.text.count(AWAY)
+    ))]  # fmt: skip
+    for thread in waits:
+        thread.start()
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()
+        left.set()
+        for thread in waits:
+            thread.join()
         back()
 
 
@@ -76,19 +93,19 @@ def test_what_is_asked_written_and_told_waits_for_the_database(
     database: str, kept: stores.Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     study = studies.opened(kept, samplers.make("random", SPACE, 0), ["min"], "waits")
-    with away(database, 0.3), kept.alone():
+    with away(database, caplog), kept.alone():
         trial = study.ask()
     with kept.alone():
         trial.suggest_float("x", 0.0, 1.0)
-        with away(database, 0.1):
+        with away(database, caplog):
             trial.report(1.0, 1)
-    with away(database, 0.1):
+    with away(database, caplog):
         study.tell(trial, 1.0)
-    with kept.alone(), away(database, 0.1):
+    with kept.alone(), away(database):
         pass  # the lock is lost with its connection
     (found,) = optuna.load_study(study_name="waits", storage=database).trials
     assert (found.state, found.intermediate_values) == (TrialState.COMPLETE, {1: 1.0})
-    assert 1 <= caplog.text.count("the database of the study does not answer") <= 3, "once each time"
+    assert caplog.text.count(AWAY) == 3, "once each time"
 
 
 def test_what_was_written_before_the_connection_was_lost_is_written_once(
@@ -119,20 +136,24 @@ def test_what_was_written_before_the_connection_was_lost_is_written_once(
 
 
 def test_controllers_that_could_write_no_heartbeat_are_not_dead(
-    database: str, kept: stores.Database, monkeypatch: pytest.MonkeyPatch
+    database: str, kept: stores.Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = studies.opened(kept, samplers.make("random", SPACE, 0), ["min"], "beats")
+    later = 0.0
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + later)
+    monkeypatch.setattr(peers, "time", clock)
     one, other = (Peers(study, name, OBJECTIVE) for name in ("one", "other"))
     other.claim(study.ask())
     one.look_again()
     assert one.running
-    for name, seconds in (("_GONE", 0.6), ("_AWAY", 0.3)):
-        monkeypatch.setattr(peers, name, seconds)
-    with away(database, 0.8):
+    with away(database, caplog):
+        later += 2 * peers._GONE
         one.look_again()
     assert one.running
 
     def is_gone() -> bool:
+        nonlocal later
+        later += peers._AWAY / 2
         one.look_again()
         return not one.running
 

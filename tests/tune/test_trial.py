@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from stoker import Run, Trainer, Training
 from stoker.run import view
-from stoker.tune import seen
+from stoker.tune import seen, trial
 from stoker.tune.trial import Link, Reporter
 from torch.utils.data import TensorDataset
+
+from support import LONG
 
 
 def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) -> None:
@@ -44,24 +46,35 @@ def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) 
     )
 
 
-def test_reports_that_nobody_answers_are_sent_together_and_not_late(tmp_path: Path) -> None:
+def _said(folder: Path, first: int) -> list[dict[str, Any]]:
+    """What a trial says of 101 reports that nobody answers; some word is waited for after so many."""
     here, there = Pipe()
     link = Link(there)
-    with Run("test", "a", runs=tmp_path / "runs") as run:
+    with Run("test", "a", runs=folder / "runs") as run:
         reporter = Reporter(run.attempt, ("val_loss",), "step", link, waits=False)
         run.attempt.listen(reporter)
-        for step in range(1, 101):
+        for step in range(1, 102):
             run.log(val_loss=1.0 / step)
-        assert here.poll(10.0)  # without another report, and before the end
-        time.sleep(0.5)
-        run.log(val_loss=0.0)
+            if step == first:
+                assert here.poll(LONG)  # without another report, and before the end
         reporter.close()
     link.tell("ended")
     there.close()
     said = list(_messages(here))
     assert [report["step"] for one in said for report in one["reports"]] == list(range(1, 102))
-    assert said[-1]["reports"], "the last go with the word that it is over"
-    assert len(said) < 10
+    return said
+
+
+def test_reports_that_nobody_answers_are_sent_together_and_not_late(tmp_path: Path) -> None:
+    assert len(_said(tmp_path, first=100)) < 50
+
+
+def test_the_last_reports_go_with_the_word_that_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_HELD", LONG)
+    (last,) = _said(tmp_path, first=0)
+    assert last["kind"] == "ended"
 
 
 def _messages(connection: Connection) -> Iterator[dict[str, Any]]:
