@@ -33,7 +33,6 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     with gcs_server("bucket") as url:
         proxy = Proxy(url, by_name=True)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks by gRPC
         monkeypatch.setenv("NO_GCE_CHECK", "true")
         _forget(monkeypatch)
         yield proxy
