@@ -294,6 +294,11 @@ def test_a_source_of_tokens_of_azure_that_does_not_answer_is_asked_again(
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "prod")
     _forget(monkeypatch)
+    waited = [1.0]  # patience is for what is waited, however long the driver takes to fail
+    of_pauses = SimpleNamespace(
+        monotonic=lambda: waited[0], sleep=lambda seconds: waited.append(waited.pop() + seconds)
+    )
+    monkeypatch.setattr(object_store, "time", of_pauses)
     with pytest.raises(
         Unreachable, match=r"did not answer; if there is none, provide credentials .*az login"
     ):
