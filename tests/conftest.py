@@ -14,6 +14,9 @@ from typing import Any
 # Before torch is imported, of which this process has one thread too: beside other workers of pytest, threads
 # that wait for each other at the end of each operation keep the cores that they wait for.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Read as gcsfs is imported, by whichever test is the first: else it asks by gRPC what kind of bucket each is,
+# which no emulator answers, for ten seconds.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import fsspec
 import hypothesis

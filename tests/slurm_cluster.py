@@ -45,7 +45,9 @@ SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
-KillWait=10
+KillWait=60
+MessageTimeout=60
+BatchStartTimeout=120
 {nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=10

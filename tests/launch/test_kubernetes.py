@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -259,7 +259,7 @@ def test_a_pod_that_is_replaced_once_the_first_has_ended_ends_as_the_run_has(
     (waiting,), (container,) = pod["initContainers"], pod["containers"]
     command = [kubernetes_api.expanded(word, {}) for word in waiting["command"]]
     with subprocess.Popen(command) as told:
-        time.sleep(0.5)
+        until(psutil.Process(told.pid).children, told)  # it waits
         told.terminate()
     assert told.returncode == 143
     programs = tmp_path / "bin"

@@ -16,8 +16,9 @@ from stoker.launch.nodes import Seat
 from stoker.launch.rounds import Answer, Machines, Report
 from stoker.machine import free_port
 
+from support import LONG
+
 TWO = Machines(2, 2)
-SOON = 30.0  # seconds in which anything here happens
 
 
 class Meeting:
@@ -64,7 +65,7 @@ def kill(seat: Seat) -> None:
 @pytest.fixture
 def meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
     monkeypatch.setattr(nodes, "SILENCE", 2.0)
-    monkeypatch.setattr(nodes, "COMING", SOON)
+    monkeypatch.setattr(nodes, "COMING", LONG)
     made = Meeting()
     yield made
     made.close()
@@ -74,13 +75,13 @@ def test_when_the_machine_where_they_meet_is_back_the_others_join_its_round(meet
     end = meeting.host()
     first, other = meeting.seat(first=True), meeting.seat()
     rounds = [meeting.round_of(seat) for seat in (first, other)]
-    assert [one.result(SOON).round for one in rounds] == [1, 1]
+    assert [one.result(LONG).round for one in rounds] == [1, 1]
     kill(first)
     end()
     waits = meeting.round_of(other)
     meeting.host()
     back = meeting.round_of(meeting.seat(first=True))
-    answers = [one.result(SOON) for one in (back, waits)]
+    answers = [one.result(LONG) for one in (back, waits)]
     assert [answer.number for answer in answers] == [0, 1]
     assert answers[0].id == answers[1].id
 
@@ -89,11 +90,11 @@ def test_a_machine_that_is_back_before_it_is_missed_waits_for_its_place(meeting:
     meeting.host()
     first, other = meeting.seat(first=True), meeting.seat()
     for one in [meeting.round_of(seat) for seat in (first, other)]:
-        one.result(SOON)
+        one.result(LONG)
     kill(other)
     back = meeting.round_of(meeting.seat())
     again = meeting.round_of(first)
-    answers = [one.result(SOON) for one in (again, back)]
+    answers = [one.result(LONG) for one in (again, back)]
     assert [(answer.round, answer.number) for answer in answers] == [(2, 0), (2, 1)]
 
 
@@ -101,9 +102,9 @@ def test_one_machine_too_many_is_refused_once_none_of_the_others_is_gone(meeting
     meeting.host()
     seats = [meeting.seat(first=True), meeting.seat()]
     for one in [meeting.round_of(seat) for seat in seats]:
-        one.result(SOON)
+        one.result(LONG)
     with pytest.raises(BadInput, match="all 2 machines have already joined"):
-        meeting.round_of(meeting.seat()).result(SOON)
+        meeting.round_of(meeting.seat()).result(LONG)
 
 
 def test_a_machine_that_is_told_to_stop_before_it_has_ranks_ends_the_others_as_a_preemption(
@@ -154,13 +155,13 @@ def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one
         monkeypatch.setenv(name, "1")
     alone = meeting.seat()
     with pytest.raises(StokerError, match="does not answer for 1 s") as caught:
-        meeting.round_of(alone).result(SOON)
+        meeting.round_of(alone).result(LONG)
     assert caught.value.exit_code == code
     kill(alone)
-    monkeypatch.setattr(nodes, "COMING", SOON)
+    monkeypatch.setattr(nodes, "COMING", LONG)
     meeting.host()
     with pytest.raises(StokerError, match="only 1 of 2 machines joined within 1 s") as caught:
-        meeting.round_of(meeting.seat(first=True)).result(SOON)
+        meeting.round_of(meeting.seat(first=True)).result(LONG)
     assert caught.value.exit_code == code
 
 

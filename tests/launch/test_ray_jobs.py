@@ -105,10 +105,13 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
         "--env",
         "STOKER_SINKS=none",
     )
-    run = tmp_path / "runs" / "ranked" / "a"
-    done = stoker(*SAME, "pause=0.07", *on, "--name", "a", "--json")
+    run, go = tmp_path / "runs" / "ranked" / "a", tmp_path / "go"
+    waits = f"while not __import__('os').path.exists({str(go)!r}):\n                time.sleep(0.05)"
+    recipe = tmp_path / "ranked.py"
+    recipe.write_text(Path(RECIPE).read_text().replace("time.sleep(config.pause)", waits))
+    done = stoker("train", str(recipe), *SAME[2:], "pause_from=30", *on, "--name", "a", "--json")
     assert done.code == 0, done.err
-    until(lambda: points(run) > 30)
+    until(lambda: points(run) >= 30)
     of_two.lose()
     of_two.other = of_two.join()
 
@@ -116,6 +119,7 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
         return str(stoker("jobs", "list", "--json").answer["jobs"][0]["state"])
 
     assert state() == "running"
+    go.touch()  # which it does not end without
     _wait_for_end(of_two, done)
     assert state() == "done", stoker("jobs", "logs", "a").out
     seen = loaded(run)
@@ -144,12 +148,10 @@ def test_a_job_that_reaches_its_time_limit_goes_on_and_leaves_a_checkpoint_where
 
     def gone_on() -> bool:
         seen = loaded(run) if (run / "run.json").is_file() else None
-        return (
-            seen is not None and len(seen.attempts) > 1 and seen.step > (seen.attempts[1].resumed_from or 100)
-        )
+        return seen is not None and seen.step > (seen.attempts[-1].resumed_from or 100)
 
     until(gone_on, every=0.5)
-    assert loaded(run).attempts[0].status == "preempted"
+    assert {attempt.status for attempt in loaded(run).attempts[:-1]} == {"preempted"}
     assert stoker("jobs", "cancel", "t").code == 0
     _wait_for_end(of_two, done)
     assert stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled"
@@ -187,7 +189,7 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
 
     _wait_for_end(of_two, done)
     assert state() == "cancelled"
-    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
     assert loaded(run).step == 1
 
     gone = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "STOKER_CACHE": str(tmp_path / "mine")}
@@ -239,7 +241,7 @@ def test_a_node_that_lacks_what_a_job_needs_ends_it_at_once_and_says_which_and_w
     two = [of_two.join(2, STOKER_RUNS=str(tmp_path / name)) for name in ("one", "other")]
     begun = time.monotonic()
     said = ended("apart", "--cpus", "2", "--nodes", "2")
-    assert time.monotonic() - begun < LONG / 2, "the other launcher did not wait for this one"
+    assert time.monotonic() - begun < LONG, "the other launcher did not wait for this one"
     assert "is not the one that the other machines use" in said
     for node in two:
         of_two.leave(node)

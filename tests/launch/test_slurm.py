@@ -99,14 +99,15 @@ def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bit
     stoker: Command, folder: Path
 ) -> None:
     note = "note=a \"b\" $HOME 'c' \\ `d` *"
-    asked = ("--on", "slurm", "--time", "1min", "--option", "signal=USR1@50", "--env", "NOTED=x y")
+    asked = ("--on", "slurm", "--time", "1h", "--option", "signal=USR1@280", "--env", "NOTED=x y")
     done = stoker(*SAME, "waits=[20, 40]", note, "--nproc", "2", "--name", "a", *asked, "--json", cwd=folder)
     assert done.code == 0, done.err
     number, run = done.answer["native"], folder / "runs" / "waiting" / "a"
 
     until(lambda: _at(run, 19), every=0.3)
-    # By the warning of its time limit alone.
-    until(lambda: loaded(run).status == "preempted", within=60, every=0.3)
+    # Its limit is so near only once it waits there: Slurm gives its warning within half a minute.
+    _slurm("scontrol", "update", f"JobId={number}", "TimeLimit=5")
+    until(lambda: loaded(run).status == "preempted", every=0.3)
     _slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     until(lambda: _state(number) == "RUNNING" and _at(run, 39), every=0.3)
     node = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%N")
@@ -242,7 +243,7 @@ def test_a_job_that_is_cancelled_before_its_launchers_start_does_not_start_them(
     stoker: Command, folder: Path
 ) -> None:
     spec = JobSpec(name="g", command=("touch", "trained"), folder=folder)
-    number = _submitted(spec, ("g",), before_srun="touch up; sleep 6").native
+    number = _submitted(spec, ("g",), before_srun="touch up; sleep 600").native
     until((folder / "up").exists, every=0.3)
     assert stoker("jobs", "cancel", number, cwd=folder).code == 0
     assert _over(number) == "CANCELLED"
@@ -273,11 +274,11 @@ def _scontrol(folder: Path, fails: int) -> str:
     return f"{made.parent}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize(("fails", "ends"), [(2, "COMPLETED"), (1000, "FAILED")])
+@pytest.mark.parametrize(("fails", "patience", "ends"), [(2, 600, "COMPLETED"), (1000, 4, "FAILED")])
 def test_a_job_that_stops_while_slurm_does_not_answer_is_queued_again_once_it_does(
-    fails: int, ends: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: int, patience: int, ends: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm_script, "_PATIENCE", 4)
+    monkeypatch.setattr(slurm_script, "_PATIENCE", patience)
     spec = JobSpec(name="i", command=("bash", "-c", "[ -e up ] || { touch up; exit 75; }"), folder=folder)
     with monkeypatch.context() as of_job:
         of_job.setenv("PATH", _scontrol(tmp_path, fails))
@@ -375,9 +376,11 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
     assert not awaited, followed.communicate()[1].decode()
     assert proxy.seen["503"] == 2
 
+    (run,) = (tmp_path / "nodes").glob("stores/*/bucket/*/tells/b")
+    until(lambda: _at(run, 19), every=0.3)
     assert stoker("jobs", "cancel", "b", "--now", "--runs", url, env=nodes, cwd=folder).code == 0
     assert _over(done.answer["native"]) == "CANCELLED"
-    out, err = followed.communicate(timeout=30)
+    out, err = followed.communicate(timeout=90)  # less than it waits for one that cannot say that it ended
     assert followed.returncode == 0, err.decode()
     assert "tells/b preempted at step 20" in out.decode()
     assert "tells/b preempted at step 20" in stoker(*logs, env=elsewhere, cwd=folder).out
@@ -537,11 +540,13 @@ def test_a_job_of_which_slurm_says_nothing_is_not_over(
     until(lambda: _state(done.answer["native"]) == "RUNNING", every=0.3)
     settings = dict(line.split("=", 1) for line in configuration.read_text().splitlines() if "=" in line)
     lost = configuration.with_name("lost.conf")
-    lost.write_text(configuration.read_text().replace(
-        f"SlurmctldPort={settings['SlurmctldPort']}", f"SlurmctldPort={servers.free_port()}\nMessageTimeout=2"
-    ))  # fmt: skip
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setenv("SLURM_CONF", str(lost))
+    elsewhere = {"SlurmctldPort": str(servers.free_port()), "MessageTimeout": "2"}
+    text = configuration.read_text()
+    for name, value in elsewhere.items():
+        text = text.replace(f"{name}={settings[name]}\n", f"{name}={value}\n")
+    lost.write_text(text)
+    with monkeypatch.context() as of_others:
+        of_others.setenv("SLURM_CONF", str(lost))
         listed = stoker("jobs", "list", cwd=folder)
         assert listed.code == 0
         assert "unknown (slurm does not answer)" in listed.out
@@ -564,7 +569,11 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
 ) -> None:
     binaries = servers.postgres_binaries()
     assert binaries is not None
-    given = ("sweep", SEARCHED, "x=uniform(0, 1)", "pause=0.1", "--sampler", "random", "--trials", "6")
+    wait = f"while not os.path.exists({str(folder / 'go')!r}) and run.attempt.stop.requested is None:"
+    pause = "        time.sleep(config.pause)\n"
+    waits = Path(SEARCHED).read_text().replace(pause, f"        {wait}\n            time.sleep(0.05)\n")
+    (folder / "waits.py").write_text(waits)
+    given = ("sweep", "waits.py", "x=uniform(0, 1)", "--sampler", "random", "--trials", "6")
     with servers.postgres(binaries) as url:
         monkeypatch.setenv("STOKER_STORAGE", url)
         done = stoker(*given, "--name", "s", "--on", "slurm", "--controllers", "2", "--json", cwd=folder)
@@ -579,6 +588,7 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
                     "PENDING" in _slurm("squeue", "--noheader", f"--jobs={one}", "--format=%T")
                 )
             )
+        (folder / "go").touch()  # which no trial ends without
         assert _over(number) == "COMPLETED", _written(folder)
         found = json.loads(stoker("jobs", "show", number, "--json", cwd=folder).out)
         assert (found["state"], found["runs"]) == ("done", ["s-0", "s-1"])

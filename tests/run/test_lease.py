@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from stoker import storage
@@ -18,7 +19,7 @@ from stoker.errors import BadInput
 from stoker.run import lease
 from stoker.run.lease import InFolder, Lease
 
-from support import until
+from support import LONG, until
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,13 @@ def _lease(folder: Path, machine: str) -> Lease:
     return Lease(InFolder(folder / lease.FOLDER), machine, folder, None)
 
 
+@pytest.fixture
+def lasting(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lease expires here, however seldom its holder is run."""
+    monkeypatch.setattr(lease, "EXPIRES", 60.0)
+
+
+@pytest.mark.usefixtures("lasting")
 def test_a_living_holder_is_not_robbed(tmp_path: Path) -> None:
     first = _lease(tmp_path, "one")
     first.take()
@@ -42,6 +50,7 @@ def test_a_living_holder_is_not_robbed(tmp_path: Path) -> None:
     _lease(tmp_path, "two").take()
 
 
+@pytest.mark.usefixtures("lasting")
 def test_a_scheduler_is_asked_to_try_again_what_another_process_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,8 +77,29 @@ def test_one_that_stands_unchanged_is_taken_whatever_its_clock_says(tmp_path: Pa
     assert [path.name for path in (tmp_path / lease.FOLDER).iterdir()] == ["00000002"]
 
 
-def test_where_the_lock_holds_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "EXPIRES", 600.0)
+def test_who_was_suspended_together_with_the_holder_looks_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For an hour, as by a scheduler; this one is the first to go on."""
+    first, clock, looks = _lease(tmp_path, "one"), [0.0], []
+    first.take()
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        clock[0] += 3600.0 if len(looks) == 1 else seconds
+        if len(looks) == 3:
+            first._beat += 1
+            first._place.write(first._number, first._content(), new=False)
+
+    of_both = SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep, time=time.time)
+    monkeypatch.setattr(lease, "time", of_both)
+    with pytest.raises(lease.Busy, match="is training"):
+        _lease(tmp_path, "two").take()
+    assert len(looks) == 3
+
+
+@pytest.mark.usefixtures("lasting")
+def test_where_the_lock_holds_nobody_waits(tmp_path: Path) -> None:
     _lease(tmp_path, "one").take()
     _lease(tmp_path, "one").take()
 
@@ -81,29 +111,34 @@ def test_a_holder_that_slept_for_too_long_is_told(tmp_path: Path) -> None:
     told: list[str] = []
     heard = threading.Event()
     first.keep(lambda reason: (told.append(reason), heard.set()))
-    assert heard.wait(10)
+    assert heard.wait(LONG)
     assert "another process is training" in told[0]
     assert [path.name for path in (tmp_path / lease.FOLDER).iterdir()] == ["00000002"]
 
 
+@pytest.mark.usefixtures("lasting")
 def test_of_two_that_take_it_at_once_one_does(tmp_path: Path) -> None:
     taken, refused = [], []
 
     def take(machine: int) -> None:
+        mine = _lease(tmp_path, str(machine))
         try:
-            _lease(tmp_path, str(machine)).take()
-            taken.append(machine)
+            mine.take()
+            mine.keep(pytest.fail)  # for one that comes later
+            taken.append(mine)
         except BadInput:
-            refused.append(machine)
+            refused.append(mine)
 
     first = _lease(tmp_path, "gone")
     first.take()
+    first.release()
     threads = [threading.Thread(target=take, args=(machine,)) for machine in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert (len(taken), len(refused)) == (1, 7)
+    taken[0].release()
 
 
 def test_a_disk_of_this_machine_needs_none(tmp_path: Path) -> None:
@@ -139,7 +174,7 @@ with stoker.Run("x", "a", runs=sys.argv[1]) as run:
 def test_two_machines_on_a_shared_folder_do_not_train_one_run(shared: tuple[Path, Path]) -> None:
     one, two = shared
     assert storage.is_shared(one)
-    first = subprocess.Popen([sys.executable, "-c", SCRIPT, str(one), "1000"])
+    first = subprocess.Popen([sys.executable, "-c", SCRIPT, str(one), "100000"])
     try:
         while not list(two.glob("x/a/journal/*")):
             assert first.poll() is None
@@ -188,7 +223,7 @@ def test_a_holder_that_was_stopped_for_too_long_makes_no_checkpoint_of_what_is_a
         before = [(file, file.stat().st_mtime_ns) for file in known]
         assert known[-1].parent.name == "step-00000004"
         first.send_signal(signal.SIGCONT)
-        _, said = first.communicate(timeout=60)
+        _, said = first.communicate(timeout=LONG)
     finally:
         first.kill()
         first.wait()
@@ -203,7 +238,7 @@ def test_a_lease_that_somebody_deleted_is_written_again(tmp_path: Path) -> None:
     first.keep(pytest.fail)
     file = tmp_path / lease.FOLDER / "00000001"
     file.unlink()
-    until(file.exists, within=10)
+    until(file.exists)
     first.release()
 
 

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from stoker.run.mirror import Mirror
 from stoker.tracking import ledger
 from stoker.tracking.feed import Feed
 from stoker.tracking.ledger import Ledger
+
+from support import LONG
 
 Machine = Callable[[str], tuple[RunDirectory, lease.Lease]]
 
@@ -65,17 +69,37 @@ def test_an_artifact_that_was_made_anew_goes_there_though_its_size_is_the_same(
     assert (tmp_path / "store/experiment/a/artifacts/model.safetensors").read_bytes() == b"new weights"
 
 
+ASKS = """
+import sys, time
+from types import SimpleNamespace
+from stoker.run import uploader
+
+def sleep(seconds):
+    if seconds != uploader.LAST_WORDS:
+        return time.sleep(seconds)
+    print("waits", flush=True)
+    sys.stdin.readline()
+
+uploader.time = SimpleNamespace(**vars(time) | {"sleep": sleep})
+sys.exit(uploader.main())
+"""
+"""An uploader that waits for last words until its standard input is closed, however long that takes."""
+
+
 def test_what_other_ranks_of_a_run_that_was_killed_say_last_goes_there(
     machine: Machine, tmp_path: Path
 ) -> None:
     run, _ = _begun(machine)
     started = {"type": "attempt_started", "time": 1.0, "pid": 1, "host": "one", "world": 2, "step": 0}
     (run.journal / "attempt-0001.rank-0.jsonl").write_text(json.dumps(started) + "\n")
-    process = uploader.spawn(run)
-    while uploader.state(run).behind:
-        assert process.poll() is None
+    process = subprocess.Popen(
+        [sys.executable, "-c", ASKS, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"waits\n"
     (run.logs / "rank-1.log").write_text("stopped at once\n")
-    assert process.wait() == 0
+    process.communicate(timeout=LONG)
+    assert process.returncode == 0
     assert (tmp_path / "store/experiment/a/logs/rank-1.log").read_text() == "stopped at once\n"
 
 

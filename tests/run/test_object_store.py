@@ -22,12 +22,16 @@ from servers import Proxy
 @pytest.fixture
 def store(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A folder of its own, of a server that answers; what this process asks goes through the proxy."""
-    monkeypatch.setitem(
-        fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
-    )
+    _answers_within(1, monkeypatch)
     found = object_store.of(object_store.working_copy(f"s3://bucket/{uuid.uuid4().hex}"))
     assert found is not None
     return found
+
+
+def _answers_within(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the driver ask again for what is not answered by then."""
+    within = {"read_timeout": seconds, "connect_timeout": seconds}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": within})
 
 
 def sizes(store: Store, folder: str = "") -> dict[str, int]:
@@ -65,7 +69,10 @@ def test_of_two_that_make_an_object_one_is_told(store: Store) -> None:
     assert store.read("lease") == b"first"
 
 
-def test_a_large_file_goes_in_parts(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+def test_a_large_file_goes_in_parts(
+    store: Store, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answers_within(60, monkeypatch)
     file = tmp_path / "large"
     file.write_bytes(bytes(range(256)) * 160_000)  # 41 MB
     store.put("large", file)
@@ -84,7 +91,10 @@ def test_what_fails_for_a_while_is_tried_again(mode: str, store: Store, proxy: P
     assert sizes(store) == {"file": 20_000_000}
 
 
-def test_a_part_that_is_cut_off_is_sent_again_alone(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+def test_a_part_that_is_cut_off_is_sent_again_alone(
+    store: Store, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answers_within(60, monkeypatch)
     file = tmp_path / "large"
     file.write_bytes(b"y" * 40_000_000)
     proxy._only = lambda method, path: "partNumber=2" in path
@@ -131,8 +141,8 @@ def test_one_that_does_not_answer_is_given_up(
     with pytest.raises(Unreachable, match="it did not end within 1 s"):
         dataclasses.replace(store, patience=0.5).objects("a")
     with pytest.raises(Unreachable, match="it did not end within 1 s"):  # which has become known: one try
-        store.read("b")
-    assert time.monotonic() - begun < 10
+        dataclasses.replace(store, patience=100.0).read("b")
+    assert time.monotonic() - begun < 100
 
 
 def test_what_is_large_may_take_longer(store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -14,6 +15,7 @@ from stoker.tracking import follower, store
 from synthetic_run import Seen, make_store, run_follower
 
 import warm
+from support import LONG
 
 Follow = Callable[..., ForkServerProcess]
 
@@ -59,13 +61,26 @@ def follow() -> Iterator[Follow]:
         process.join()
 
 
+PATIENT = """
+import sys
+from stoker.tracking import follower
+follower.PATIENCE = float(sys.argv.pop())
+sys.exit(follower.main())
+"""
+
+
 @pytest.fixture
-def spawn() -> Iterator[Callable[[RunDirectory], subprocess.Popen[bytes]]]:
-    """Start a follower as training does; one that still runs at the end is killed."""
+def spawn() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a follower as training does, or one of another patience; whatever runs at the end is killed."""
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(run: RunDirectory) -> subprocess.Popen[bytes]:
-        processes.append(follower.spawn(run))
+    def start(run: RunDirectory, patience: float | None = None) -> subprocess.Popen[bytes]:
+        if patience is None:
+            processes.append(follower.spawn(run))
+        else:
+            with (run.logs / "follower.log").open("ab") as log:
+                command = [sys.executable, "-c", PATIENT, str(run.path), str(patience)]
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log))
         return processes[-1]
 
     yield start
@@ -80,7 +95,7 @@ def finish(follow: Follow) -> Callable[[RunDirectory], None]:
 
     def run(directory: RunDirectory) -> None:
         process = follow(directory)
-        process.join(60)
+        process.join(LONG)
         assert process.exitcode == 0
 
     return run

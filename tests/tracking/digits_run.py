@@ -1,12 +1,13 @@
-"""A training script of the tests: `digits_run.py FIRST LAST [--resume STEP] [--finish] [--forever]`.
+"""A training script of the tests: `digits_run.py FIRST LAST [--resume STEP] [--finish] [--until FILE]`.
 
-Logs the steps from FIRST to LAST with everything that a run can hold, says "logged", then
-ends, or goes on for ever until it is killed.
+Logs the steps from FIRST to LAST, and more until FILE is there, with everything that a run can hold, says
+"logged", then ends, or goes on for ever until it is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import time
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("last", type=int)
     parser.add_argument("--resume", type=int)
     parser.add_argument("--finish", action="store_true")
+    parser.add_argument("--until", type=Path)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--samples", type=float, help="seconds between two samples of the machine")
     asked = parser.parse_args()
@@ -34,7 +36,9 @@ def main() -> None:
     ) as run:
         if asked.resume is not None:
             run.attempt.event("resumed", step=asked.resume, passed_over=[])
-        for step in range(asked.first, asked.last + 1):
+        for step in itertools.count(asked.first):
+            if step > asked.last and (asked.until is None or asked.until.exists()):
+                break
             odd = math.nan if step == 2 else math.inf if step == 3 else float(step)
             run.log(
                 {"val": {"accuracy": step / 100}}, step=step, loss=1000 * run.attempt.number + step, odd=odd

@@ -21,8 +21,8 @@ import support
 
 T = TypeVar("T")
 
-DEADLINE = 60.0  # seconds, for anything that is waited for
-until = functools.partial(support.until, within=DEADLINE, every=0.1)
+DEADLINE = support.LONG
+until = functools.partial(support.until, every=0.1)
 
 
 class Trainer:

@@ -31,7 +31,7 @@ MEDIA = [
     ("figures/answers", 7), ("histograms/weights", 7), ("images/digit", 7), ("tables/answers", 7),
     ("texts/sample", 7),
 ]  # fmt: skip
-NOTICED_WITHIN = 10.0  # seconds, in which a run whose process died is marked so
+NOTICED_WITHIN = 25.0  # seconds, in which a run whose process died is marked so
 
 
 class Reader(Protocol):

@@ -49,6 +49,13 @@ def _train(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
+def _logged(folder: Path) -> list[int]:
+    """The steps of a run that has ended."""
+    steps = list(view.load(_run(folder)).points["loss"])
+    assert steps == list(range(1, len(steps) + 1))
+    return steps
+
+
 def _fill(file: IO[bytes]) -> None:
     while True:
         file.write(b"x" * 4096)
@@ -64,8 +71,9 @@ def test_training_ends_while_the_server_fails_and_sync_completes_it(
     tmp_path: Path, proxy: Proxy, server: str, stoker: Any, mode: str
 ) -> None:
     proxy.mode = mode
-    pause = "0.2" if mode == "hang" else "0.1"  # long enough for the follower to wait in vain, twice
-    trainer = _train(tmp_path, "1", "90", "--finish", "--pause", pause)
+    trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1", "--until", "said")
+    until(lambda: follower.failing(_run(tmp_path)), trainer)
+    (tmp_path / "said").touch()
     _, said = trainer.communicate(timeout=DEADLINE)
     assert trainer.returncode == 0
     assert proxy.seen[mode] > 0
@@ -82,24 +90,25 @@ def test_training_ends_while_the_server_fails_and_sync_completes_it(
     assert stoker("sync", "a").code == 0
     seen = Seen(server, tmp_path.name)
     assert seen.status == "FINISHED"
-    assert [step for step, _ in seen.points("loss")] == list(range(1, 91))
+    assert [step for step, _ in seen.points("loss")] == _logged(tmp_path)
     assert len(seen.runs) == 1
 
 
 def test_a_server_that_stops_in_the_middle_gets_every_point_once(
     tmp_path: Path, proxy: Proxy, server: str
 ) -> None:
-    trainer = _train(tmp_path, "1", "200", "--finish", "--pause", "0.05")
+    trainer = _train(tmp_path, "1", "1", "--finish", "--pause", "0.05", "--until", "over")
     for mode in ("ok", "refuse", "ok", "500", "hang"):
         proxy.mode = mode
         before = proxy.seen.get(mode, 0)
         until(lambda: proxy.seen.get(proxy.mode, 0) > before)  # noqa: B023 - called at once
     proxy.mode = "ok"
+    (tmp_path / "over").touch()
     trainer.communicate(timeout=DEADLINE)
     until(lambda: follower.state(_run(tmp_path))[0].pending == 0)
     seen = Seen(server, tmp_path.name)
     until(lambda: Seen(server, tmp_path.name).status == "FINISHED")
-    assert [step for step, _ in seen.points("loss")] == list(range(1, 201))
+    assert [step for step, _ in seen.points("loss")] == _logged(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +235,9 @@ def test_a_full_disk_under_sqlite_stops_nothing_and_room_completes_it(
         monkeypatch.setenv("STOKER_SINKS", "mlflow")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small}/mlflow.db")
         monkeypatch.setenv("EXPERIMENT", tmp_path.name)
-        trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1")
+        trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1", "--until", "said")
+        until(lambda: follower.failing(_run(tmp_path)), trainer)
+        (tmp_path / "said").touch()
         _, said = trainer.communicate(timeout=DEADLINE)
         assert trainer.returncode == 0
         assert view.load(_run(tmp_path)).status == "finished"
@@ -235,7 +246,7 @@ def test_a_full_disk_under_sqlite_stops_nothing_and_room_completes_it(
         filler.unlink()
         assert stoker("sync", "a").code == 0
         seen = Seen(os.environ["MLFLOW_TRACKING_URI"], tmp_path.name)
-        assert [step for step, _ in seen.points("loss")] == list(range(1, 91))
+        assert [step for step, _ in seen.points("loss")] == _logged(tmp_path)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 

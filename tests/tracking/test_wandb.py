@@ -275,7 +275,10 @@ def test_a_file_cut_anywhere_is_read_up_to_there(tmp_path: Path) -> None:
         assert rows == whole[: len(rows)]
 
 
-def test_what_the_process_of_a_killed_follower_still_writes_is_waited_for(tmp_path: Path) -> None:
+def test_what_the_process_of_a_killed_follower_still_writes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_sink, "_WRITER_SECONDS", DEADLINE)
     file = tmp_path / "run-a.wandb"
     code = (
         "import sys, time; f = open(sys.argv[1], 'wb'); print(1, flush=True); time.sleep(1); f.write(b'last')"

@@ -307,14 +307,16 @@ class Lease:
         log.info(
             "%s had this run: waiting up to %.0f s to see whether it still trains it", holder.host, EXPIRES
         )
-        deadline = time.monotonic() + EXPIRES
-        while time.monotonic() < deadline:
+        left = EXPIRES
+        while left > 0:
+            looked = time.monotonic()
             time.sleep(_LOOK)
             now = Holder.of(self._place.read(number))
             if now.released:
                 return
             if now.beat != holder.beat:
                 raise Busy(f"process {holder.pid} on {holder.host} is training {self._run} now")
+            left -= min(time.monotonic() - looked, BEAT)  # its holder may have been suspended with this one
 
     def _keep(self, lost: Callable[[str], None]) -> None:
         while not self._ended.wait(BEAT):
