@@ -118,6 +118,7 @@ def test_each_document_may_have_a_row_of_its_own(
 
 
 def test_a_hub_dataset_out_of_reach_is_said_at_once(stoker: Callable[..., Any], tmp_path: Path) -> None:
+    assert stoker("--version").code == 0  # what the first command of all waits for is over
     began = time.monotonic()
     done = stoker(
         *SMALL, "data=someone/some-data", "max_steps=1", "--runs", str(tmp_path / "runs"),
@@ -126,7 +127,7 @@ def test_a_hub_dataset_out_of_reach_is_said_at_once(stoker: Callable[..., Any], 
     assert done.code == 2
     assert "someone/some-data" in done.err
     assert "Traceback" not in done.err
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 60
     assert not (tmp_path / "runs" / "llm").exists()
 
 
