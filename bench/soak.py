@@ -37,6 +37,8 @@ class Config(stoker.Training):
     batch_size: int = 16
     steps: int = 400
     pause: float = 0.01
+    until: str = ""
+    """It pauses no more once this file is there."""
     dropout: float = 0.1
     workers: int = 1
     seed: int = 0
@@ -68,7 +70,8 @@ def train(run: stoker.Run, config: Config) -> None:
     loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size, workers=config.workers)
     for batch in trainer.steps(loader, max_steps=config.steps):
         run.log(loss=trainer.step(batch))
-        time.sleep(config.pause)
+        if not (config.until and Path(config.until).exists()):
+            time.sleep(config.pause)
 
 
 Start = Callable[[Sequence[str], Mapping[str, str]], Any]
@@ -122,12 +125,18 @@ def soak(runs: Path, start: Start, *, kills: int, seed: int, nproc: int) -> list
 
     if begin("whole", "pause=0").wait() != 0:
         raise RuntimeError("the undisturbed run failed")
-    _disturb(lambda: begin("killed"), kills=kills, seed=seed, nproc=nproc)
+    over = runs / "over"
+    slow = ("pause=0.05", f"until={over}")  # it is not to end before the last kill
+    _disturb(lambda: begin("killed", *slow), over, kills=kills, seed=seed, nproc=nproc)
     return _compare(runs, start(["sync", "soak/killed", "--runs", str(runs)], environment), steps)
 
 
-def _disturb(begin: Callable[[], Any], *, kills: int, seed: int, nproc: int) -> None:
-    """Train, killing what the seed says when it says, until the run has come to its end."""
+def _disturb(begin: Callable[[], Any], over: Path, *, kills: int, seed: int, nproc: int) -> None:
+    """Train, killing what the seed says when it says, until the run has come to its end.
+
+    Args:
+        over: a file that is there after the last kill.
+    """
     drawn = random.Random(seed)
     process = begin()
     for number in range(1, kills + 1):
@@ -146,6 +155,7 @@ def _disturb(begin: Callable[[], Any], *, kills: int, seed: int, nproc: int) -> 
         if process.poll() is not None:
             raise RuntimeError(f"seed {seed}: the launcher ended with {process.returncode} at kill {number}")
         print(f"kill {number} of {kills}: {whom}", flush=True)
+    over.touch()
     if process.wait() != 0:
         raise RuntimeError(f"seed {seed}: ended with {process.returncode} after the last kill")
 

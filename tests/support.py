@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,36 @@ def wait_for_points(process: subprocess.Popen[bytes], run: Path, more: int) -> N
     target = points(run) + more
     while points(run) < target and process.poll() is None:
         time.sleep(0.005)
+
+
+def slow_from(step: int, pause: float = 1.0) -> str:
+    """What `start` executes `first`, for a process that pauses after all that it logs from a step on.
+
+    So it is still there for what a test does to it then, however late that is. Its config is the one of a
+    process that does not pause, which may go on with the run.
+    """
+    return _SLOW.format(step=step, pause=pause)
+
+
+_SLOW = """
+import time
+from stoker.user_run import Run
+
+log = Run.log
+
+def slowly(run, *values, **named):
+    log(run, *values, **named)
+    if run.step >= {step}:
+        time.sleep({pause})
+
+Run.log = slowly
+"""
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal was sent to a process that has not taken it yet; of several it takes one."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
 def loaded(run: Path) -> view.RunView:

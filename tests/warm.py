@@ -138,6 +138,11 @@ class Command:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
+    @property
+    def err(self) -> bytes:
+        """What it has said to standard error so far."""
+        return self._said[1]
+
     def poll(self) -> int | None:
         return self._process.exitcode
 
@@ -167,8 +172,9 @@ class Command:
         return self._said[0], self._said[1]
 
     def _read(self, number: int, reading: int) -> None:
-        with os.fdopen(reading, "rb") as pipe:
-            self._said[number] = pipe.read()
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while part := pipe.read(2**16):
+                self._said[number] += part
 
 
 class Spare:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import stoker
 import torch
@@ -22,6 +23,8 @@ class Config(stoker.Training):
     """Instead of steps."""
     batch_size: int = 4
     pause: float = 0.0
+    until: str = ""
+    """It pauses no more once this file is there."""
     hangs: float = 2.0
     """From step 20 on, where h0 is at least so much."""
     seed: int = 0
@@ -54,4 +57,5 @@ def train(run: stoker.Run, config: Config) -> None:
         loss = trainer.step(batch)
         point = trainer.model.state_dict()["place"]
         run.log(loss=loss, score=1.2 - float((point**2).sum()), first=int(batch[1][0]))
-        time.sleep(config.pause)
+        if not (config.until and Path(config.until).exists()):
+            time.sleep(config.pause)

@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import stoker
 import torch
@@ -18,6 +19,8 @@ class Config(stoker.Training):
     steps: int = 60
     pause: float = 0.0
     pause_from: int = 0
+    until: str = ""
+    """It pauses no more once this file is there."""
     workers: int = 0
     fail_rank: int = -1
     padding: int = 0
@@ -30,6 +33,8 @@ class Config(stoker.Training):
     told_in_class: int = 0
     """The signal that ranks receive while they create a class."""
     told_ranks: tuple[int, ...] = (0, 1)
+    late: float = 0.0
+    """Seconds until it begins."""
     seed: int = 0
 
 
@@ -60,6 +65,7 @@ def train(run: stoker.Run, config: Config) -> None:
     torch.manual_seed(0)
     if config.told_in_class and run.world.rank in config.told_ranks:
         type("Built", (), {"told": Told(config.told_in_class)})
+    time.sleep(config.late)
     small = Small()
     trainer = stoker.Trainer(
         run,
@@ -81,7 +87,7 @@ def train(run: stoker.Run, config: Config) -> None:
         if run.step == config.nan_at and run.world.rank == 0:
             batch[0][0] = math.nan
         run.log(loss=trainer.step(batch))
-        if run.step >= config.pause_from:
+        if run.step >= config.pause_from and not (config.until and Path(config.until).exists()):
             time.sleep(config.pause)
 
 

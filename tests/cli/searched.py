@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import stoker
@@ -19,6 +20,8 @@ class Config:
     kind: Literal["near", "far"] = "near"
     steps: int = 9
     pause: float = 0.0
+    until: str = ""
+    """It pauses no more once this file is there."""
     fails: str = ""
     """raise, nan, exit, kill, hang: at step 3, where x is above a half; refuse: there, but at the start."""
     hang_limit: stoker.Duration | None = None
@@ -30,7 +33,8 @@ def train(run: stoker.Run, config: Config) -> None:
     if config.fails == "refuse" and config.x > 0.5:
         raise BadInput("this cannot be trained on")
     for step in range(run.step + 1, config.steps + 1):
-        time.sleep(config.pause)
+        if not (config.until and Path(config.until).exists()):
+            time.sleep(config.pause)
         value = (config.x - 0.3) ** 2 + (1.0 if config.kind == "far" else 0.0) + 1.0 / step
         if step == 3 and config.x > 0.5:
             value = _fail(config.fails, value)

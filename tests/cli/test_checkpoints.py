@@ -16,7 +16,7 @@ from stoker.checkpoint.store import export_model, load_tensors, shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import Command, Start
-from support import wait_for_points
+from support import LONG, slow_from, wait_for_points
 
 LLM = (
     "train", "llm", "precision=fp32", "sequence_length=64", "batch_size=8", "max_steps=2000",
@@ -41,10 +41,10 @@ def stopped(start: Start, data: str, tmp_path: Path) -> Path:
 
 def _stopped(start: Start, folder: Path, name: str, *arguments: str) -> Path:
     run = folder / "runs" / "llm" / name
-    process = start(*LLM, *arguments, "--name", name)
+    process = start(*LLM, *arguments, "--name", name, first=slow_from(8))
     wait_for_points(process, run, 8)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
     return run
 
@@ -78,7 +78,7 @@ def test_a_run_whose_model_was_not_yet_described_when_it_was_killed_is_exported(
 ) -> None:
     given = (data, "model=tiny", "tie_embeddings=false")
     killed = start(*LLM, *given, "--name", "a", first=KILLED)
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=LONG)
     assert killed.returncode == -signal.SIGKILL
     shape = tmp_path / "runs" / "llm" / "a" / "artifacts" / "shape"
     assert (shape / "config.json").exists()

@@ -16,7 +16,7 @@ import pytest
 
 from commands import SECRET, Command, Start
 from servers import free_port
-from support import until
+from support import LONG, until
 
 AREAS = ["software", "machine", "compute", "ranks", "runs", "disk", "trackers", "hub", "launchers"]
 
@@ -30,7 +30,7 @@ def alone() -> Iterator[dict[str, str]]:
 
 def _left(folder: Path, env: dict[str, str]) -> list[Any]:
     """Files and processes that are there after a command; processes that end are waited for."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LONG
     while (living := [p for p in psutil.process_iter() if _is_of(p, env)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return [*folder.rglob("*"), *Path(env["TMPDIR"]).rglob("*"), *living]
@@ -91,6 +91,6 @@ def test_interrupted_while_ranks_meet_it_leaves_nothing(
     process = start("doctor", env=alone)
     until(lambda: list(Path(alone["TMPDIR"]).glob("sd-*/stoker-launch-*")), process)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=LONG)
     assert process.returncode == 130
     assert not _left(tmp_path, alone)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stoker import storage
 
-from support import loaded, wait_for_points
+from support import loaded, slow_from, wait_for_points
 
 SMALL = ("train", "llm", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=4", "seed=2")
 
@@ -44,7 +44,7 @@ def test_it_is_evaluated_on_alike_before_and_after_a_kill(
     assert "validation_data: 8 documents are also in data, word for word, and trained on" in whole.err
     assert "test_data: pairs.jsonl, 9 documents" in whole.err
     cut = files / "runs" / "llm" / "cut"
-    process = start(*command, "--name", "cut")
+    process = start(*command, "--name", "cut", first=slow_from(14))
     wait_for_points(process, cut, 14)
     process.kill()
     process.wait()
@@ -88,7 +88,7 @@ def test_what_was_changed_since_the_run_began_is_said(
         *SMALL, "data=numbers.jsonl", "test_data=pairs.jsonl", "data_share=0.5", "max_steps=30",
         "checkpoint_every=2", "generate_tokens=2", "--runs", str(files / "runs"), "--name", "a",
     )  # fmt: skip
-    process = start(*command)
+    process = start(*command, first=slow_from(8))
     wait_for_points(process, files / "runs" / "llm" / "a", 8)
     process.kill()
     process.wait()

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stoker.checkpoint import manifest
-from test_launch import RECIPE, SLOW, _weights
+from test_launch import RECIPE, SLOW, _weights, slow_until
 
 from commands import Command, Start
-from support import SOAK, loaded, wait_for_points
+from support import LONG, SOAK, loaded, slow_from, wait_for_points
 
 KILLING = Path(__file__).parents[2] / "bench" / "soak.py"
 
@@ -67,14 +67,14 @@ def test_a_disk_that_fills_while_the_journal_is_written_ends_the_run_clearly(
 ) -> None:
     """Somebody else's file takes what is left: not a line that was written is lost, and it goes on."""
     same = (*SLOW, "checkpoint_every=1000", "--nproc", nproc)
-    process = start("train", RECIPE, *same, "--name", "a")
+    process = start("train", RECIPE, *same, "--name", "a", first=slow_from(30, pause=0.2))
     run = small_disk / "ranked" / "a"
     wait_for_points(process, run, 30)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 1, err.decode()
     assert "the disk is full" in err.decode()
     before = dict(loaded(run).points["loss"].items())
@@ -129,12 +129,15 @@ def test_killed_at_random_nothing_is_lost(
     )  # fmt: skip
 
 
-def _cut(start: Start, run: Path, *more: str, **env: str) -> None:
+_CUT = ("train", RECIPE, *SLOW, *slow_until(Path("never"), 30), "--name", "a")
+
+
+def _cut(start: Start, run: Path, **env: str) -> None:
     """Train until some steps are done, then be preempted."""
-    process = start("train", RECIPE, *SLOW, "--name", "a", *more, env=env)
+    process = start(*_CUT, env=env)
     wait_for_points(process, run, 30)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
 
 
@@ -153,10 +156,10 @@ def test_a_run_that_is_moved_while_it_trains_says_so_and_goes_on_where_it_is(
     start: Start, stoker: Command, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "ranked" / "a"
-    process = start("train", RECIPE, *SLOW, "--name", "a")
+    process = start(*_CUT)
     wait_for_points(process, run, 30)
     run.rename(run.with_name("b"))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 1, err.decode()
     assert f"{run} is gone: it was moved or deleted during training" in err.decode()
     assert "Traceback" not in err.decode()
@@ -176,7 +179,7 @@ def test_a_clock_that_is_set_back_changes_nothing(start: Start, stoker: Command,
     run = tmp_path / "runs" / "ranked" / "a"
     _cut(start, run, **ahead)
     assert loaded(run).started > time.time() + 80000
-    done = stoker("train", RECIPE, *SLOW, "--name", "a", "pause=0.001", env={"PYTHONPATH": str(tmp_path)})
+    done = stoker(*_CUT, "pause=0.001", env={"PYTHONPATH": str(tmp_path)})
     assert done.code == 2, "another pause is another config"
     done = stoker("resume", "a", "pause=0")
     assert done.code == 0, done.err
@@ -198,7 +201,7 @@ def test_a_run_on_a_disk_that_may_only_be_read_is_shown_and_not_gone_on_with(
     run = small_disk / "ranked" / "a"
     _cut(start, run)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for going_on in (("resume", "a"), ("train", RECIPE, *SLOW, "--name", "a")):
+    for going_on in (("resume", "a"), _CUT):
         done = stoker(*going_on)
         assert done.code == 2, done.err
         assert "Read-only file system" in done.err

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support import loaded, wait_for_points
+from support import loaded, slow_from, wait_for_points
 
 SMALL = ("train", "llm", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=4", "seed=2")
 
@@ -71,7 +71,7 @@ def test_a_stream_goes_on_on_two_ranks_where_one_left_it(
     whole = stoker(*command, "--name", "whole")
     assert whole.code == 0, whole.err
     cut = tmp_path / "runs" / "llm" / "cut"
-    process = start(*command, "--name", "cut")
+    process = start(*command, "--name", "cut", first=slow_from(7))
     wait_for_points(process, cut, 7)
     process.kill()
     process.wait()
@@ -118,6 +118,7 @@ def test_each_document_may_have_a_row_of_its_own(
 
 
 def test_a_hub_dataset_out_of_reach_is_said_at_once(stoker: Callable[..., Any], tmp_path: Path) -> None:
+    assert stoker("--version").code == 0  # what the first command of all waits for is over
     began = time.monotonic()
     done = stoker(
         *SMALL, "data=someone/some-data", "max_steps=1", "--runs", str(tmp_path / "runs"),

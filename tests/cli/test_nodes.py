@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from stoker.checkpoint import manifest
-from test_launch import RECIPE, SLOW, _ranks, _weights
+from test_launch import RECIPE, SLOW, _ranks, _weights, slow_until
 
 from commands import Command, Start
-from support import loaded, points, until
+from support import LONG, loaded, points, until
 
 A, B = "10.77.0.1", "10.77.0.2"
 
@@ -25,11 +25,10 @@ class Machines:
         for machine in names:
             self.said(machine).touch()
 
-    def start(self, machine: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """`stoker ARGUMENTS` on a machine; what it says goes to `MACHINE.err`."""
-        process: subprocess.Popen[bytes] = self._start(
-            *arguments, first=_ON_MACHINE.format(name=self._names[machine], file=str(self.said(machine)))
-        )
+    def start(self, machine: str, *arguments: str, first: str = "") -> subprocess.Popen[bytes]:
+        """`stoker ARGUMENTS` on a machine, after some Python; what it says goes to `MACHINE.err`."""
+        there = _ON_MACHINE.format(name=self._names[machine], file=str(self.said(machine)))
+        process: subprocess.Popen[bytes] = self._start(*arguments, first=there + first)
         return process
 
     def said(self, machine: str) -> Path:
@@ -89,15 +88,17 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
     machines: Machines, stoker: Command, tmp_path: Path
 ) -> None:
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--max-restarts", "1", "--name", "a")
-    same = ("train", RECIPE, *SLOW, "pause=0.05")
+    go = tmp_path / "go"
+    same = ("train", RECIPE, *SLOW, *slow_until(go, 50))
     run = tmp_path / "runs" / "ranked" / "a"
     processes = [machines.start(name, *same, *together) for name in ("a", "b")]
     until(lambda: points(run) > 50, *processes)
     machines.cable("down")
-    until(lambda: "no message from" in machines.said("a").read_text(), *processes, within=60)
-    until(lambda: "does not answer" in machines.said("b").read_text(), *processes, within=60)
+    until(lambda: "no message from" in machines.said("a").read_text(), *processes)
+    until(lambda: "does not answer" in machines.said("b").read_text(), *processes)
     machines.cable("up")
-    assert [process.wait(120) for process in processes] == [0, 0], _all_said(machines)
+    go.touch()
+    assert [process.wait(LONG) for process in processes] == [0, 0], _all_said(machines)
     seen = loaded(run)
     assert [attempt.world for attempt in seen.attempts] == [2, 2]
     assert list(seen.points["loss"].x) == list(range(1, 201))
@@ -108,11 +109,13 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
 def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Machines, tmp_path: Path) -> None:
     together = ("--nodes", "2", "--nproc", "2", "--rendezvous", f"{A}:29511", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
-    same = ("train", RECIPE, *SLOW)
+    go = tmp_path / "go"
+    same = ("train", RECIPE, *SLOW, *slow_until(go, 50))
     processes = [machines.start(name, *same, *together, "--max-restarts", "1") for name in ("b", "a")]
     until(lambda: points(run) > 50, *processes)
     _ranks(processes[0])[1].kill()
-    assert [process.wait(120) for process in processes] == [0, 0], _all_said(machines)
+    go.touch()
+    assert [process.wait(LONG) for process in processes] == [0, 0], _all_said(machines)
     assert "was killed by SIGKILL" in machines.said("a").read_text()
     assert [attempt.world for attempt in loaded(run).attempts] == [4, 4]
     newest, _ = manifest.newest(run / "checkpoints")
@@ -125,10 +128,11 @@ def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemp
 ) -> None:
     """So a cluster's queue starts them again."""
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
-    stays, lost = [machines.start(name, "train", RECIPE, *SLOW, *together) for name in ("a", "b")]
+    same = ("train", RECIPE, *SLOW, *slow_until(tmp_path / "never", 20))
+    stays, lost = [machines.start(name, *same, *together) for name in ("a", "b")]
     until(lambda: points(tmp_path / "runs" / "ranked" / "a") > 20, stays, lost)
     lost.kill()
-    assert stays.wait(60) == 75, _all_said(machines)
+    assert stays.wait(LONG) == 75, _all_said(machines)
     assert "does not respond, so all machines have ended" in machines.said("a").read_text()
 
 
@@ -137,7 +141,7 @@ def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(
 ) -> None:
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
     processes = [machines.start(name, "train", RECIPE, "fail_rank=1", *together) for name in ("a", "b")]
-    assert [process.wait(120) for process in processes] == [1, 1]
+    assert [process.wait(LONG) for process in processes] == [1, 1]
     for name in ("a", "b"):
         said = machines.said(name).read_text()
         last = said[said.index("it fails at step 20 every time") :]
@@ -159,10 +163,11 @@ def test_machines_that_share_no_folder_are_told(machines: Machines, tmp_path: Pa
 def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines, tmp_path: Path) -> None:
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
     run = tmp_path / "runs" / "ranked" / "a"
-    processes = [machines.start(name, "train", RECIPE, *SLOW, *together) for name in ("a", "b")]
+    same = ("train", RECIPE, *SLOW, *slow_until(tmp_path / "never", 20))
+    processes = [machines.start(name, *same, *together) for name in ("a", "b")]
     until(lambda: points(run) > 20, *processes)
     processes[1].terminate()
-    assert [process.wait(60) for process in processes] == [75, 75], _all_said(machines)
+    assert [process.wait(LONG) for process in processes] == [75, 75], _all_said(machines)
     assert loaded(run).status == "preempted"
 
 
@@ -172,10 +177,11 @@ def test_a_machine_told_to_stop_while_ranks_come_up_ends_the_others_as_a_preempt
 ) -> None:
     """So a cluster's queue starts them again; it may be the machine at which they meet."""
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
-    processes = {name: machines.start(name, "train", RECIPE, *SLOW, *together) for name in "ab"}
+    late = ("train", RECIPE, *SLOW, "late=600")
+    processes = {name: machines.start(name, *late, *together) for name in "ab"}
     until(lambda: _ranks(processes[leaves]), *processes.values())
     processes[leaves].terminate()
-    assert [process.wait(60) for process in processes.values()] == [75, 75], _all_said(machines)
+    assert [process.wait(LONG) for process in processes.values()] == [75, 75], _all_said(machines)
     assert "was told to stop, so all machines have ended" in machines.said(stays).read_text()
     assert points(tmp_path / "runs" / "ranked" / "a") == 0
 
@@ -184,24 +190,26 @@ def test_machines_come_and_go_and_the_batches_stay_the_same(
     machines: Machines, stoker: Command, tmp_path: Path
 ) -> None:
     """`a` begins alone; `b` comes, is told to stop, comes again, and is cut off: no restart is spent."""
-    same = ("train", RECIPE, *SLOW, "dropout=0", "pause=0.05")
+    go = tmp_path / "go"
+    same = ("train", RECIPE, *SLOW, "dropout=0", *slow_until(go, 5, pause=0.25))
     together = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     stays = machines.start("a", *same, *together)
     until(lambda: points(run) > 10, stays)
     comes = machines.start("b", *same, *together)
-    until(lambda: _worlds(run) == [1, 2], stays, comes, within=60)
+    until(lambda: _worlds(run) == [1, 2], stays, comes)
     before = points(run)
     until(lambda: points(run) > before + 5, stays, comes)
     comes.terminate()
-    assert comes.wait(60) == 75, _all_said(machines)
-    until(lambda: _worlds(run) == [1, 2, 1], stays, within=60)
+    assert comes.wait(LONG) == 75, _all_said(machines)
+    until(lambda: _worlds(run) == [1, 2, 1], stays)
     comes = machines.start("b", *same, *together)
-    until(lambda: _worlds(run) == [1, 2, 1, 2], stays, comes, within=60)
+    until(lambda: _worlds(run) == [1, 2, 1, 2], stays, comes)
     before = points(run)
     until(lambda: points(run) > before + 5, stays, comes)
     machines.cable("down")
-    assert stays.wait(120) == 0, _all_said(machines)
+    go.touch()
+    assert stays.wait(LONG) == 0, _all_said(machines)
     seen = loaded(run)
     assert _worlds(run) == [1, 2, 1, 2, 1]
     assert [attempt.status for attempt in seen.attempts][:3] == ["preempted"] * 3
@@ -214,16 +222,17 @@ def test_machines_come_and_go_and_the_batches_stay_the_same(
 def test_a_run_whose_machines_change_is_said_to_have_stopped_only_when_it_has(
     machines: Machines, tmp_path: Path
 ) -> None:
-    together = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a", "pause=0.05")
+    together = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
-    stays = machines.start("a", "train", RECIPE, *SLOW, *together)
+    same = ("train", RECIPE, *SLOW, *slow_until(tmp_path / "never", 5, pause=0.25))
+    stays = machines.start("a", *same, *together)
     until(lambda: points(run) > 5, stays)
-    comes = machines.start("b", "train", RECIPE, *SLOW, *together)
-    until(lambda: _worlds(run) == [1, 2], stays, comes, within=60)
+    comes = machines.start("b", *same, *together)
+    until(lambda: _worlds(run) == [1, 2], stays, comes)
     before = points(run)
     until(lambda: points(run) > before + 5, stays, comes)
     stays.terminate()
-    assert [process.wait(60) for process in (stays, comes)] == [75, 75], _all_said(machines)
+    assert [process.wait(LONG) for process in (stays, comes)] == [75, 75], _all_said(machines)
     step = loaded(run).step
     said = [process.communicate()[0].decode() for process in (stays, comes)]
     assert [one.count("preempted at step") for one in said] == [1, 0], said
@@ -233,8 +242,11 @@ def test_a_run_whose_machines_change_is_said_to_have_stopped_only_when_it_has(
 
 def test_a_machine_more_than_can_share_the_work_waits(machines: Machines, tmp_path: Path) -> None:
     given = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a", "batch_size=15", "steps=40")
-    stays, spare = [machines.start(name, "train", RECIPE, *SLOW, *given) for name in ("a", "b")]
-    assert [process.wait(60) for process in (stays, spare)] == [0, 0], _all_said(machines)
+    patient = "from stoker.launch import rounds; rounds.LAST_CALL = 240.0"  # it begins once both are there
+    stays, spare = [
+        machines.start(name, "train", RECIPE, *SLOW, *given, first=patient) for name in ("a", "b")
+    ]
+    assert [process.wait(LONG) for process in (stays, spare)] == [0, 0], _all_said(machines)
     assert "--nodes 1:2: only 1 can share the work evenly" in machines.said("a").read_text()
     assert _worlds(tmp_path / "runs" / "ranked" / "a") == [1]
 

@@ -20,7 +20,7 @@ from test_launch import RECIPE, SLOW, _weights
 
 from commands import SECRET, Command, Start
 from servers import Proxy
-from support import LONG, SOAK, loaded, until, wait_for_points
+from support import LONG, SOAK, loaded, slow_from, until, wait_for_points
 
 Objects = Callable[[], dict[str, int]]
 
@@ -109,11 +109,11 @@ def test_another_machine_goes_on_where_one_was_stopped(
     start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
 ) -> None:
     same = ("train", RECIPE, *SLOW, "--runs", url, "--nproc", "2")
-    process = start(*same, "--name", "a", env=machine("one"))
+    process = start(*same, "--name", "a", env=machine("one"), first=slow_from(50))
     _wait_for_copy(tmp_path, url, process)
     wait_for_points(process, _copy(tmp_path, "one", url), 50)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
     done = stoker(*same, "--name", "a", env=machine("two"))
     assert done.code == 0, done.err
@@ -139,9 +139,8 @@ def test_another_machine_goes_on_where_one_was_stopped(
 def test_a_machine_that_is_gone_leaves_a_run_to_go_on_with(
     start: Start, stoker: Command, machine: Any, url: str, objects: Objects, tmp_path: Path
 ) -> None:
-    slower = ("steps=100", "pause=0.15")  # on a slow machine too it is gone before its run is over
-    same = ("train", RECIPE, *SLOW, *slower, "checkpoint_every=10", "--runs", url, "--name", "a")
-    process = start(*same, env=machine("one"))
+    same = ("train", RECIPE, *SLOW, "steps=100", "checkpoint_every=10", "--runs", url, "--name", "a")
+    process = start(*same, env=machine("one"), first=slow_from(12))
     _wait_for_copy(tmp_path, url, process)
     until(lambda: _checkpoints(objects()), process, every=0.2)
     _kill_all(process, _copy(tmp_path, "one", url))
@@ -161,7 +160,7 @@ def test_a_machine_that_is_gone_leaves_a_run_to_go_on_with(
 def test_two_machines_do_not_train_one_run(
     start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
 ) -> None:
-    same = ("train", RECIPE, *SLOW, "steps=3000", "--runs", url, "--name", "a")
+    same = ("train", RECIPE, *SLOW, "steps=30000", "--runs", url, "--name", "a")
     process = start(*same, env=machine("one"))
     _wait_for_copy(tmp_path, url, process)
     wait_for_points(process, _copy(tmp_path, "one", url), 5)
@@ -390,7 +389,7 @@ def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
 ) -> None:  # fmt: skip
     """It trained on while the store was away; another machine went on from before that."""
     same = ("train", RECIPE, *SLOW, "--runs", url, "--name", "a")
-    process = start(*same, env=machine("one"))
+    process = start(*same, env=machine("one"), first=slow_from(20, pause=0.15))
     _wait_for_copy(tmp_path, url, process)
     run = _copy(tmp_path, "one", url)
     until(lambda: _checkpoints(objects()), process, every=0.2)
@@ -400,13 +399,13 @@ def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
     _kill_all(process, run)
     proxy.mode = "ok"
     bucket.objects.filter(Prefix=f"{url.removeprefix('s3://bucket/')}/ranked/a/lease/").delete()
-    other = start(*same, env=machine("two"))
+    other = start(*same, env=machine("two"), first=slow_from(0, pause=0.3))
     _wait_for_copy(tmp_path, url, other, "two")
     copy = _copy(tmp_path, "two", url)
     until((copy / "journal" / "attempt-0002.rank-0.jsonl").exists, other)
     wait_for_points(other, copy, 3)
     other.send_signal(signal.SIGTERM)
-    _, err = other.communicate(timeout=60)
+    _, err = other.communicate(timeout=LONG)
     assert other.returncode == 75, err.decode()
     assert f"resumed a from step {int(before.removeprefix('step-'))}" in err.decode()
     done = stoker(*same, env=machine("one"))

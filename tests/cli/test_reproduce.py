@@ -24,7 +24,7 @@ import yaml
 
 import families
 from commands import Command, Start
-from support import loaded, until, wait_for_points
+from support import LONG, loaded, slow_from, until, wait_for_points
 
 # Randomness in the model, in the data and in the loop; a module of its own that git does not know.
 TRAINED = """
@@ -39,7 +39,6 @@ from shapes import width
 class Config:
     lr: float = 0.01
     seed: int = 0
-    pause: float = 0.0
 
 class Noisy(torch.utils.data.Dataset):
     def __len__(self): return 40
@@ -54,12 +53,12 @@ def train(run: stoker.Run, config: Config) -> None:
         training=stoker.Training(checkpoint_every=7))
     for batch in trainer.steps(trainer.loader(Noisy(), batch_size=8), max_steps=30):
         run.log(loss=trainer.step(batch), noise=random.random(), samples_per_second=time.perf_counter())
-        time.sleep(config.pause)
 """
 
 # Without torch, so that a process of it takes no time: a value a step, of a file, a module and a package.
 COUNTED = """
-import time
+import os, time
+time.sleep(float(os.environ.get("LATE", "0")))
 from dataclasses import dataclass
 from pathlib import Path
 import stoker
@@ -70,7 +69,6 @@ class Config:
     data: str = "numbers.txt"
     steps: int = 6
     scale: float = 1.0
-    pause: float = 0.0
     seed: int = 0
 
 def train(run: stoker.Run, config: Config) -> None:
@@ -80,7 +78,7 @@ def train(run: stoker.Run, config: Config) -> None:
         value = 0
     numbers = [float(line) for line in Path(run.data("numbers", config.data)).read_text().split()]
     for step in range(run.step + 1, config.steps + 1):
-        time.sleep(config.pause)
+        time.sleep(float(os.environ.get("PAUSE", "0")))
         run.log(loss=numbers[step] * factor.FACTOR * config.scale + value, step=step)
 
 if __name__ == "__main__":
@@ -211,8 +209,8 @@ def test_a_dirty_tree_with_an_untracked_module_is_bit_identical_from_a_clone_wit
     git(original, "commit", "-m", "first")
     (original / "trained.py").write_text(TRAINED)
     (original / "shapes.py").write_text("width = 8\n")
-    train = ("train", "trained.py", "pause=0.01", "--name", "a", "--runs", str(runs))
-    process = start(*train, cwd=original)
+    train = ("train", "trained.py", "--name", "a", "--runs", str(runs))
+    process = start(*train, cwd=original, first=slow_from(12))
     wait_for_points(process, runs / "trained/a", 12)
     process.kill()
     process.communicate()
@@ -570,8 +568,8 @@ def test_a_run_whose_config_was_changed_is_made_again_up_to_there(counted: Path,
 def test_told_to_stop_or_killed_nothing_trains_on(
     number: signal.Signals, code: int, project: Path, stoker: Command, start: Start
 ) -> None:
-    assert stoker("train", "count.py", "pause=0.1", "--name", "first", cwd=project).code == 0
-    process = start("reproduce", "first", cwd=project)
+    assert stoker("train", "count.py", "--name", "first", cwd=project).code == 0
+    process = start("reproduce", "first", cwd=project, env={"PAUSE": "2"})
     run = project / "runs/count/first-again"
     until((run / "run.json").exists, process)
     wait_for_points(process, run, 1)
@@ -595,14 +593,14 @@ def test_told_to_stop_or_killed_nothing_trains_on(
 def test_told_to_stop_before_it_has_begun_it_leaves_nothing(
     there: str, number: signal.Signals, counted: Path, start: Start
 ) -> None:
-    process = start("reproduce", "first", cwd=counted.parent)
+    process = start("reproduce", "first", cwd=counted.parent, env={"LATE": "60"})
     made = counted / "count/first-again"
     while not (made / there).exists():
         assert process.poll() is None
         time.sleep(0.001)
     time.sleep(0.0 if there == "again" else 0.2)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == (130 if number == signal.SIGINT else 75), err.decode()
     assert "Traceback" not in err.decode()
     assert not made.exists()

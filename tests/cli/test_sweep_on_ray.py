@@ -26,7 +26,7 @@ SEARCHED = str(Path(__file__).parent / "searched.py")
 QUADRATIC = str(Path(__file__).parent / "quadratic.py")
 _KILLS, _TRIALS = (20, 30) if SOAK else (3, 6)
 ASHA = (
-    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", str(_TRIALS),
+    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=1", "--trials", str(_TRIALS),
     "--scheduler", "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
 )  # fmt: skip
 
@@ -112,9 +112,12 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
 
     A trial that dies four times and gets no further has failed: of three kills one waits until one did.
     """
-    whole = stoker(*ASHA, "--name", "whole")
+    go = tmp_path / "go"
+    go.touch()
+    whole = stoker(*ASHA, f"until={go}", "--name", "whole")
     assert whole.code == 0, whole.err
-    given = (*ASHA, "--name", "parts", "--on", "ray", "--address", ray_cluster.address)
+    go.unlink()
+    given = (*ASHA, f"until={go}", "--name", "parts", "--on", "ray", "--address", ray_cluster.address)
     draws = random.Random(0)
     kinds = ["trainer", "host", "controller"]
     process = start(*given)
@@ -129,7 +132,7 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
         if kind == "controller":
             process.kill()
             process.communicate()
-            _, alive = psutil.wait_procs([trains], timeout=20)
+            _, alive = psutil.wait_procs([trains], timeout=LONG)
             assert not alive, "nothing trains without its controller"
             process = start(*given)
         else:
@@ -137,8 +140,9 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
                 (trains if kind == "trainer" else trains.parents()[1]).kill()
     _wait_for_a_trainer(process, ray_cluster)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
+    go.touch()
     done = stoker(*given)
     assert done.code == 0, done.err
     assert brief(done.answer) == brief(whole.answer)
@@ -169,15 +173,16 @@ def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
     start: Start, ray_cluster: OnOneMachine, tmp_path: Path
 ) -> None:
     """Of two ranks, which end early at the same step."""
-    second = ray_cluster.join()
+    second, go = ray_cluster.join(), tmp_path / "go"
     process = start(
-        "sweep", QUADRATIC, "h0=[0.1, 1.0, 0.2]", "h1=1.0", "precision=fp32", "pause=0.04", "steps=40",
-        "checkpoint_every=5", "--metric", "score", "--goal", "max", "--sampler", "grid", "--trials", "3",
-        "--nproc", "2", "--scheduler", "asha-stop", "--factor", "2", "--least", "5", "--most", "40",
-        "--on", "ray", "--address", ray_cluster.address, "--name", "s", "--json",
+        "sweep", QUADRATIC, "h0=[0.1, 1.0, 0.2]", "h1=1.0", "precision=fp32", "pause=0.3", f"until={go}",
+        "steps=40", "checkpoint_every=5", "--metric", "score", "--goal", "max", "--sampler", "grid",
+        "--trials", "3", "--nproc", "2", "--scheduler", "asha-stop", "--factor", "2", "--least", "5",
+        "--most", "40", "--on", "ray", "--address", ray_cluster.address, "--name", "s", "--json",
     )  # fmt: skip
     _wait_for_a_checkpoint(process, tmp_path / "runs" / "s")
     ray_cluster.raylet(second).kill()
+    go.touch()
     third = ray_cluster.join()
     try:
         out, err = process.communicate(timeout=LONG)

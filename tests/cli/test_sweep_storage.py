@@ -36,11 +36,16 @@ def database() -> Iterator[str]:
 
 def test_two_controllers_share_a_study(start: Start, stoker: Command, database: str, tmp_path: Path) -> None:
     """Neither trains the other's trials, and both judge by all of them."""
-    given = (
-        "sweep", RECIPE, "x=uniform(0, 1)", "pause=0.05", "--sampler", "random", "--trials", "12", *ASHA,
-        "--storage", database, "--study", "shared", "--json",
+    go = tmp_path / "go"
+    same = (
+        "pause=2", f"until={go}", "--sampler", "random", "--trials", "12", *ASHA, "--storage", database,
+        "--study", "shared",
     )  # fmt: skip
+    given = ("sweep", RECIPE, "x=uniform(0, 1)", *same, "--json")
     processes = [start(*given, "--name", name) for name in ("here", "there")]
+    runs = [tmp_path / "runs" / name for name in ("here", "there")]
+    until(lambda: all(any(run.glob("trial-*")) for run in runs), *processes)  # both before it is over
+    go.touch()
     answers = []
     for process in processes:
         out, err = process.communicate(timeout=LONG)
@@ -62,10 +67,7 @@ def test_two_controllers_share_a_study(start: Start, stoker: Command, database: 
     report = stoker("report", "there", "--json")
     assert report.code == 0, report.err
     assert Path(report.answer["report"]).stat().st_size > 0
-    other = stoker(
-        "sweep", RECIPE, "x=uniform(0, 2)", "pause=0.05", "--sampler", "random", "--trials", "12", *ASHA,
-        "--storage", database, "--study", "shared", "--name", "third",
-    )  # fmt: skip
+    other = stoker("sweep", RECIPE, "x=uniform(0, 2)", *same, "--name", "third")
     assert other.code == 2
     assert (
         "study shared exists with different settings: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err

@@ -16,7 +16,7 @@ from stoker.recipes import text
 from transformers import pipeline
 
 from commands import Command, Start
-from support import loaded, wait_for_points
+from support import loaded, slow_from, wait_for_points
 
 WORDS = {
     "smith": ["forge", "anvil", "tongs", "quench", "iron"],
@@ -90,7 +90,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     whole: Path, start: Start, stoker: Command, given: tuple[str, ...]
 ) -> None:
     run = whole.with_name("cut")
-    process = start(*TRAIN, *given, "--name", "cut")
+    process = start(*TRAIN, *given, "--name", "cut", first=slow_from(26))
     wait_for_points(process, run, 26)
     process.kill()
     process.wait()

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import psutil
-from test_launch import RECIPE
+from test_launch import RECIPE, slow_until
 
-from support import loaded, wait_for_points
+from support import LONG, loaded, wait_for_points
 
 
 def _torchrun(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -23,7 +23,8 @@ def _torchrun(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 def test_a_run_under_torchrun_is_preempted_with_its_loader_workers_and_goes_on(tmp_path: Path) -> None:
     """The workers hear the signal first, as where a scheduler sends it to every process of a job."""
-    same = ("precision=fp32", "steps=40", "workers=1", "checkpoint_every=1000", "pause=0.05")
+    go = tmp_path / "go"
+    same = ("precision=fp32", "steps=40", "workers=1", "checkpoint_every=1000", *slow_until(go, 5))
     run = tmp_path / "runs" / "ranked" / "a"
     process = _torchrun(tmp_path, *same)
     wait_for_points(process, run, 5)
@@ -32,14 +33,15 @@ def test_a_run_under_torchrun_is_preempted_with_its_loader_workers_and_goes_on(t
     for other in others:
         other.send_signal(signal.SIGTERM)
     process.terminate()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=LONG)
     seen = loaded(run)
     assert seen.status == "preempted", out.decode()
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
-    assert not psutil.wait_procs(others, timeout=10)[1], "none is alive"
+    assert not psutil.wait_procs(others, timeout=LONG)[1], "none is alive"
 
+    go.touch()
     process = _torchrun(tmp_path, *same)  # the same command
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=LONG)
     assert process.returncode == 0, out.decode()
     after = loaded(run)
     assert after.attempts[-1].resumed_from == seen.step

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support import SOAK, loaded, wait_for_points
+from support import LONG, SOAK, loaded, slow_from, until, wait_for_points
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
 PLATEAU = EXAMPLE.with_name("plateau.py")
@@ -97,7 +97,7 @@ def test_the_example_with_a_scheduler_of_torchs_is_killed_and_goes_on(  # type: 
     command = ("train", str(PLATEAU), "patience=0", "epochs=6", "lr=0.3", "checkpoint_every=40")
     assert stoker(*command, "--name", "whole").code == 0
     run = tmp_path / "runs" / "plateau" / "cut"
-    process = start(*command, "--name", "cut")
+    process = start(*command, "--name", "cut", first=slow_from(100))
     wait_for_points(process, run, 100)
     process.kill()
     process.wait()
@@ -144,11 +144,11 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(  # type: ignore[n
 def test_told_to_stop_it_leaves_a_checkpoint_of_the_step_under_way(  # type: ignore[no-untyped-def]
     stoker, start, slow: Path, tmp_path: Path, sent: signal.Signals, code: int, status: str
 ) -> None:
-    process = start("train", str(slow), "--name", "a")
+    process = start("train", str(slow), "--name", "a", first=slow_from(10))
     run = tmp_path / "runs" / "slow" / "a"
     wait_for_points(process, run, 10)
     process.send_signal(sent)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=LONG)
     assert process.returncode == code
     seen = loaded(run)
     assert seen.status == status
@@ -173,10 +173,10 @@ def test_a_second_ctrl_c_stops_at_once(start, slow: Path, tmp_path: Path) -> Non
     process = start("train", str(slow), "pause=30", "--name", "a")
     run = tmp_path / "runs" / "slow" / "a"
     wait_for_points(process, run, 1)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.2)  # two presses, not one signal
-    _, err = process.communicate(timeout=20)
+    process.send_signal(signal.SIGINT)
+    until(lambda: b"press Ctrl-C again to stop at once" in process.err, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 130
     assert b"stopped at once; the same command resumes from the newest checkpoint" in err
     assert loaded(run).status == "interrupted"
@@ -195,7 +195,7 @@ def test_another_config_under_the_same_name_is_refused_and_by_resume_it_is_drift
     stoker, start, slow: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "slow" / "a"
-    process = start("train", str(slow), "--name", "a")
+    process = start("train", str(slow), "--name", "a", first=slow_from(10))
     wait_for_points(process, run, 10)
     process.kill()
     process.wait()
@@ -233,11 +233,13 @@ def test_an_error_of_the_users_shows_its_traceback_and_fails_the_run(
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(stoker, start, slow: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "runs" / "slow" / "a"
-    process = start("train", str(slow), "--name", "a")
+    process = start("train", str(slow), "--name", "a", first=slow_from(25, pause=60))
     wait_for_points(process, run, 25)
+    newest = run / "checkpoints" / "step-00000021"
+    until((newest / "manifest.json").exists, process)
     process.kill()
     process.wait()
-    shard = next((run / "checkpoints" / "step-00000021").glob("*.safetensors"))
+    shard = next(newest.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -264,9 +266,9 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint(  # type: igno
     stoker, start, slow: Path, small_disk: Path
 ) -> None:
     runs = small_disk / "runs"
-    process = start("train", str(slow), "--name", "a", "--runs", str(runs))
+    process = start("train", str(slow), "--name", "a", "--runs", str(runs), first=slow_from(10))
     run = runs / "slow" / "a"
-    wait_for_points(process, run, 10)
+    until((run / "checkpoints" / "step-00000007" / "manifest.json").exists, process)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -274,7 +276,7 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint(  # type: igno
                 file.write(bytes(4096))
         except OSError:
             pass
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 1
     assert "the disk is full" in err.decode()
     assert "step-00000007" in {p.name for p in (run / "checkpoints").iterdir()}
@@ -292,12 +294,12 @@ def test_workers_end_with_a_trainer_that_is_killed(start, slow: Path, tmp_path: 
     assert len(children) >= 3  # the forkserver and two workers
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=LONG)
     assert not alive
 
 
 def test_a_run_moved_elsewhere_resumes_there(stoker, start, slow: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    process = start("train", str(slow), "--name", "a")
+    process = start("train", str(slow), "--name", "a", first=slow_from(10))
     wait_for_points(process, tmp_path / "runs" / "slow" / "a", 10)
     process.kill()
     process.wait()
