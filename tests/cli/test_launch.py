@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,14 +27,16 @@ def slow_until(file: Path, after: int, pause: float = 0.5) -> tuple[str, ...]:
     return (f"pause={pause}", f"pause_from={after}", f"until={file}")
 
 
-def _ranks(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The ranks of a launcher, by number; each says who it is where the launcher's others find it."""
-    import tempfile
+def _ranks(launcher: subprocess.Popen[bytes], temporary: Path | None = None) -> list[psutil.Process]:
+    """The ranks of a launcher, by number; each says who it is where the launcher's others find it.
 
+    Args:
+        temporary: the launcher's folder for temporary files, if it is not this process's.
+    """
     found = {}
     known = psutil.Process(launcher.pid)
     children = {process.pid: process for process in known.children(recursive=True)}
-    for file in Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid"):
+    for file in (temporary or Path(tempfile.gettempdir())).glob("stoker-launch-*/rank-*.pid"):
         with contextlib.suppress(FileNotFoundError):  # another test's, whose launch is over
             pid, made = int(file.read_text()), file.stat().st_mtime
             if pid in children and made >= known.create_time():  # of this one
@@ -142,7 +145,8 @@ def test_told_to_stop_while_they_come_up_ranks_end_quietly(
     env = {"TMPDIR": str(tmp_path)}
     process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a", env=env)
     until(lambda: any(tmp_path.glob(there)), process)
-    ranks = _ranks(process)
+    ranks = _ranks(process, tmp_path)
+    assert ranks or not there.endswith(".pid")
     process.send_signal(number)
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == code, err.decode()
