@@ -8,6 +8,7 @@ in C code (see `faulthandler`). Without a supervisor, a thread of the process it
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import mmap
 import os
@@ -23,6 +24,8 @@ FOLDER = "STOKER_LAUNCH_FOLDER"
 """The environment variable with the path of that folder."""
 RUN = "run"
 """The file in that folder that holds the run's path."""
+TWICE = "told-twice"
+"""The file that exists in that folder once the ranks were told twice to stop."""
 STACKS = signal.SIGUSR2
 """The signal that makes a rank write the stacks of its threads."""
 
@@ -130,6 +133,18 @@ def say_where(run: Path) -> None:
     folder = os.environ.get(FOLDER)
     if folder is not None:
         (Path(folder) / RUN).write_text(str(run), encoding="utf-8")
+
+
+def tell_twice(folder: Path) -> None:
+    """Let the ranks of a launch know that they are told to stop for the second time."""
+    with contextlib.suppress(OSError):  # of a full disk, for example: they will be ended anyway
+        (folder / TWICE).touch()
+
+
+def told_twice() -> bool | None:
+    """Whether the supervisor was told twice to stop; None without one."""
+    folder = os.environ.get(FOLDER)
+    return None if folder is None else (Path(folder) / TWICE).exists()
 
 
 def run_of(folder: Path) -> Path | None:

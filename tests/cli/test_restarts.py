@@ -257,12 +257,17 @@ def test_a_second_signal_ends_ranks_that_cannot_hear_it(start: Start, tmp_path: 
 
 
 def test_a_signal_that_everybody_sends_is_one(start: Start, tmp_path: Path) -> None:
-    """A scheduler signals the ranks, and the launcher too, which passes it on."""
-    process = start("train", RECIPE, *SLOW, "pause=0.3", "steps=5000", "--nproc", "2", "--name", "a")
+    """A scheduler signals the ranks, and the launcher too, which passes it on, here two seconds later."""
+    slow = (*SLOW, "pause=5", "pause_from=3", "steps=5000")
+    process = start("train", RECIPE, *slow, "--nproc", "2", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 3)
-    for rank in _ranks(process):
+    time.sleep(1)  # Python answers a signal that comes just before it sleeps with the next one that wakes it
+    ranks = _ranks(process)
+    for rank in ranks:
         rank.send_signal(signal.SIGTERM)
+    until(lambda: not any(pending(rank.pid, signal.SIGTERM) for rank in ranks), process)
+    time.sleep(2)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()

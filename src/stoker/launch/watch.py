@@ -92,12 +92,13 @@ class Watch:
             self.told, self._told_at = number, time.monotonic()
             raise Stopped(stopping.STATUS[number])
         if self.told:
-            self.signal(number)
             if not self.at_once and stopping.is_another(number, self._told_at):
                 self.at_once = True
+                supervision.tell_twice(self.folder)
                 end = threading.Timer(_AT_ONCE, self._end_all)
                 end.daemon = True
                 end.start()
+            self.signal(number)
         else:
             self._told_at = time.monotonic()
         self.told = number
