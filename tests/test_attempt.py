@@ -25,6 +25,8 @@ from stoker.report import facts, run_difference
 from stoker.run import finding, media, view
 from stoker.run.directory import RunDirectory
 
+from support import SOAK
+
 
 @pytest.fixture
 def open_run(tmp_path: Path) -> Callable[..., Run]:
@@ -179,15 +181,16 @@ class Data(TensorDataset):
 """
 
 
-@pytest.mark.parametrize(
-    ("start", "guarded"),
-    [
-        ("with stoker.Run('test') as run: train(run, Config())", False),
-        ("with stoker.Run('test', 'a') as run: train(run, Config())", False),
-        ("with stoker.Run('test', 'a') as run: train(run, Config())", True),
-        ("stoker.main(train)", False),
-    ],
-)
+STARTS = [
+    ("with stoker.Run('test') as run: train(run, Config())", False),
+    ("with stoker.Run('test', 'a') as run: train(run, Config())", True),
+    ("with stoker.Run('test', 'a') as run: train(run, Config())", False),
+    ("stoker.main(train)", False),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("start", "guarded"), STARTS if SOAK else STARTS[:2])
 def test_a_script_that_its_own_workers_would_run_is_told_of_the_guard(
     tmp_path: Path, start: str, guarded: bool
 ) -> None:
@@ -394,7 +397,8 @@ if sys.argv[2] == "raise":
 """
 
 
-@pytest.mark.parametrize("way", ["", "end", "raise"])
+@pytest.mark.soak
+@pytest.mark.parametrize("way", ["", "end", "raise"] if SOAK else ["raise"])
 def test_a_loop_that_is_left_is_saved_where_the_run_ends_without_a_block(way: str, tmp_path: Path) -> None:
     environment = {**os.environ, "STOKER_SINKS": "none"}
     command = [sys.executable, "-c", LEAVES, str(tmp_path), way]

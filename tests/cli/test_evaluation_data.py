@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stoker import storage
 
-from support import loaded, slow_from, wait_for_points
+from support import SOAK, loaded, slow_from, wait_for_points
 
 SMALL = ("train", "llm", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=4", "seed=2")
 
@@ -30,7 +30,8 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.soak
+@pytest.mark.parametrize("streaming", ["false", "true"] if SOAK else ["true"])
 def test_it_is_evaluated_on_alike_before_and_after_a_kill(
     stoker: Callable[..., Any], start: Callable[..., Any], files: Path, streaming: str
 ) -> None:

@@ -125,7 +125,7 @@ def test_killed_at_random_nothing_is_lost(
     soak = importlib.import_module("soak")
     assert not soak.soak(
         tmp_path / "runs", lambda arguments, environment: start(*arguments, env=dict(environment)),
-        kills=200 if SOAK else 10, seed=0, nproc=2,
+        kills=200 if SOAK else 6, seed=0, nproc=2,
     )  # fmt: skip
 
 

@@ -232,6 +232,7 @@ def test_every_weight_can_be_fine_tuned_with_config_from_a_file(
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.soak(small=False)
 def test_a_token_budget_is_counted_in_real_tokens(stoker: Callable[..., Any], runs: Path) -> None:
     done = stoker(
         *TUNE,
@@ -380,6 +381,7 @@ def test_a_generation_ends_with_the_positions_of_the_model(
     assert _generations(Path(done.answer["run"]), 1)
 
 
+@pytest.mark.soak(small=False)
 def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:
     """Though a follower of it ships to MLflow meanwhile."""
     least = ("max_steps=1", "validation=0", "test=0", "generate_tokens=0")

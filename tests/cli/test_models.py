@@ -134,6 +134,7 @@ def test_what_is_not_as_it_was_recorded_is_not_registered(run: RunDirectory, sto
     assert "does not match its checksum" in done.err
 
 
+@pytest.mark.soak(small=False)
 def test_nothing_of_mlflow_is_printed(run: RunDirectory, stoker: Any) -> None:
     done = stoker("models", "register", "a", "--name", "fraud", cold=True)
     assert (done.out, done.err) == ("registered fraud@1 from digits/a\n", "")

@@ -15,7 +15,7 @@ import pytest
 from stoker.run import view
 from stoker.run.directory import RunDirectory
 
-from support import points, until
+from support import SOAK, points, until
 
 SCRIPT = """
 import time
@@ -66,7 +66,8 @@ def until_it_trains(tmp_path: Path) -> None:
     until(lambda: points(tmp_path / "runs" / "loop" / "a") >= 3)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2] if SOAK else [2])
 @pytest.mark.parametrize(
     ("number", "code", "status"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted")]
 )

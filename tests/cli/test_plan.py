@@ -143,6 +143,7 @@ def test_a_shipped_config_is_planned(stoker: Command, llama: list[str]) -> None:
     assert (done.code, done.answer["parallel"], done.answer["ranks"]) == (0, "fsdp", 8)
 
 
+@pytest.mark.soak(small=False)
 def test_of_a_pipeline_the_stage_that_takes_the_most_is_said(stoker: Command, llama: list[str]) -> None:
     stages = "parallel=pipeline", "batch_size=8", "micro_batch=1", "--nproc", "2"
     found = stoker("plan", "llm", *llama, *stages, "--json").answer
@@ -166,6 +167,7 @@ def test_the_cheapest_change_that_makes_it_fit_is_said(stoker: Command, llama: l
     assert "no change was found" in stoker("plan", "llm", *llama, "batch_size=1", "--memory", "9GB").out
 
 
+@pytest.mark.soak(small=False)
 def test_an_automatic_micro_batch_is_the_largest_that_fits(stoker: Command, llama: list[str]) -> None:
     lora = "lora.rank=8", "batch_size=8", "precision=bf16"
     done = stoker("plan", "llm", *llama, *lora, "micro_batch=auto", "--memory", "8GB", "--json")

@@ -191,15 +191,14 @@ def test_a_store_that_fails_for_a_while_gets_all_of_it(
     assert _checkpoints(objects()) == [path.name for path in manifest.committed(run / "checkpoints")]
 
 
-@pytest.mark.soak
+@pytest.mark.soak(small=False)
 def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
     start: Start, stoker: Command, machine: Any, url: str, proxy: Proxy, objects: Objects, tmp_path: Path
 ) -> None:
     """It answers nothing from step 50 on; the run trains to its end, and goes there later."""
     env = machine("one")
     same = ("train", RECIPE, *SLOW, "pause=0.1", "pause_from=50", "--name", "a", "--runs", url)
-    short = "" if SOAK else "from stoker.run import uploader; uploader.FINISH_PATIENCE = 5.0"
-    process = start(*same, env=env, first=short)
+    process = start(*same, env=env)
     _wait_for_copy(tmp_path, url, process)
     run = _copy(tmp_path, "one", url)
     wait_for_points(process, run, 50)
@@ -383,6 +382,7 @@ def _wait_for_copy(tmp_path: Path, url: str, process: subprocess.Popen[bytes], m
     until((tmp_path / machine / "stores").is_dir, process)
 
 
+@pytest.mark.soak(small=False)
 def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
     start: Start, stoker: Command, machine: Any, url: str, proxy: Proxy, bucket: Any, objects: Objects,
     tmp_path: Path,

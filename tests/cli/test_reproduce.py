@@ -24,7 +24,7 @@ import yaml
 
 import families
 from commands import Command, Start
-from support import LONG, loaded, slow_from, until, wait_for_points
+from support import LONG, SOAK, loaded, slow_from, until, wait_for_points
 
 # Randomness in the model, in the data and in the loop; a module of its own that git does not know.
 TRAINED = """
@@ -299,6 +299,7 @@ def test_the_first_step_that_differs_and_how_far_it_drifts_are_said(counted: Pat
     assert answer["fingerprints"].keys() == {"numbers"}
 
 
+@pytest.mark.soak(small=False)
 def test_an_environment_is_built_from_the_lock(project: Path, stoker: Command) -> None:
     installed, wheels = project.parent / "packages", project.parent / "wheels"
     site = sysconfig.get_path("purelib")  # what stoker itself needs is not in so small a lock
@@ -760,7 +761,8 @@ def test_a_package_says_the_revision_of_data_of_a_hub(project: Path, stoker: Com
     assert f"org/name ({'a' * 20})" in shown.out
 
 
-@pytest.mark.parametrize("by_git", [True, False])
+@pytest.mark.soak
+@pytest.mark.parametrize("by_git", [True, False] if SOAK else [True])
 def test_a_module_of_a_package_is_made_again_packaged_and_resumed_from_elsewhere(
     project: Path, tmp_path: Path, by_git: bool
 ) -> None:
@@ -945,6 +947,7 @@ def test_a_model_that_was_restored_or_moved_is_found_by_its_content(stoker: Comm
     assert "- model: `model`" in (tmp_path / "packed" / "README.md").read_text()
 
 
+@pytest.mark.soak(small=False)
 def test_a_run_whose_model_is_that_of_another_run_is_repeated_from_a_copy_of_it(
     stoker: Command, tmp_path: Path
 ) -> None:

@@ -173,6 +173,7 @@ def test_rungs_and_budget_are_counted_by_epochs(stoker: Command, tmp_path: Path)
     assert "--budget is in steps, --least and --most in epochs" in refused.err
 
 
+@pytest.mark.soak(small=False)
 def test_rungs_may_be_shares_of_the_data(stoker: Command, start: Start, tmp_path: Path) -> None:
     """Each is a training of its own: on 36 % of the 64 samples, then on all."""
     recipe = str(Path(__file__).parent / "quadratic.py")
@@ -460,15 +461,14 @@ def test_a_grid_has_each_point_once_and_qmc_draws_what_is_conditional(stoker: Co
     assert "[W" not in done.err
 
 
+WAYS = [
+    ("--scheduler", "asha", "--least", "1", "--most", "9"),
+    ("--sampler", "random", "--reuse-processes"),  # the next trial is in a process's hands
+]
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize(
-    "how",
-    [
-        ("--scheduler", "asha", "--least", "1", "--most", "9"),
-        ("--sampler", "random", "--reuse-processes"),  # the next trial is in a process's hands
-    ],
-    ids=["asha", "ahead"],
-)
+@pytest.mark.parametrize("how", WAYS if SOAK else WAYS[:1])
 def test_killed_at_random_moments_it_ends_as_it_would_have(
     how: tuple[str, ...], start: Start, stoker: Command, tmp_path: Path
 ) -> None:
@@ -696,6 +696,7 @@ def test_how_a_population_explores_can_be_set(stoker: Command) -> None:
         assert trial["params"]["h0"] / trials[trial["parent"]]["params"]["h0"] in (0.5, 4)
 
 
+@pytest.mark.soak(small=False)
 def test_a_population_learns_from_what_values_have_gained(stoker: Command) -> None:
     recipe = str(Path(__file__).parent / "quadratic.py")
     given = ("h0=uniform(0, 1)", "h1=uniform(0, 1)", "precision=fp32", "--metric", "score", "--goal", "max")
@@ -806,6 +807,7 @@ def test_a_search_whose_process_that_ships_was_killed_is_shipped_whole(
     assert json.loads(ledger.read_text())["concluded"]
 
 
+@pytest.mark.soak(small=False)
 @pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, by MLflow
 def test_mlflow_has_a_parent_for_each_search_of_one_name(stoker: Command, tmp_path: Path) -> None:
     """Two searches of one server, or one whose folder was deleted and another in its place."""

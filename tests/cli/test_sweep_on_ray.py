@@ -207,6 +207,7 @@ def _wait_for_a_checkpoint(process: subprocess.Popen[bytes], sweep: Path) -> Non
     until(lambda: list(sweep.glob("*/checkpoints/*/manifest.json")), process)
 
 
+@pytest.mark.soak(small=False)
 def test_a_machine_that_lacks_stoker_is_named_and_its_trials_run_elsewhere(
     stoker: Command, ray_cluster: OnOneMachine, tmp_path: Path
 ) -> None:

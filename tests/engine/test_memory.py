@@ -9,6 +9,7 @@ import pytest
 import strategies_run
 
 import ranks
+from support import SOAK
 
 # Rajbhandari et al. 2020 (arXiv:1910.02054), section 3, for psi parameters on n ranks: weights and
 # gradients in two bytes, and in float32 the weights and AdamW's two moments, twelve bytes.
@@ -22,7 +23,8 @@ FORMULAS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.soak
+@pytest.mark.parametrize("size", [1, 2, 4] if SOAK else [2])
 def test_a_rank_holds_what_the_formulas_say(name: str, size: int, tmp_path: Path) -> None:
     for found in ranks.run(strategies_run.memory, size, tmp_path, tmp_path, name):
         expected = FORMULAS[name](found["psi"], size)

@@ -130,6 +130,7 @@ def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(
     assert [step for step, _ in run.points["val_loss"].items()] == [1, 2, 3]
 
 
+@pytest.mark.soak(small=False)
 def test_a_run_whose_process_was_killed_after_its_last_value_has_that_value(tmp_path: Path) -> None:
     """As during an export or a last test, after which there is nothing left to train."""
     lost, *others = killed_at(3, tmp_path).trials

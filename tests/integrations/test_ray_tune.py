@@ -78,6 +78,7 @@ def test_asha_stops_trials_and_one_that_is_killed_goes_on_from_its_checkpoint(tm
     assert statuses == {"finished", "stopped"}
 
 
+@pytest.mark.soak(small=False)
 def test_population_based_training_goes_on_from_anothers_weights_optimizer_and_data(tmp_path: Path) -> None:
     """Two members that take turns."""
     made = trainable(RECIPE, FIXED, metric="score", runs=tmp_path, experiment="pbt")

@@ -141,6 +141,7 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.soak(small=False)
 def test_worker_processes_of_a_script_search_if_they_may_have_children(tmp_path: Path) -> None:
     _script(tmp_path)
     workers = tmp_path / "workers.py"

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import families
+from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's
 
@@ -80,7 +81,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("recomputed", "lora"), [("none", False), ("selective", True)])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+@pytest.mark.soak
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"] if SOAK else ["gemma3"])
 def test_a_block_on_a_gpu_is_one_graph(family: str, recomputed: str, lora: bool, as_on_a_gpu: None) -> None:
     made, fake = model(family).bfloat16(), FakeTensorMode(allow_non_fake_inputs=True)
     if lora:

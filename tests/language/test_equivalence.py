@@ -24,6 +24,7 @@ from stoker.world import World
 from transformers import AutoModelForCausalLM
 
 import ranks
+from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' Trainer, and of peft
 
@@ -150,7 +151,8 @@ BY_RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", BY_RANKS)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", BY_RANKS if SOAK else ["fsdp", "zero-2"])
 def test_lora_plus_has_one_curve_under_every_strategy_and_goes_on_in_one_process(
     name: str, base: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ print(json.dumps(made[0, text["input_ids"].shape[1] :].tolist()))
 """
 
 
+@pytest.mark.soak(small=False)
 def test_a_model_trained_on_longer_texts_is_scaled_wherever_it_is_read(
     stoker: Command, tmp_path: Path
 ) -> None:

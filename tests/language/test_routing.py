@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import families
 import ranks
 from commands import Command
+from support import SOAK
 
 WITH_EXPERTS = [family for family in families.FAMILIES if family in ("mixtral", "phimoe", "qwen3_moe")]
 
@@ -127,7 +128,8 @@ def alone(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[f
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+@pytest.mark.soak
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"] if SOAK else ["fsdp"])
 def test_under_every_strategy_it_is_as_in_one_process(
     strategy: str, saved: Path, alone: tuple[list[float], dict[str, Any]], tmp_path: Path
 ) -> None:

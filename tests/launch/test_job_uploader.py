@@ -83,6 +83,7 @@ def test_one_that_is_killed_leaves_what_it_brought_and_the_next_one_goes_on(job:
     assert _there(job, "attempts.txt") == (job.folder / "attempts.txt").read_text()
 
 
+@pytest.mark.soak(small=False)
 def test_a_secret_of_several_lines_does_not_get_there_and_what_follows_is_there_once(
     job: Job, begin: Begin
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     assert all(line.startswith("[rank 1] ") for line in of_one)
 
 
+@pytest.mark.soak(small=False)
 def test_a_job_that_reaches_its_time_limit_goes_on_and_leaves_a_checkpoint_where_it_is_cancelled(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     assert sorted(forgotten.out.splitlines()) == sorted(there.out.splitlines())
 
 
+@pytest.mark.soak(small=False)
 def test_a_node_that_lacks_what_a_job_needs_ends_it_at_once_and_says_which_and_why(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from stoker.run import journal, media, view
 from stoker.run.directory import RunDirectory
 
 from browser import Browser, needs_chromium
-from support import until
+from support import SOAK, until
 
 pytestmark = needs_chromium
 
@@ -159,7 +159,11 @@ def test_a_step_of_images_is_shown_by_the_slider(browser: Browser) -> None:
     assert browser.run("document.querySelector('.images img').naturalWidth") == 2
 
 
-@pytest.mark.parametrize("script", ["console.error('x')", "throw new Error('x')", "Plotly.missing()"])
+ERRORS = ["console.error('x')", "throw new Error('x')", "Plotly.missing()"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", ERRORS if SOAK else ERRORS[:1])
 def test_an_error_in_the_console_is_noticed(page: Path, tmp_path: Path, script: str) -> None:
     broken = tmp_path / "broken.html"
     text = page.read_text().replace("script-src ", "script-src 'unsafe-inline' ", 1)

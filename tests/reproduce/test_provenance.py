@@ -341,6 +341,7 @@ def test_a_run_without_a_record_of_its_code_says_so(tmp_path: Path) -> None:
         provenance.read_code(tmp_path)
 
 
+@pytest.mark.soak(small=False)
 def test_the_lock_is_one_that_pip_takes(repository: Path, tmp_path: Path) -> None:
     target, _ = _record(tmp_path, repository)
     lock = target / provenance.REQUIREMENTS

@@ -116,6 +116,7 @@ def stall(monkeypatch: pytest.MonkeyPatch) -> float:
     return object_store.STALL
 
 
+@pytest.mark.soak(small=False)
 def test_an_upload_to_google_lasts_while_parts_arrive(google: Proxy, stall: float, tmp_path: Path) -> None:
     store, file = Store("gs://bucket/runs", "", patience=0.0), tmp_path / "file"
     file.write_bytes(bytes(110_000_000))
@@ -126,6 +127,7 @@ def test_an_upload_to_google_lasts_while_parts_arrive(google: Proxy, stall: floa
     assert [stored.size for stored in store.objects().values()] == [110_000_000]
 
 
+@pytest.mark.soak(small=False)
 def test_transfers_of_azure_last_while_parts_arrive(
     azure: AzureServer, stall: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from stoker.object_store import Store, Unreachable
 from stoker.run.lease import InStore, Lease
 
 from servers import Proxy
+from support import SOAK
 
 
 @pytest.fixture
@@ -81,7 +82,8 @@ def test_a_large_file_goes_in_parts(
     assert (tmp_path / "again").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("mode", ["500", "503", "hang", "drop", "refuse"])
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["500", "503", "hang", "drop", "refuse"] if SOAK else ["503", "drop"])
 def test_what_fails_for_a_while_is_tried_again(mode: str, store: Store, proxy: Proxy, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"x" * 20_000_000)
