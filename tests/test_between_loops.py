@@ -19,6 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 
+from support import SOAK
+
 Change = Callable[[Trainer], None]
 
 
@@ -148,7 +150,8 @@ def _assert_goes_on(
     assert media[0] == media[1]
 
 
-@pytest.mark.parametrize("dies_at", [(5,), (7,), (9,), (9, 13)])
+@pytest.mark.soak
+@pytest.mark.parametrize("dies_at", [(5,), (7,), (9,), (9, 13)] if SOAK else [(7,), (9, 13)])
 @pytest.mark.parametrize("change", [_reset, _shake, _slow_down, _thaw, _thaw_in_place])
 def test_what_is_changed_between_two_loops_is_changed_once(
     change: Change, dies_at: tuple[int, ...], tmp_path: Path

@@ -152,6 +152,7 @@ def test_of_a_pipeline_the_stage_that_takes_the_most_is_said(stoker: Command, ll
     assert "the stage of rank 1 needs the most" in stoker("plan", "llm", *llama, *stages).out
 
 
+@pytest.mark.soak(small=False)
 def test_the_cheapest_change_that_makes_it_fit_is_said(stoker: Command, llama: list[str]) -> None:
     lora = "lora.rank=8", "batch_size=4", "precision=bf16"
     done = stoker("plan", "llm", *llama, *lora, "--memory", "3GB", "--json")

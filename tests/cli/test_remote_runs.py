@@ -311,6 +311,7 @@ def test_any_machine_ships_to_the_sinks_a_run_that_another_one_trained(
     assert objects() == before
 
 
+@pytest.mark.soak(small=False)
 def test_what_one_machine_adds_to_a_run_every_other_one_sees(
     stoker: Command, machine: Any, url: str, proxy: Proxy
 ) -> None:

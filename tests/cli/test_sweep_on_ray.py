@@ -20,13 +20,12 @@ import pytest
 
 from commands import Command, Start
 from ray_machines import Machines, started
-from support import LONG, SOAK, loaded, until
+from support import LONG, loaded, until
 
 SEARCHED = str(Path(__file__).parent / "searched.py")
 QUADRATIC = str(Path(__file__).parent / "quadratic.py")
-_KILLS, _TRIALS = (20, 30) if SOAK else (3, 6)
 ASHA = (
-    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=1", "--trials", str(_TRIALS),
+    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=1", "--trials", "30",
     "--scheduler", "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
 )  # fmt: skip
 
@@ -104,7 +103,7 @@ def brief(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(t["number"], t["state"], t["value"], t["params"], t["values"]) for t in answer["trials"]]
 
 
-@pytest.mark.soak
+@pytest.mark.soak(small=False)
 def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
     start: Start, stoker: Command, ray_cluster: OnOneMachine, tmp_path: Path
 ) -> None:
@@ -122,7 +121,7 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
     kinds = ["trainer", "host", "controller"]
     process = start(*given)
     before = 0
-    for number, kind in enumerate(kinds + [draws.choice(kinds) for _ in range(_KILLS - 3)]):
+    for number, kind in enumerate(kinds + [draws.choice(kinds) for _ in range(17)]):
         if number % 3 == 2:
             _wait_for_progress(process, tmp_path / "runs" / "parts", before)
         _wait_for_a_trainer(process, ray_cluster)

@@ -162,8 +162,8 @@ def test_the_peak_is_that_of_a_real_step(name: str, tmp_path: Path) -> None:
     assert plan["optimizer"] == pytest.approx(2 * whole / share, rel=0.01)
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"] if SOAK else ["1f1b"])
+@pytest.mark.soak(small=False)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_each_stage_of_a_pipeline_is_planned_as_it_is(schedule: str, tmp_path: Path) -> None:
     settings = {
         "precision": "fp32", "parallel": "pipeline", "micro_batch": 2,

@@ -116,7 +116,8 @@ def plus(kind: str, base: Path, chats: Path, **settings: Any) -> llm.Config:
     return equivalence_run.config(base, chats, **{"lora": lora, "lr": 2e-4, **PLUS, **settings})
 
 
-@pytest.mark.parametrize(("kind", "decay"), [("lora", 0.1), ("dora", 0.0)])
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "decay"), [("lora", 0.1), ("dora", 0.0)] if SOAK else [("lora", 0.1)])
 def test_lora_plus_has_the_curve_of_peft_s_optimizer(
     kind: str, decay: float, base: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -170,7 +170,8 @@ def gone_on(saved: dict[str, Path], begun: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own
-@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+@pytest.mark.soak
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"] if SOAK else ["zero3"])
 def test_an_adapter_is_gone_on_with_under_every_strategy_as_in_one_process(
     strategy: str,
     begun: Path,

@@ -23,7 +23,6 @@ from stoker.tracking import follower, ledger, wandb_files
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
 from servers import mlflow_server, postgres, postgres_binaries
-from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -425,8 +424,8 @@ def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
     assert dict(reader.points("loss"))[50] == 3050
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("whole_experiment", [False, True] if SOAK else [True])
+@pytest.mark.soak(small=False)
+@pytest.mark.parametrize("whole_experiment", [False, True])
 def test_what_was_deleted_in_mlflow_is_made_anew(
     tmp_path: Path,
     mlflow_on_postgres: str,

@@ -29,6 +29,7 @@ from synthetic_run import DEADLINE, Trainer, make_run, until
 
 import warm
 from servers import WandbServer
+from support import SOAK
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,8 @@ def _ship_and_die(path: Path, wait: float, whom: str) -> None:
     shipper.ship_next()
 
 
-@pytest.mark.parametrize("whom", ["follower", "wandb"])
+@pytest.mark.soak
+@pytest.mark.parametrize("whom", ["follower", "wandb"] if SOAK else ["wandb"])
 @pytest.mark.parametrize("wait", [0.0, 2.5], ids=["in memory", "on disk"])
 def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
     tmp_path: Path, wait: float, whom: str
