@@ -165,6 +165,40 @@ def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one
     assert caught.value.exit_code == code
 
 
+def test_machines_that_were_suspended_together_were_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock[0])
+    host = rounds.Host(TWO, Budget(0), frozenset({2}))
+    reports = [Report(name, name, 1, "2", first=name == "a") for name in "ab"]
+    for report in reports:
+        host.hear(report)
+    reports = [dataclasses.replace(report, round=1, phase=rounds.RUNNING) for report in reports]
+    for report in (*reports, *reports):
+        clock[0] += 3600.0  # and each goes on at its own time
+        assert host.hear(report).over == ""
+    for _ in range(25):
+        clock[0] += 0.5
+        answer = host.hear(reports[0])
+    assert answer.error.startswith("b does not respond, so all machines have ended")
+
+
+def test_a_machine_that_was_suspended_asks_before_it_believes_that_the_others_are_gone(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SILENCE", LONG)
+    end = meeting.host()
+    seat = meeting.seat(first=True)
+    real, slept = rounds.time.monotonic, [0.0]
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: real() + slept[0])
+    slept[0] = 2 * LONG
+    assert seat.why_over() == ""
+    end()
+    for _ in range(100):
+        slept[0] += 4.0
+        said = seat.why_over()
+    assert "does not answer for" in said
+
+
 def test_a_lost_machine_leaves_its_place_to_another_while_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -35,6 +35,7 @@ from stoker.launch.rounds import (
     SILENCE,
     WAITING,
     Answer,
+    Awake,
     Host,
     Machines,
     Report,
@@ -69,7 +70,8 @@ class Seat:
         self._report = Report(uuid.uuid4().hex, platform.node(), nproc, str(nodes), folder, first)
         self._answer = Answer()
         self._failed_at = 0.0
-        self._heard = time.monotonic()
+        self._clock = Awake()
+        self._heard = self._clock()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="nodes", daemon=True)
@@ -95,7 +97,7 @@ class Seat:
             if answer.round > done and not answer.over and answer.number >= 0:
                 self._say(round=answer.round, phase=RUNNING, said="", code=0)
                 return answer
-            if time.monotonic() - self._heard > COMING:
+            if self._clock() - self._heard > COMING:
                 code, said = waited(f"{self._where} does not answer for {COMING:.0f} s", begun=done > 0)
                 raise _error(code, said)
             time.sleep(BEAT / 5)
@@ -146,7 +148,7 @@ class Seat:
 
     def why_over(self) -> str:
         """Why the round that this machine takes part in is over; empty if it is not."""
-        answer, silence = self._answer, time.monotonic() - self._heard
+        answer, silence = self._answer, self._clock() - self._heard
         if answer.ended:
             return answer.error or "it has ended"
         if answer.over or answer.round > self._report.round:
@@ -181,7 +183,7 @@ class Seat:
             message = json.dumps(asdict(self._report)).encode()
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             self._answer = Answer(**_ask(self._address, message))
-            self._heard = time.monotonic()
+            self._heard = self._clock()
 
 
 @contextlib.contextmanager

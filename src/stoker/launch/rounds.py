@@ -30,6 +30,7 @@ SILENCE = 10.0  # seconds without a message after which a machine counts as gone
 COMING = 600.0  # seconds to wait for the others
 LAST_CALL = 5.0  # seconds to wait for more machines than needed, before the first round
 _COLLECT = 1.5  # seconds after a failure in which related failures may be reported
+_NAP = 5.0  # seconds without a look at the clock which mean that this process did not run
 
 _NOT_SHARED = (
     "the runs folder of {host} is not the one that the other machines use: set --runs to a folder that they "
@@ -37,6 +38,26 @@ _NOT_SHARED = (
 )
 
 _TOLD = "{host} was told to stop"
+
+
+class Awake:
+    """A clock that stands still while this process does, in seconds; looked at more than once a second.
+
+    A scheduler can suspend all processes of a job and let them go on later: then no machine was silent.
+    """
+
+    def __init__(self) -> None:
+        self._passed, self._looked = 0.0, time.monotonic()
+        self._lock = threading.Lock()
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked < _NAP:
+                self._passed += now - self._looked
+            self._looked = now
+            return self._passed
+
 
 WAITING, RUNNING, FAILED, DONE, GONE = "waiting", "running", "failed", "done", "gone"
 
@@ -161,7 +182,9 @@ class Host:
     knocked: dict[str, float] = field(default_factory=dict)
     """When machines for which there was no room reported first."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    since: float = field(default_factory=time.monotonic)
+    clock: Awake = field(default_factory=Awake)
+    """Looked at with each report, of which this machine makes two a second."""
+    since: float = 0.0
     """When waiting for machines began, or the last one joined."""
 
     def hear(self, report: Report) -> Answer:
@@ -169,7 +192,7 @@ class Host:
         refused = self._refusal(report)
         if refused:
             return Answer(ended=True, code=2, error=refused)
-        now, known = time.monotonic(), self.members.get(report.node)
+        now, known = self.clock(), self.members.get(report.node)
         if report.phase == GONE or (report.leaving and not self._plays(known)):
             self._let_go(report, now)
             return self.answer or Answer(ended=True, code=EXIT_PREEMPTED)
@@ -236,7 +259,7 @@ class Host:
 
     def _make_room(self) -> bool:
         """Remove a machine that is gone, and plays no part in a round, to make room for a new one."""
-        now = time.monotonic()
+        now = self.clock()
         silent = {node: member for node, member in self.members.items() if now - member.heard > SILENCE}
         gone = [node for node, member in silent.items() if not self._plays(member)]
         if not gone:
@@ -366,7 +389,7 @@ class Host:
 
     def _pause(self, why: str, *, quiet: bool = False) -> None:
         """The round is over; the next one will follow."""
-        self.running, self.over, self.since = False, why, time.monotonic()
+        self.running, self.over, self.since = False, why, self.clock()
         if not quiet:
             log.info("%s: continuing with the machines that are available", why)
 
