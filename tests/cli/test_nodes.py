@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from stoker.checkpoint import manifest
+from stoker.launch.rounds import SILENCE
 from test_launch import RECIPE, SLOW, _ranks, _weights, slow_until
 
 from commands import Command, Start
@@ -104,6 +107,28 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
     assert list(seen.points["loss"].x) == list(range(1, 201))
     assert stoker(*same, "pause=0", "--nproc", "2", "--name", "whole").code == 0
     assert _weights(run) == _weights(tmp_path / "runs" / "ranked" / "whole")
+
+
+@pytest.mark.soak(small=False)
+def test_machines_that_are_suspended_together_go_on_where_they_are(
+    machines: Machines, tmp_path: Path
+) -> None:
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    go = tmp_path / "go"
+    same = ("train", RECIPE, *SLOW, *slow_until(go, 50))
+    processes = [machines.start(name, *same, *together) for name in ("a", "b")]
+    until(lambda: points(run) > 50, *processes)
+    launchers = [psutil.Process(process.pid) for process in processes]
+    everything = [one for launcher in launchers for one in (launcher, *launcher.children(recursive=True))]
+    for one in everything:
+        one.suspend()
+    time.sleep(2 * SILENCE)
+    for one in everything:
+        one.resume()
+    go.touch()
+    assert [process.wait(LONG) for process in processes] == [0, 0], _all_said(machines)
+    assert [attempt.world for attempt in loaded(run).attempts] == [2]
 
 
 def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Machines, tmp_path: Path) -> None:
