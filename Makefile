@@ -58,8 +58,8 @@ lint: setup
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
-soak: setup
-	STOKER_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
+soak: setup packages
+	STOKER_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak --timeout 3600
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
