@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 import uuid
@@ -183,6 +184,22 @@ def test_machines_that_share_no_folder_are_told(machines: Machines, tmp_path: Pa
     until(lambda: any(process.poll() == 2 for process in processes))
     told = next(n for n, process in enumerate(processes) if process.poll() == 2)
     assert "is not the one that the other machines use" in machines.said("ab"[told]).read_text()
+
+
+def test_a_machine_that_is_given_another_command_is_told(machines: Machines, tmp_path: Path) -> None:
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
+    a = machines.start("a", "train", RECIPE, *SLOW, *together)
+    until(lambda: "1 of 2" in machines.said("a").read_text(), a)
+    b = machines.start("b", "train", RECIPE, *SLOW, "steps=90", *together)
+    assert b.wait(LONG) == 2, _all_said(machines)
+    said = machines.said("b").read_text()
+    assert re.search(
+        r"error: steps=90 on \S+, steps=200 on \S+: give the same command on every machine", said
+    )
+    assert "was refused: steps=90 on" in machines.said("a").read_text()
+    a.terminate()
+    assert a.wait(LONG) == 75
+    assert not (tmp_path / "runs" / "ranked" / "a").exists()
 
 
 def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines, tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, StokerError
@@ -16,7 +20,7 @@ from stoker.launch.nodes import Seat
 from stoker.launch.rounds import Answer, Machines, Report
 from stoker.machine import free_port
 
-from support import LONG
+from support import LONG, until
 
 TWO = Machines(2, 2)
 
@@ -163,6 +167,117 @@ def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one
     with pytest.raises(StokerError, match="only 1 of 2 machines joined within 1 s") as caught:
         meeting.round_of(meeting.seat(first=True)).result(LONG)
     assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"run": "test/b"}, "b trains test/b, but a, which meets the others at the same address, test/a: "),
+        ({"config": {"lr": 0.1, "size": 4, "data": "x"}}, "size=4 on b, size=2 on a: give the same "),
+        ({"config": {"lr": 0.1, "size": 2}}, "data=null on b, data=x on a: give the same command on every"),
+    ],
+)
+def test_a_machine_that_is_told_something_else_is_refused_and_the_others_train(
+    told: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", "stoker")
+    host = rounds.Host(Machines(1, 3), Budget(0), frozenset({1, 2, 3}))
+    same: dict[str, Any] = {"run": "test/a", "config": {"lr": 0.1, "size": 2, "data": "x"}}
+    first = Report("a", "a", 1, "1:3", first=True, **same)
+    host.hear(first)
+    for _ in range(2):
+        refused = host.hear(Report("b", "b", 1, "1:3", **{**same, **told}))
+        assert (refused.ended, refused.code) == (True, 2)
+        assert said in refused.error
+    assert [record.getMessage() for record in caplog.records] == [f"b was refused: {refused.error}"]
+    assert not host.hear(first).ended
+    assert not host.hear(Report("c", "c", 1, "1:3", **same)).ended
+
+
+class _Stranger(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.send_error(501)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    """The port of another program."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Stranger) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_where_another_program_answers_is_said_at_once_on_every_machine(stranger: int) -> None:
+    said = f"--rendezvous 127.0.0.1:{stranger}: another program answers there; give a port that is free"
+    here = nodes.seat(f"127.0.0.1:{stranger}", 1, TWO, 0, frozenset({2}))
+    with pytest.raises(BadInput, match=said), here:
+        pass
+    elsewhere = Seat(("127.0.0.1", stranger), 1, TWO)
+    try:
+        with pytest.raises(BadInput, match=said):
+            elsewhere.next_round()
+    finally:
+        kill(elsewhere)
+
+
+def test_a_port_that_is_taken_by_what_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "_MESSAGE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        here = nodes.seat(address, 1, TWO, 0, frozenset({2}))
+        said = f"--rendezvous {address}: Address already in use; give a port that is free"
+        with pytest.raises(BadInput, match=said), here:
+            pass
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_machine_says_what_it_waits_for_and_which_one_it_is(
+    host: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "_UNHEARD", 0.0)
+    caplog.set_level("INFO", "stoker")
+    port, pool = free_port(), ThreadPoolExecutor()
+    address = nodes.parsed(f"{host}:{port}")
+    other = Seat(address, 1, TWO)
+    joins = pool.submit(other.next_round)
+    until(lambda: f"{host}:{port} does not answer yet: waiting up to 600 s" in caplog.messages)
+    with nodes.seat(f"{host}:{port}", 1, TWO, 0, frozenset({2})) as seat:
+        begun = pool.submit(seat.next_round)
+        assert (begun.result(LONG).number, joins.result(LONG).number) == (0, 1)
+        kill(other)
+    pool.shutdown()
+    assert "this is machine 1 of 2" in caplog.messages
+    assert not [said for said in caplog.messages if "not begun" in said]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("node0", "give the HOST:PORT of one of the machines"),
+        ("[]:1", "give the HOST:PORT of one of the machines"),
+        ("fd00::1:29500", "write an IPv6 address as [fd00::1]:29500"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(given: str, said: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        nodes.parsed(given)
+
+
+def test_a_name_that_only_this_machine_reaches_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /etc/hosts of Debian."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+    monkeypatch.setattr(nodes.socket, "getaddrinfo", lambda *_: found)
+    assert nodes._is_here("node0")
+    (said,) = caplog.messages
+    assert said.startswith("node0 is 127.0.1.1 on this machine, which no other one reaches: ")
+    assert nodes._is_here("127.0.1.1")
+    assert len(caplog.messages) == 1
 
 
 def test_machines_that_were_suspended_together_were_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:

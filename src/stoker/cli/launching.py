@@ -131,6 +131,7 @@ def start(
         training.run_rank, (named,), nproc=launch.ranks, preload=recipe.preload,
         max_restarts=launch.max_restarts, machines=launch.nodes, rendezvous=launch.rendezvous or "",
         shared=runs.absolute(), sizes=sizes, stopped=lambda: _say_stopped(named),
+        work=(f"{experiment}/{named.name}", redaction.tree(resolved.values)),
     )  # fmt: skip
 
 

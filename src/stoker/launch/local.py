@@ -54,6 +54,7 @@ def run(
     rendezvous: str = "",
     shared: Path | None = None,
     sizes: frozenset[int] = frozenset([1]),
+    work: tuple[str, dict[str, Any]] = ("", {}),
     stopped: Callable[[], None] = lambda: None,
 ) -> int:
     """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
@@ -68,6 +69,7 @@ def run(
         sizes: the numbers of machines that can share the work, if it may change.
         rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
         shared: a folder that all machines must share.
+        work: the name and the config of the run, without secrets, which must be those of all machines.
         stopped: called on the machine where they meet, if the ranks were told to stop and will not be
             started again.
 
@@ -79,10 +81,12 @@ def run(
     with signals.raised():  # until there are ranks to tell, the launcher ends as they would
         if machines.most == 1:
             return _alone(job, Budget(max_restarts))
-        with nodes.seat(rendezvous, nproc, machines, max_restarts, sizes, shared) as seat:
+        with nodes.seat(rendezvous, nproc, machines, max_restarts, sizes, shared, work) as seat:
             code = _together(job, seat, nodes.parsed(rendezvous)[0])
             if seat.first and code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
                 stopped()
+            if not seat.first:
+                log.info("training has ended on all machines with exit code %d", code)
             return code
 
 
@@ -227,7 +231,7 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     config = LaunchConfig(
         min_nodes=place.machines, max_nodes=place.machines, nproc_per_node=job.nproc,
         run_id=place.id or uuid.uuid4().hex, max_restarts=0, rdzv_backend="static",
-        rdzv_endpoint=f"{place.host}:{place.port or machine.free_port()}",  # c10d takes up to 0.3 s longer
+        rdzv_endpoint=nodes.written(place.host, place.port or machine.free_port()),  # c10d takes 0.3 s more
         rdzv_configs={"rank": place.number, "timeout": _COMING_UP},
         monitor_interval=_POLL,
         start_method="forkserver", signals_to_handle="SIGQUIT",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import logging
 import platform
@@ -48,8 +49,21 @@ BEAT = 0.5  # seconds between two messages of a machine
 _MESSAGE = 3.0  # seconds that a message may take
 _GOODBYE = 5.0  # seconds for the others to be told how it ended
 
+_UNHEARD = 3.0  # seconds without an answer after which it is said that this machine waits
+_SERVER = "stoker-launcher"
+_TRIES = 3  # to reach the launcher that may have taken the port
+_TAKEN = "--rendezvous {where}: another program answers there; give a port that is free on that machine"
+
 _MARK = ".shared"
 _LOOKS = 50
+
+
+class _Stranger(Exception):
+    """What answers is no launcher."""
+
+
+class _Refused(OSError):
+    """A launcher answers, which does not understand the message."""
 
 
 class Seat:
@@ -60,14 +74,23 @@ class Seat:
         nproc: ranks on this machine.
         nodes: how many machines there will be.
         folder: the id of the shared folder.
+        work: the name and the config of the run.
         first: whether the rendezvous is at this machine.
     """
 
     def __init__(
-        self, address: tuple[str, int], nproc: int, nodes: Machines, folder: str = "", *, first: bool = False
+        self,
+        address: tuple[str, int],
+        nproc: int,
+        nodes: Machines,
+        folder: str = "",
+        work: tuple[str, dict[str, Any]] = ("", {}),
+        *,
+        first: bool = False,
     ) -> None:
         self._address = address
-        self._report = Report(uuid.uuid4().hex, platform.node(), nproc, str(nodes), folder, first)
+        self._report = Report(uuid.uuid4().hex, platform.node(), nproc, str(nodes), folder, *work, first)
+        self._stranger = ""
         self._answer = Answer()
         self._failed_at = 0.0
         self._clock = Awake()
@@ -86,16 +109,23 @@ class Seat:
         """Wait for the next round, or the end. Raises StokerError, BadInput if that is an error."""
         self._say(phase=WAITING)
         done = self._report.round
-        if self.why_over() and not self._answer.ended:
+        if done and self.why_over() and not (self._answer.ended or self.first or self.leaves):
             log.info("%s; waiting for the others to start again", self.why_over())
+        told = _Told(self._where)
         while True:
             answer = self._answer
+            if self._stranger:
+                raise BadInput(self._stranger)
+            if not (done or self.first):
+                told.waiting(self._clock() - self._heard, answer, self._report.nodes)
             if answer.error:
                 raise _error(answer.code, answer.error)
             if answer.ended:
                 return answer
             if answer.round > done and not answer.over and answer.number >= 0:
                 self._say(round=answer.round, phase=RUNNING, said="", code=0)
+                if not self.first:
+                    log.info("this is machine %d of %d", answer.number, answer.machines)
                 return answer
             if self._clock() - self._heard > COMING:
                 code, said = waited(f"{self._where} does not answer for {COMING:.0f} s", begun=done > 0)
@@ -165,7 +195,7 @@ class Seat:
 
     @property
     def _where(self) -> str:
-        return f"{self._address[0]}:{self._address[1]}"
+        return written(*self._address)
 
     def _say(self, **fields: Any) -> None:
         with self._lock:
@@ -181,9 +211,30 @@ class Seat:
         with self._lock:
             self._report.ago = time.time() - self._failed_at
             message = json.dumps(asdict(self._report)).encode()
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        try:
             self._answer = Answer(**_ask(self._address, message))
-            self._heard = self._clock()
+            self._heard, self._stranger = self._clock(), ""
+        except _Stranger:
+            self._stranger = _TAKEN.format(where=self._where)
+        except (OSError, http.client.HTTPException, ValueError, TypeError):
+            pass
+
+
+class _Told:
+    """What a machine is told while it waits for the first round, once each."""
+
+    def __init__(self, where: str) -> None:
+        self._where, self._waits, self._joined = where, False, 0
+
+    def waiting(self, silence: float, answer: Answer, nodes: str) -> None:
+        """Say that the rendezvous does not answer yet, or how many machines are there."""
+        if silence > _UNHEARD and not self._waits:
+            self._waits = True
+            log.info("%s does not answer yet: waiting up to %.0f s", self._where, COMING)
+        waits = answer.over and not answer.round and not answer.ended
+        if waits and answer.machines != self._joined:
+            self._joined = answer.machines
+            log.info("joined at %s: %d of %s", self._where, answer.machines, nodes)
 
 
 @contextlib.contextmanager
@@ -194,18 +245,20 @@ def seat(
     max_restarts: int,
     sizes: frozenset[int],
     shared: Path | None = None,
+    work: tuple[str, dict[str, Any]] = ("", {}),
 ) -> Iterator[Seat]:
     """Take part; also answer the others if the address is this machine's. Raises BadInput.
 
     Args:
         sizes: the possible numbers of machines in a round.
         shared: a folder that all machines must share.
+        work: the name and the config of the run, which must be those of all machines.
     """
     address = parsed(rendezvous)
     folder = _id_of(shared) if shared is not None else ""
     host = Host(nodes, Budget(max_restarts), sizes)
     server = _serve(address, host) if _is_here(address[0]) else None
-    place = Seat(address, nproc, nodes, folder, first=server is not None)
+    place = Seat(address, nproc, nodes, folder, work, first=server is not None)
     try:
         yield place
     except (Stopped, KeyboardInterrupt):
@@ -237,12 +290,16 @@ def _id_of(folder: Path) -> str:
 
 
 def parsed(rendezvous: str) -> tuple[str, int]:
-    """`node0:29500` as host and port. Raises BadInput."""
+    """`node0:29500` or `[fd00::1]:29500` as host and port. Raises BadInput."""
     host, _, port = rendezvous.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or not port.isdecimal() or not 0 < int(port) < 65536:
         raise BadInput(
             f"--rendezvous {rendezvous}: give the HOST:PORT of one of the machines, such as node0:29500"
         )
+    if ":" in host and host != f"[{bare}]":
+        raise BadInput(f"--rendezvous {rendezvous}: write an IPv6 address as [{bare}]:{port}")
+    host = bare
     try:
         socket.getaddrinfo(host, int(port))
     except OSError as error:
@@ -254,9 +311,14 @@ def parsed(rendezvous: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def written(host: str, port: int) -> str:
+    """An address as one word."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def interface_towards(host: str) -> str | None:
     """The network interface towards a host; None if it cannot be determined."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(OSError), socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         own = probe.getsockname()[0]
         for name, addresses in psutil.net_if_addrs().items():
@@ -272,16 +334,34 @@ def _error(code: int, said: str) -> StokerError:
     return error
 
 
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, None)[0][0]
+
+
 def _is_here(host: str) -> bool:
     own = {address.address for of_one in psutil.net_if_addrs().values() for address in of_one}
-    return any(str(found[4][0]) in own for found in socket.getaddrinfo(host, None))
+    addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    local = {found for found in addresses if ipaddress.ip_address(found.partition("%")[0]).is_loopback}
+    if local == addresses and host not in (*local, "localhost"):
+        log.warning(
+            "%s is %s on this machine, which no other one reaches: give its name or address in the network",
+            host, ", ".join(sorted(local)),
+        )  # fmt: skip
+    return bool(local or addresses & own)
 
 
 def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
-    """Answer at an address; None if another launcher on this machine does."""
+    """Answer at an address; None if another launcher on this machine does.
+
+    Raises BadInput if another program does, or the port cannot be used.
+    """
+
+    class Server(ThreadingHTTPServer):
+        address_family = _family(address[0])
 
     class Handler(BaseHTTPRequestHandler):
         timeout = _MESSAGE
+        server_version = _SERVER
 
         def log_message(self, *_: Any) -> None:
             """Log nothing."""
@@ -301,12 +381,30 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
             self.wfile.write(content)
 
     try:
-        server = ThreadingHTTPServer(("", address[1]), Handler)
-    except OSError:
+        server = Server(("", address[1]), Handler)
+    except OSError as error:
+        if not _is_answered(address):
+            said = f"--rendezvous {written(*address)}: {error.strerror}; give a port that is free"
+            raise BadInput(said) from error
         return None
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.1,), name="nodes-host", daemon=True).start()
     return server
+
+
+def _is_answered(address: tuple[str, int]) -> bool:
+    """Whether a launcher answers at an address, which may just have begun. Raises BadInput for a stranger."""
+    for _ in range(_TRIES):
+        try:
+            _ask(address, b"")
+            return True
+        except _Refused:
+            return True
+        except _Stranger as error:
+            raise BadInput(_TAKEN.format(where=written(*address))) from error
+        except (OSError, http.client.HTTPException):
+            time.sleep(BEAT)
+    return False
 
 
 def _let_others_hear(host: Host, *, told: bool) -> None:
@@ -323,8 +421,10 @@ def _ask(address: tuple[str, int], message: bytes) -> dict[str, Any]:
     try:
         connection.request("POST", "/", message, {"Content-Type": "application/json"})
         response = connection.getresponse()
+        if not response.getheader("Server", "").startswith(_SERVER):
+            raise _Stranger
         if response.status != 200:
-            raise OSError(f"status {response.status}")
+            raise _Refused(f"status {response.status}")
         found: dict[str, Any] = json.loads(response.read())
         return found
     finally:

@@ -13,12 +13,15 @@ stay.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
+from stoker import config as configs
 from stoker import machine, world
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput
 from stoker.launch.budget import Budget, RankFailed
@@ -37,6 +40,11 @@ _NOT_SHARED = (
     "all share; for an object store, share its working copy, which is below STOKER_CACHE"
 )
 
+_OTHER_RUN = (
+    "{host} trains {run}, but {other.host}, which meets the others at the same address, {other.run}: "
+    "give the same command on every machine, and another port to another run"
+)
+_SAME = "give the same command on every machine"
 _TOLD = "{host} was told to stop"
 
 
@@ -101,6 +109,9 @@ class Report:
     nodes: str
     folder: str = ""
     """The id of the folder that all machines must share."""
+    run: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What it was told to train; without secrets."""
     first: bool = False
     """Whether they meet at this machine: it is machine 0, and its ranks find each other there too."""
     round: int = 0
@@ -133,7 +144,7 @@ class Answer:
     number: int = 0
     """The number of this machine; -1 if it does not take part in the round."""
     machines: int = 1
-    """The number of machines in the round."""
+    """The number of machines in the round; before the first, of those that have joined."""
     changes: str = ""
     """Why the round will be ended after a checkpoint."""
     port: int = 0
@@ -179,6 +190,7 @@ class Host:
     answer: Answer | None = None
     """How it ended."""
     told: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     knocked: dict[str, float] = field(default_factory=dict)
     """When machines for which there was no room reported first."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -191,6 +203,9 @@ class Host:
         """Process a report; returns what to do."""
         refused = self._refusal(report)
         if refused:
+            if report.node not in self.refused:
+                self.refused.add(report.node)
+                log.warning("%s was refused: %s", report.host, refused)
             return Answer(ended=True, code=2, error=refused)
         now, known = self.clock(), self.members.get(report.node)
         if report.phase == GONE or (report.leaving and not self._plays(known)):
@@ -205,14 +220,20 @@ class Host:
         if self.answer is not None:
             self.told.add(report.node)
             return self.answer
-        return Answer(self.round, self.over, known.number, self.machines, self.changes, self.port, self.id)
+        machines = self.machines if self.round else len(self.members)
+        return Answer(self.round, self.over, known.number, machines, self.changes, self.port, self.id)
 
     def _refusal(self, report: Report) -> str:
         """Why a machine may not take part; empty if it may."""
         if report.nodes != str(self.nodes):
             return f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
-        if any(member.report.folder != report.folder for member in self.members.values()):
-            return _NOT_SHARED.format(host=report.host)
+        for other in (member.report for member in self.members.values()):
+            if other.folder != report.folder:
+                return _NOT_SHARED.format(host=report.host)
+            if other.run != report.run:
+                return _OTHER_RUN.format(host=report.host, run=report.run, other=other)
+            if said := _differences(report, other):
+                return said
         return ""
 
     def _without_room(self, report: Report, now: float) -> Answer:
@@ -406,6 +427,20 @@ class Host:
 
     def _end(self, code: int, error: str) -> None:
         self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
+
+
+def _differences(one: Report, other: Report) -> str:
+    """What two machines were told differently of one run; empty if nothing."""
+    found = [
+        f"{key}={_shown(config[0])} on {one.host}, {key}={_shown(config[1])} on {other.host}"
+        for key, config in configs.drift(one.config, other.config).items()
+    ]
+    return f"{'; '.join(found)}: {_SAME}" if found else ""
+
+
+def _shown(value: object) -> str:
+    """A value of a config as it is given on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def without(gone: str) -> str:
