@@ -569,11 +569,8 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
 ) -> None:
     binaries = servers.postgres_binaries()
     assert binaries is not None
-    wait = f"while not os.path.exists({str(folder / 'go')!r}) and run.attempt.stop.requested is None:"
-    pause = "        time.sleep(config.pause)\n"
-    waits = Path(SEARCHED).read_text().replace(pause, f"        {wait}\n            time.sleep(0.05)\n")
-    (folder / "waits.py").write_text(waits)
-    given = ("sweep", "waits.py", "x=uniform(0, 1)", "--sampler", "random", "--trials", "6")
+    slow = ("pause=600", f"until={folder / 'go'}")
+    given = ("sweep", SEARCHED, "x=uniform(0, 1)", *slow, "--sampler", "random", "--trials", "6")
     with servers.postgres(binaries) as url:
         monkeypatch.setenv("STOKER_STORAGE", url)
         done = stoker(*given, "--name", "s", "--on", "slurm", "--controllers", "2", "--json", cwd=folder)
@@ -581,13 +578,11 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
         number = done.answer["native"]
         until(lambda: len(list(folder.glob("runs/s-*/trial-*/run.json"))) >= 2)
         # As where their node is taken. Slurm has the last element under the number of the whole array.
-        for element in (f"{number}_0", f"{number}_1"):
-            _slurm("scancel", "--signal=TERM", element)
-            until(
-                lambda one=element: (
-                    "PENDING" in _slurm("squeue", "--noheader", f"--jobs={one}", "--format=%T")
-                )
-            )
+        (job,) = folder.glob("runs/.jobs/*/job.json")
+        for element in range(2):
+            _slurm("scancel", "--signal=TERM", f"{number}_{element}")
+            attempts = job.with_name(f"{slurm_script.ATTEMPTS}.{element}")
+            until(lambda file=attempts: file.read_text().endswith(" exit code 75\n"))
         (folder / "go").touch()  # which no trial ends without
         assert _over(number) == "COMPLETED", _written(folder)
         found = json.loads(stoker("jobs", "show", number, "--json", cwd=folder).out)
