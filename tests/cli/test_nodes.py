@@ -154,11 +154,17 @@ def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemp
     """So a cluster's queue starts them again."""
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
     same = ("train", RECIPE, *SLOW, *slow_until(tmp_path / "never", 20))
+    run = tmp_path / "runs" / "ranked" / "a"
     stays, lost = [machines.start(name, *same, *together) for name in ("a", "b")]
-    until(lambda: points(tmp_path / "runs" / "ranked" / "a") > 20, stays, lost)
+    until(lambda: points(run) > 20, stays, lost)
     lost.kill()
     assert stays.wait(LONG) == 75, _all_said(machines)
-    assert "does not respond, so all machines have ended" in machines.said("a").read_text()
+    said = machines.said("a").read_text()
+    assert "does not respond, so all machines have ended" in said
+    assert "Traceback" not in said, "of what the loss of the machine did to a rank"
+    seen = loaded(run)
+    assert seen.status == "preempted"
+    assert "does not respond, so all machines have ended" in (seen.attempts[-1].error or "")
 
 
 def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(

@@ -14,11 +14,12 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ log = logging.getLogger("stoker")
 _POLL = 0.02  # seconds
 _STOPPING = 1.0  # seconds for a process to be suspended
 _STILL = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+_OF_A_RANK = re.compile(r"rank \d+ failed:\nTraceback")
 _COMING_UP = 60  # seconds that launchers of several machines have to find each other
 PRELOAD = ("stoker.preloaded",)
 
@@ -125,8 +127,10 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
     interface = nodes.interface_towards(host)
     if interface is not None:  # gloo would use the interface of the host's name, which may be the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    attempt: tuple[Path, int] | None = None
     while True:
-        begun = seat.next_round()
+        with _ending_recorded(attempt):
+            begun = seat.next_round()
         if begun.ended:
             return begun.code
         place = Place(begun.number, begun.machines, host, begun.port, begun.id, seat)
@@ -134,6 +138,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
             try:
                 code = seat.finished(_attempt(job, place, Path(folder)))
             except RankFailed as failure:
+                attempt = _newest_attempt(Path(folder))  # before another machine can begin the next
                 seat.failed(failure, again=True)
             except StokerError as error:
                 if seat.why_over():
@@ -197,10 +202,35 @@ def _code(codes: Sequence[int]) -> int:
 
 def _tell_run(folder: Path, error: str, *, raised: bool = False) -> None:
     """Record in the run's journal why its ranks failed: those that lost a peer only know that."""
+    attempt = _newest_attempt(folder)
+    if attempt is not None:
+        journal.note_failure(*attempt, error, raised=raised)
+
+
+def _newest_attempt(folder: Path) -> tuple[Path, int] | None:
+    """The journal of a launch's run, and its newest attempt; None before there is one."""
     run = supervision.run_of(folder)
     newest = run and journal.newest_attempt(RunDirectory(run).journal)
-    if run and newest:
-        journal.note_failure(RunDirectory(run).journal, newest[0], error, raised=raised)
+    return (RunDirectory(run).journal, newest[0]) if run and newest else None
+
+
+@contextlib.contextmanager
+def _ending_recorded(attempt: tuple[Path, int] | None) -> Iterator[None]:
+    """If everything ends because a machine is gone, record that as the end of the attempt, and say it alone.
+
+    An exception of a rank that lost a peer by it is a consequence, not a failure of training.
+    """
+    try:
+        yield
+    except StokerError as ended:
+        why, _, rest = str(ended).partition("\n")
+        if ended.exit_code != EXIT_PREEMPTED:
+            raise
+        if attempt is not None:
+            journal.note_failure(*attempt, why.removesuffix("."), status="preempted")
+        if _OF_A_RANK.match(rest):
+            ended.args = (why.removesuffix("."),)
+        raise
 
 
 def _progress(folder: Path) -> tuple[int, int]:

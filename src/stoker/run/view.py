@@ -233,6 +233,8 @@ def _failed(view: RunView, event: Event) -> None:
             attempt.error = event["error"]
             if event.get("raised") and attempt.ended is None:  # what it says itself, it may say later
                 attempt.status = FAILED
+            if event.get("status") and attempt.status in (FAILED, KILLED):
+                attempt.status = event["status"]
 
 
 def _given_up(view: RunView, event: Event) -> None:
