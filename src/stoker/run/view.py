@@ -131,7 +131,7 @@ class _Folding:
         elif kind == "attempt_started":
             view.attempts[-1] = Attempt(
                 block.attempt, event["time"], event["host"], event["pid"], event.get("world", 1),
-                drift=event.get("drift", {}), code=event.get("code", {}),
+                machines=event.get("machines", 1), drift=event.get("drift", {}), code=event.get("code", {}),
             )  # fmt: skip
             self._reduction = Reduction(view.attempts[-1].world)
         elif kind == "resumed":
