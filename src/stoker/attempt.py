@@ -182,7 +182,7 @@ class Attempt:
             other = self._other_code(code) if self.continued and known is None else {}
             self.recorder.event(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-                opening=mark, world=self.world.size, step=self.step,
+                opening=mark, world=self.world.size, machines=self.world.machines, step=self.step,
                 continued=self.continued, **({"code": other} if other else {}),
             )  # fmt: skip
             undo.pop_all()

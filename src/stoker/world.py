@@ -5,6 +5,7 @@ All other code receives a `World`, except for what runs before or beside it: `su
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ PLANNED = "STOKER_PLANNED"
 PLANNED_RANK = "STOKER_PLANNED_RANK"
 """Environment variables for planning ranks that do not exist, see `World.planned`."""
 _OF_A_LAUNCH = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
-    "TORCHELASTIC_",
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "MASTER_", "TORCHELASTIC_",
 )  # fmt: skip
 _OF_A_SCHEDULER = (
     "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR",
@@ -30,6 +31,8 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     """Processes of this run on this machine."""
+    machines: int = 1
+    """Machines of this launch; one whose launcher does not say so is taken to have as many ranks on each."""
     launch: str = ""
     """Identifies the launch, with the same value on all its ranks; empty for a single process."""
     job: str = ""
@@ -44,6 +47,7 @@ class World:
         """Read the place from the variables of torchrun or a similar launcher; without them, size is 1."""
         known = os.environ.get
         size = int(known("WORLD_SIZE", "1"))
+        local_size = int(known("LOCAL_WORLD_SIZE", str(size)))
         job = known("TORCHELASTIC_RUN_ID", "none")
         parts = (
             job,
@@ -55,7 +59,8 @@ class World:
             rank=int(known("RANK", "0")),
             size=size,
             local_rank=int(known("LOCAL_RANK", "0")),
-            local_size=int(known("LOCAL_WORLD_SIZE", str(size))),
+            local_size=local_size,
+            machines=int(known("GROUP_WORLD_SIZE") or math.ceil(size / local_size)),
             launch="/".join(parts) if size > 1 else "",
             job="" if job == "none" else job,
             planned=int(known(PLANNED, "0")),

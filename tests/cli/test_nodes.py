@@ -143,7 +143,7 @@ def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Mach
     go.touch()
     assert [process.wait(LONG) for process in processes] == [0, 0], _all_said(machines)
     assert "was killed by SIGKILL" in machines.said("a").read_text()
-    assert [attempt.world for attempt in loaded(run).attempts] == [4, 4]
+    assert [(attempt.world, attempt.machines) for attempt in loaded(run).attempts] == [(4, 2)] * 2
     newest, _ = manifest.newest(run / "checkpoints")
     assert newest is not None
     assert newest.step == 200
@@ -155,11 +155,17 @@ def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemp
     """So a cluster's queue starts them again."""
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
     same = ("train", RECIPE, *SLOW, *slow_until(tmp_path / "never", 20))
+    run = tmp_path / "runs" / "ranked" / "a"
     stays, lost = [machines.start(name, *same, *together) for name in ("a", "b")]
-    until(lambda: points(tmp_path / "runs" / "ranked" / "a") > 20, stays, lost)
+    until(lambda: points(run) > 20, stays, lost)
     lost.kill()
     assert stays.wait(LONG) == 75, _all_said(machines)
-    assert "does not respond, so all machines have ended" in machines.said("a").read_text()
+    said = machines.said("a").read_text()
+    assert "does not respond, so all machines have ended" in said
+    assert "Traceback" not in said, "of what the loss of the machine did to a rank"
+    seen = loaded(run)
+    assert seen.status == "preempted"
+    assert "does not respond, so all machines have ended" in (seen.attempts[-1].error or "")
 
 
 def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(
@@ -253,7 +259,7 @@ def test_machines_come_and_go_and_the_batches_stay_the_same(
     go.touch()
     assert stays.wait(LONG) == 0, _all_said(machines)
     seen = loaded(run)
-    assert _worlds(run) == [1, 2, 1, 2, 1]
+    assert _worlds(run) == [attempt.machines for attempt in seen.attempts] == [1, 2, 1, 2, 1]
     assert [attempt.status for attempt in seen.attempts][:3] == ["preempted"] * 3
     assert list(seen.points["loss"].x) == list(range(1, 201))
     assert stoker(*same, "pause=0", "--name", "whole").code == 0

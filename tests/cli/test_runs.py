@@ -38,10 +38,12 @@ def _create(path: Path, run_id: str, experiment: str = "llm", **config: Any) -> 
     return directory
 
 
-def _log(directory: RunDirectory, *events: tuple[str, dict[str, Any]], began: float = 1000.0) -> None:
+def _log(
+    directory: RunDirectory, *events: tuple[str, dict[str, Any]], began: float = 1000.0, **more: Any
+) -> None:
     """An attempt in the journal, with a second between its events."""
     _, writer = journal.start_attempt(directory.journal)
-    writer.append("attempt_started", time=began, pid=1, host="here", drift={})
+    writer.append("attempt_started", time=began, pid=1, host="here", drift={}, **more)
     for i, (kind, fields) in enumerate(events):
         writer.append(kind, time=began + i + 1, **fields)
     writer.close()
@@ -317,6 +319,21 @@ def test_show_as_json_has_attempts_config_and_best_metrics(cli: Cli, killed_twic
     assert answer["metrics"]["loss"]["best_step"] == 7
     assert answer["metrics"]["val_loss"]["non_finite"] == 2
     assert answer["next"][0] == "stoker runs export a"
+
+
+def test_show_says_on_how_many_machines_an_attempt_was(cli: Cli, tmp_path: Path) -> None:
+    directory = _create(tmp_path, "a")
+    for more in ({}, {"world": 3, "machines": 3}, {"world": 4, "machines": 2}, {"world": 2}):
+        _log(directory, _metrics(1, loss=1.0), **more)
+    out = cli("show", "a").stdout
+    hosts = [line.partition("here")[2].rpartition("killed")[0].strip() for line in out.splitlines()]
+    assert [host for host in hosts if host] == [
+        ", 3 ranks on 3 machines",
+        ", 4 ranks on 2 machines",
+        ", 2 ranks",
+    ]
+    attempts = json.loads(cli("show", "a", "--json").stdout)["attempts"]
+    assert [(a["world"], a["machines"]) for a in attempts] == [(1, 1), (3, 3), (4, 2), (2, 1)]
 
 
 def test_show_offers_to_go_on_with_a_trial_that_ended_early(cli: Cli, tmp_path: Path) -> None:

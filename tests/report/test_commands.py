@@ -66,6 +66,30 @@ def test_a_run_that_was_continued_with_changes_is_that_of_several_commands() -> 
     assert commands.of(own) == ["python own.py  # up to step 18", "# from step 19 on, epochs=4"]
 
 
+def test_a_run_on_several_machines_is_that_of_a_command_on_each() -> None:
+    three, two = {"world": 3, "machines": 3}, {"world": 4, "machines": 2}
+    view = _view({}, three | {"resumed_from": 10}, two | {"resumed_from": 20}, {"resumed_from": 25})
+    assert commands.of(view) == [
+        "stoker train llm lr=0.5 --name a  # up to step 10",
+        "stoker resume a --nodes 3 --rendezvous HOST:PORT --nproc 1"
+        "  # from step 11 on, on each of 3 machines",
+        "stoker resume a --nodes 2 --rendezvous HOST:PORT --nproc 2"
+        "  # from step 21 on, on each of 2 machines",
+        "stoker resume a --nproc 1  # from step 26 on",
+    ]
+    assert commands.of(_view(two), elsewhere=True) == [
+        "stoker train llm lr=0.5 --nodes 2 --rendezvous HOST:PORT --nproc 2  # on each of 2 machines"
+    ]
+    uneven = _view({"world": 3, "machines": 2})
+    assert commands.of(uneven, elsewhere=True)[0].endswith(
+        "--nodes 2 --rendezvous HOST:PORT  # on each of 2 machines, 3 ranks together"
+    )
+    own = _view({}, three | {"resumed_from": 10}, record={"command": ["own.py"]})
+    assert commands.of(own)[1] == "# from step 11 on, 3 ranks on 3 machines"
+    spread = {"world": 4, "resumed_from": 10}
+    assert len(commands.of(_view(two, spread))) == 1, "as many ranks make the same steps"
+
+
 def test_a_run_that_was_continued_on_another_device_is_that_of_two_commands() -> None:
     gpu, cpu = ({"layout": {"device": name}} for name in ("NVIDIA H200", "cpu"))
     view = _view(gpu, {**gpu, "resumed_from": 10}, {**cpu, "resumed_from": 20})

@@ -145,6 +145,20 @@ def test_an_attempt_that_said_nothing_is_running_while_its_process_lives(tmp_pat
     assert view.load(directory).status == "killed"
 
 
+@pytest.mark.parametrize(
+    ("said", "status"), [("failed", "preempted"), (None, "preempted"), ("finished", "finished")]
+)
+def test_an_attempt_that_a_lost_machine_ended_did_not_fail(
+    tmp_path: Path, said: str | None, status: str
+) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, [{"type": "attempt_ended", "status": said, "error": "no peer"}] if said else [])
+    journal.note_failure(directory.journal, 1, "rank 0: no peer")
+    journal.note_failure(directory.journal, 1, "b does not respond", status="preempted")
+    seen = view.load(directory)
+    assert (seen.status, seen.attempts[-1].error) == (status, "b does not respond")
+
+
 @given(kills=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=5))
 def test_the_curve_has_one_point_a_step_whatever_was_killed_when(
     tmp_path_factory: pytest.TempPathFactory, kills: list[tuple[int, int]]

@@ -241,6 +241,10 @@ def test_mlflow_says_why_a_run_ended_and_no_longer_once_it_goes_on(
     journal.note_failure(run.journal, trainer.number, "rank 1: what it raised", raised=True)
     finish(run)
     assert (seen(runs).status, seen(runs).run.data.tags["stoker.status"]) == ("FAILED", "failed")
+    Trainer(run).end("failed")
+    journal.note_failure(run.journal, trainer.number + 1, "a machine is gone", status="preempted")
+    finish(run)
+    assert (seen(runs).status, seen(runs).run.data.tags["stoker.status"]) == ("KILLED", "preempted")
 
 
 def test_mlflow_has_who_began_a_run_its_script_and_its_inputs_once(

@@ -19,7 +19,7 @@ from stoker.cli.submit import Command, Where
 from stoker.config import Resolved
 from stoker.errors import EXIT_PREEMPTED, BadInput, BadWorldSize
 from stoker.launch import local, targets
-from stoker.launch.rounds import ONE, Machines
+from stoker.launch.rounds import ONE, Machines, Work
 from stoker.object_store import Unreachable
 from stoker.recipes import Recipe
 from stoker.report import html
@@ -131,8 +131,14 @@ def start(
         training.run_rank, (named,), nproc=launch.ranks, preload=recipe.preload,
         max_restarts=launch.max_restarts, machines=launch.nodes, rendezvous=launch.rendezvous or "",
         shared=runs.absolute(), sizes=sizes, stopped=lambda: _say_stopped(named),
-        work=(f"{experiment}/{named.name}", redaction.tree(resolved.values)),
+        work=_work(f"{experiment}/{named.name}", resolved),
     )  # fmt: skip
+
+
+def _work(run: str, resolved: Resolved[Any]) -> Work:
+    """What the launchers of several machines compare."""
+    given = [key for key, source in resolved.sources.items() if source != configs.DEFAULT]
+    return run, redaction.tree(resolved.values), given
 
 
 def _say_stopped(job: training.Job) -> None:

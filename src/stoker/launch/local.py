@@ -14,11 +14,12 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from stoker import machine, signals, supervision
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
 from stoker.launch.budget import Budget, RankFailed
-from stoker.launch.rounds import ONE, Machines
+from stoker.launch.rounds import NO_WORK, ONE, Machines, Work
 from stoker.launch.watch import Watch, watching
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
@@ -39,6 +40,7 @@ log = logging.getLogger("stoker")
 _POLL = 0.02  # seconds
 _STOPPING = 1.0  # seconds for a process to be suspended
 _STILL = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+_OF_A_RANK = re.compile(r"rank \d+ failed:\nTraceback")
 _COMING_UP = 60  # seconds that launchers of several machines have to find each other
 PRELOAD = ("stoker.preloaded",)
 
@@ -54,7 +56,7 @@ def run(
     rendezvous: str = "",
     shared: Path | None = None,
     sizes: frozenset[int] = frozenset([1]),
-    work: tuple[str, dict[str, Any]] = ("", {}),
+    work: Work = NO_WORK,
     stopped: Callable[[], None] = lambda: None,
 ) -> int:
     """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
@@ -69,7 +71,7 @@ def run(
         sizes: the numbers of machines that can share the work, if it may change.
         rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
         shared: a folder that all machines must share.
-        work: the name and the config of the run, without secrets, which must be those of all machines.
+        work: what is trained, which must be the same on all machines.
         stopped: called on the machine where they meet, if the ranks were told to stop and will not be
             started again.
 
@@ -129,8 +131,10 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
     interface = nodes.interface_towards(host)
     if interface is not None:  # gloo would use the interface of the host's name, which may be the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    attempt: tuple[Path, int] | None = None
     while True:
-        begun = seat.next_round()
+        with _ending_recorded(attempt):
+            begun = seat.next_round()
         if begun.ended:
             return begun.code
         place = Place(begun.number, begun.machines, host, begun.port, begun.id, seat)
@@ -138,6 +142,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
             try:
                 code = seat.finished(_attempt(job, place, Path(folder)))
             except RankFailed as failure:
+                attempt = _newest_attempt(Path(folder))  # before another machine can begin the next
                 seat.failed(failure, again=True)
             except StokerError as error:
                 if seat.why_over():
@@ -201,10 +206,35 @@ def _code(codes: Sequence[int]) -> int:
 
 def _tell_run(folder: Path, error: str, *, raised: bool = False) -> None:
     """Record in the run's journal why its ranks failed: those that lost a peer only know that."""
+    attempt = _newest_attempt(folder)
+    if attempt is not None:
+        journal.note_failure(*attempt, error, raised=raised)
+
+
+def _newest_attempt(folder: Path) -> tuple[Path, int] | None:
+    """The journal of a launch's run, and its newest attempt; None before there is one."""
     run = supervision.run_of(folder)
     newest = run and journal.newest_attempt(RunDirectory(run).journal)
-    if run and newest:
-        journal.note_failure(RunDirectory(run).journal, newest[0], error, raised=raised)
+    return (RunDirectory(run).journal, newest[0]) if run and newest else None
+
+
+@contextlib.contextmanager
+def _ending_recorded(attempt: tuple[Path, int] | None) -> Iterator[None]:
+    """If everything ends because a machine is gone, record that as the end of the attempt, and say it alone.
+
+    An exception of a rank that lost a peer by it is a consequence, not a failure of training.
+    """
+    try:
+        yield
+    except StokerError as ended:
+        why, _, rest = str(ended).partition("\n")
+        if ended.exit_code != EXIT_PREEMPTED:
+            raise
+        if attempt is not None:
+            journal.note_failure(*attempt, why.removesuffix("."), status="preempted")
+        if _OF_A_RANK.match(rest):
+            ended.args = (why.removesuffix("."),)
+        raise
 
 
 def _progress(folder: Path) -> tuple[int, int]:

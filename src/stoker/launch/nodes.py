@@ -32,6 +32,7 @@ from stoker.launch.rounds import (
     DONE,
     FAILED,
     GONE,
+    NO_WORK,
     RUNNING,
     SILENCE,
     WAITING,
@@ -40,6 +41,7 @@ from stoker.launch.rounds import (
     Host,
     Machines,
     Report,
+    Work,
     waited,
 )
 
@@ -74,7 +76,7 @@ class Seat:
         nproc: ranks on this machine.
         nodes: how many machines there will be.
         folder: the id of the shared folder.
-        work: the name and the config of the run.
+        work: what is trained.
         first: whether the rendezvous is at this machine.
     """
 
@@ -84,7 +86,7 @@ class Seat:
         nproc: int,
         nodes: Machines,
         folder: str = "",
-        work: tuple[str, dict[str, Any]] = ("", {}),
+        work: Work = NO_WORK,
         *,
         first: bool = False,
     ) -> None:
@@ -245,14 +247,14 @@ def seat(
     max_restarts: int,
     sizes: frozenset[int],
     shared: Path | None = None,
-    work: tuple[str, dict[str, Any]] = ("", {}),
+    work: Work = NO_WORK,
 ) -> Iterator[Seat]:
     """Take part; also answer the others if the address is this machine's. Raises BadInput.
 
     Args:
         sizes: the possible numbers of machines in a round.
         shared: a folder that all machines must share.
-        work: the name and the config of the run, which must be those of all machines.
+        work: what is trained, which must be the same on all machines.
     """
     address = parsed(rendezvous)
     folder = _id_of(shared) if shared is not None else ""

@@ -13,13 +13,13 @@ stay.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from stoker import config as configs
 from stoker import machine, world
@@ -99,6 +99,11 @@ class Machines:
 ONE = Machines()
 
 
+Work: TypeAlias = tuple[str, dict[str, Any], list[str]]
+"""What a launcher trains: `Report`'s `run`, `config` and `given`."""
+NO_WORK: Work = ("", {}, [])
+
+
 @dataclass
 class Report:
     """What a launcher reports about itself."""
@@ -111,7 +116,9 @@ class Report:
     """The id of the folder that all machines must share."""
     run: str = ""
     config: dict[str, Any] = field(default_factory=dict)
-    """What it was told to train; without secrets."""
+    """What it trains; without secrets."""
+    given: list[str] = field(default_factory=list)
+    """The keys of the config that it was given: defaults may depend on the machine."""
     first: bool = False
     """Whether they meet at this machine: it is machine 0, and its ranks find each other there too."""
     round: int = 0
@@ -430,17 +437,14 @@ class Host:
 
 
 def _differences(one: Report, other: Report) -> str:
-    """What two machines were told differently of one run; empty if nothing."""
+    """What two machines were told differently of one run; empty if nothing. A folder may be elsewhere."""
     found = [
-        f"{key}={_shown(config[0])} on {one.host}, {key}={_shown(config[1])} on {other.host}"
-        for key, config in configs.drift(one.config, other.config).items()
+        ", ".join(f"{key}={configs.shown(of.config.get(key))} on {of.host}" for of in (one, other))
+        for key, values in configs.drift(one.config, other.config).items()
+        if key in {*one.given, *other.given}
+        and not all(isinstance(value, str) and Path(value).is_absolute() for value in values)  # of its disk
     ]
     return f"{'; '.join(found)}: {_SAME}" if found else ""
-
-
-def _shown(value: object) -> str:
-    """A value of a config as it is given on a command line."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def without(gone: str) -> str:

@@ -34,6 +34,8 @@ def of(view: RunView, until: int | None = None, *, elsewhere: bool = False) -> l
     if not words:
         return []
     said = []
+    if anew:
+        said += _everywhere(parts[0])
     if parts and parts[0].after:
         said.append(f"from the checkpoint of step {parts[0].after:,} of another run")
     name = f"{view.directory.id}-again" if anew else view.directory.id
@@ -71,8 +73,23 @@ def _composed(view: RunView, part: Part) -> list[str]:
     """`stoker train` with all values that are not defaults."""
     sources = view.record.get("sources", {})
     given = [key for key in part.config if key in part.drift or sources.get(key, DEFAULT) != DEFAULT]
-    ranks = ["--nproc", str(part.world)] if part.world > 1 else []
+    ranks = _ranks(part) if part.world > 1 else []
     return ["stoker", "train", _target(view), *(_override(key, part.config[key]) for key in given), *ranks]
+
+
+def _ranks(part: Part) -> list[str]:
+    """The options for a part's number of ranks; where its machines met is for the reader to fill in."""
+    if part.machines == 1:
+        return ["--nproc", str(part.world)]
+    several = ["--nodes", str(part.machines), "--rendezvous", "HOST:PORT"]
+    each, rest = divmod(part.world, part.machines)
+    return several if rest else [*several, "--nproc", str(each)]
+
+
+def _everywhere(part: Part) -> list[str]:
+    """A comment on options for several machines."""
+    uneven = [f"{part.world} ranks together"] if part.world % part.machines else []
+    return [f"on each of {part.machines} machines", *uneven] if part.machines > 1 else []
 
 
 def _target(view: RunView) -> str:
@@ -95,13 +112,14 @@ def _next(view: RunView, name: str, before: Part, now: Part) -> str:
     """The command that continued the run with changes; for a script without a recipe, what they were."""
     keys = [key for key in now.config if now.config[key] != before.config.get(key)]
     given = [_override(key, now.config[key]) for key in keys]
-    ranks = ["--nproc", str(now.world)] if now.world != before.world else []
+    ranks = _ranks(now) if (now.world, now.machines) != (before.world, before.machines) else []
     changed = [path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)]
     said = [f"from step {now.after + 1:,} on", *([f"other code: {some(changed)}"] if changed else [])]
     said += [f"on another device: {now.device}"] if now.device != before.device else []
     if _reference(view):
+        said += _everywhere(now) if ranks else []
         return _line(["stoker", "resume", name, *given, *ranks], said)
-    return _line([], [*said, *given, *([f"{now.world} ranks"] if ranks else [])])
+    return _line([], [*said, *given, *([facts.together(now.world, now.machines)] if ranks else [])])
 
 
 def _line(words: Sequence[str], said: Sequence[str]) -> str:

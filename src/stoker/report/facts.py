@@ -21,7 +21,7 @@ from stoker.run.directory import RunDirectory
 from stoker.run.media import read_table
 from stoker.run.series import Summary
 from stoker.run.view import Attempt, Media, RunView
-from stoker.words import some
+from stoker.words import counted, some
 
 _FOUND_OUT = "determined by the run"
 _TEXT_LIMIT = 400_000  # characters of a diff that are shown; the run's directory has all of it
@@ -146,6 +146,18 @@ def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
         now = f"{some(list(attempt.code))} changed" if attempt.code else "back to that of the run's start"
         changes.append(f"code: {now}")
     return [*([attempt.error] if attempt.error else []), *passed_over, *changes]
+
+
+def where(attempt: Attempt) -> str:
+    """The host of an attempt's first rank, and how many ranks and machines there were, if more than one."""
+    several = together(attempt.world, attempt.machines) if attempt.world > 1 else ""
+    return ", ".join(part for part in (attempt.host, several) if part)
+
+
+def together(world: int, machines: int) -> str:
+    """A number of ranks: `4 ranks`, `4 ranks on 2 machines`."""
+    on = f" on {counted(machines, 'machine')}" if machines > 1 else ""
+    return f"{counted(world, 'rank')}{on}"
 
 
 def left_out(view: RunView) -> str:

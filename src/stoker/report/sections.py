@@ -161,7 +161,7 @@ def attempts(views: Sequence[RunView], names: Sequence[str]) -> Html:
             *run_cell(views, names, i),
             number(str(attempt.number)),
             number(when(attempt.started)),
-            number(attempt.host),
+            number(facts.where(attempt)),
             number("" if attempt.resumed_from is None else f"{attempt.resumed_from:,}"),
             number(clock((attempt.ended or attempt.last_event or attempt.started) - attempt.started)),
             number(view.status if attempt is view.attempts[-1] else attempt.status),

@@ -270,7 +270,7 @@ def _print_attempts(console: Console, view: RunView) -> None:
         spent = clock((attempt.ended or attempt.last_event or attempt.started) - attempt.started)
         status = view.status if attempt is view.attempts[-1] else attempt.status
         begun = "" if attempt.resumed_from is None else str(attempt.resumed_from)
-        rows.append((str(attempt.number), started, spent, begun, attempt.host, status))
+        rows.append((str(attempt.number), started, spent, begun, facts.where(attempt), status))
     print_section(console, "attempts", ("", "started", "time", "from step", "host", "ended"), rows)
     for attempt in view.attempts:
         for note in facts.attempt_notes(view, attempt):

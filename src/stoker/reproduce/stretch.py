@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stoker import words
@@ -55,6 +55,8 @@ class Part:
     """The code files that differ from those at the run's start."""
     device: str
     """The kind of device; empty if none was recorded."""
+    machines: int = field(default=1, compare=False)
+    """On which the ranks were at first; as many ranks on others make the same steps."""
 
 
 def parts(view: RunView, until: int) -> list[Part]:
@@ -63,7 +65,7 @@ def parts(view: RunView, until: int) -> list[Part]:
     for start, attempt in _parts(view):
         made = Part(
             start, _config(view, attempt), attempt.world, frozenset(attempt.drift), attempt.code,
-            _device(view, attempt),
+            _device(view, attempt), attempt.machines,
         )  # fmt: skip
         if not found or (start < until and made != replace(found[-1], after=start)):
             found.append(made)

@@ -18,7 +18,7 @@ from stoker.run.journal import Damage
 from stoker.run.series import Series
 from stoker.run.state import Attempt, LeftOut, Media, RunView, Use
 
-FORMAT = 6
+FORMAT = 7
 _WORTH_IT = 5_000  # points
 _COLUMNS = ("x", "y", "time")
 

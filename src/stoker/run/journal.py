@@ -191,16 +191,19 @@ def control(journal: Path) -> JournalWriter:
             continue
 
 
-def note_failure(journal: Path, attempt: int, error: str, *, raised: bool = False) -> None:
+def note_failure(journal: Path, attempt: int, error: str, *, raised: bool = False, status: str = "") -> None:
     """Record from outside why an attempt failed; does nothing if that cannot be written.
 
     Args:
         raised: whether a rank raised an exception: then the attempt has failed, even if rank 0 was ended
             before it could say so.
+        status: how the attempt ended, unless it ended as it should: what rank 0 says of an error may be the
+            consequence of what its launcher knows. Empty if the launcher knows no more than it.
     """
+    known = {"status": status} if status else {}
     with contextlib.suppress(OSError):
         writer = control(journal)
-        writer.append("attempt_failed", of=attempt, error=error, raised=raised)
+        writer.append("attempt_failed", of=attempt, error=error, raised=raised, **known)
         writer.close()
 
 

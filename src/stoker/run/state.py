@@ -35,6 +35,8 @@ class Attempt:
     pid: int = 0
     world: int = 1
     """The number of processes that trained together."""
+    machines: int = 1
+    """The number of machines they were on; `host` is that of the first process."""
     resumed_from: int | None = None
     """The step of the checkpoint it resumed from; None if it started from scratch."""
     passed_over: list[str] = field(default_factory=list)

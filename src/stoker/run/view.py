@@ -131,7 +131,7 @@ class _Folding:
         elif kind == "attempt_started":
             view.attempts[-1] = Attempt(
                 block.attempt, event["time"], event["host"], event["pid"], event.get("world", 1),
-                drift=event.get("drift", {}), code=event.get("code", {}),
+                machines=event.get("machines", 1), drift=event.get("drift", {}), code=event.get("code", {}),
             )  # fmt: skip
             self._reduction = Reduction(view.attempts[-1].world)
         elif kind == "resumed":
@@ -233,6 +233,8 @@ def _failed(view: RunView, event: Event) -> None:
             attempt.error = event["error"]
             if event.get("raised") and attempt.ended is None:  # what it says itself, it may say later
                 attempt.status = FAILED
+            if event.get("status") and attempt.status in (FAILED, KILLED):
+                attempt.status = event["status"]
 
 
 def _given_up(view: RunView, event: Event) -> None:

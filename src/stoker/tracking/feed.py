@@ -53,6 +53,8 @@ class Feed:
         """Of attempts, as their launchers recorded it; they know more than rank 0."""
         self._raised: set[int] = set()
         """The attempts that an exception of a rank has ended."""
+        self._known: dict[int, str] = {}
+        """How attempts ended that did not end as they should, if their launchers recorded it."""
         self._given_up: set[int] = set()
         """The attempts after which a search has given the run up."""
         self._last_event = 0.0
@@ -73,6 +75,8 @@ class Feed:
         """How the run ended, once its process is gone: killed, unless the journal says otherwise."""
         unsaid = view.FAILED if self._attempt in self._raised else view.KILLED
         ending = self._ending or Ending(unsaid, self._last_event)
+        if ending.status in (view.FAILED, view.KILLED):
+            ending = replace(ending, status=self._known.get(self._attempt, ending.status))
         if self._attempt in self._given_up:
             ending = replace(ending, status=view.STOPPED)
         return replace(ending, error=self._errors.get(self._attempt, ending.error))
@@ -115,6 +119,8 @@ class Feed:
             self._errors[event["of"]] = event["error"]
             if event.get("raised"):
                 self._raised.add(event["of"])
+            if event.get("status"):
+                self._known[event["of"]] = event["status"]
         else:
             self._given_up.add(event["of"])
 
