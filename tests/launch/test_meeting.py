@@ -23,6 +23,7 @@ from stoker.machine import free_port
 from support import LONG, until
 
 TWO = Machines(2, 2)
+CONFIG = {"lr": 0.1, "size": 2, "data": "x", "workers": 8, "cache": "/a"}
 
 
 class Meeting:
@@ -173,11 +174,8 @@ def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one
     ("told", "said"),
     [
         ({"run": "test/b"}, "b trains test/b, but a, which meets the others at the same address, test/a: "),
-        (
-            {"config": {"lr": 0.1, "size": 4, "data": "x"}, "given": []},
-            "size=4 on b, size=2 on a: give the same ",
-        ),
-        ({"config": {"lr": 0.1, "size": 2}}, "data=none on b, data=x on a: give the same command on every"),
+        ({"config": {**CONFIG, "size": 4}, "given": []}, "size=4 on b, size=2 on a: give the same command"),
+        ({"config": {**CONFIG, "data": None}}, "data=none on b, data=x on a: give the same command on every"),
     ],
 )
 def test_a_machine_that_is_told_something_else_is_refused_and_the_others_train(
@@ -185,8 +183,7 @@ def test_a_machine_that_is_told_something_else_is_refused_and_the_others_train(
 ) -> None:
     caplog.set_level("WARNING", "stoker")
     host = rounds.Host(Machines(1, 3), Budget(0), frozenset({1, 2, 3}))
-    config = {"lr": 0.1, "size": 2, "data": "x", "workers": 8, "cache": "/a"}
-    same: dict[str, Any] = {"run": "test/a", "config": config, "given": ["lr", "data", "cache", "size"]}
+    same: dict[str, Any] = {"run": "test/a", "config": CONFIG, "given": ["lr", "data", "cache", "size"]}
     first = Report("a", "a", 1, "1:3", first=True, **same)
     host.hear(first)
     for _ in range(2):
@@ -195,7 +192,7 @@ def test_a_machine_that_is_told_something_else_is_refused_and_the_others_train(
         assert said in refused.error
     assert [record.getMessage() for record in caplog.records] == [f"b was refused: {refused.error}"]
     assert not host.hear(first).ended
-    other = {**same, "config": {**config, "workers": 2, "cache": "/b"}}  # as suits another machine
+    other = {**same, "config": {**CONFIG, "workers": 2, "cache": "/b"}}  # as suits another machine
     assert not host.hear(Report("c", "c", 1, "1:3", **other)).ended
 
 
