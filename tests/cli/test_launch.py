@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import signal
 import subprocess
@@ -36,7 +37,8 @@ def _ranks(launcher: subprocess.Popen[bytes], temporary: Path | None = None) -> 
     found = {}
     known = psutil.Process(launcher.pid)
     children = {process.pid: process for process in known.children(recursive=True)}
-    for file in (temporary or Path(tempfile.gettempdir())).glob("stoker-launch-*/rank-*.pid"):
+    pids = f"{temporary or tempfile.gettempdir()}/stoker-launch-*/rank-*.pid"
+    for file in map(Path, glob.glob(pids)):  # noqa: PTH207 - which raises if another launch's folder vanishes
         with contextlib.suppress(FileNotFoundError):  # another test's, whose launch is over
             pid, made = int(file.read_text()), file.stat().st_mtime
             if pid in children and made >= known.create_time():  # of this one
