@@ -84,3 +84,23 @@ def test_a_message_within_a_write_that_the_signal_interrupted_ends_nothing(
     said = capfd.readouterr().err
     assert "stopping after this step" in said
     assert "a line of the log" in said
+
+
+def test_a_terminal_that_is_closed_is_one_signal_although_shell_and_kernel_send_one() -> None:
+    requests = StopRequests()
+    with requests.handled(), requests.deferred():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+    assert (requests.requested, requests.at_once) == ("interrupted", False)
+
+
+def test_where_it_is_ignored_from_the_start_nobody_answers_a_closed_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        requests = StopRequests()
+        with requests.handled():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert requests.requested is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

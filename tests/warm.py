@@ -82,6 +82,8 @@ def start() -> None:
     """Start it; it imports while the tests begin."""
     # A shell ignores SIGINT for what it runs in the background, and so would the processes started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # likewise `nohup`; a handler is not inherited
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     os.environ.update(
         store.QUIET, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", STOKER_SINKS="none", HF_HUB_OFFLINE="1"
     )

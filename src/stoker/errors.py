@@ -60,7 +60,7 @@ class Stopped(SystemExit):
     """The process was told to stop. A training loop stops at a step boundary, after a checkpoint.
 
     It is a `SystemExit`, so that it passes through a user's `except Exception` and ends a plain script with
-    the right exit code: 75 after SIGTERM (to be requeued), 130 after Ctrl-C.
+    the right exit code: 75 after SIGTERM (to be requeued), 130 after Ctrl-C or SIGHUP.
     """
 
     def __init__(self, status: str) -> None:

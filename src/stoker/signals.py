@@ -15,17 +15,22 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from stoker.errors import EXIT_PREEMPTED, Stopped
+from stoker.errors import STOP_CODES, Stopped
 
 _PR_SET_PDEATHSIG = 1
-ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
-"""The signals with which a scheduler stops a job; it sends them to all processes at once."""
+ENDED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""The signals with which a scheduler, or a terminal that is closed, stops all processes of a job at once."""
+STATUS: dict[int, str] = {
+    signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted",
+    signal.SIGINT: "interrupted", signal.SIGHUP: "interrupted",
+}  # fmt: skip
+"""The status of a run that a signal has stopped."""
 
 _CLEANED = "ignore:resource_tracker:UserWarning"  # about leaked semaphores of killed ranks, which it removes
 
 
 def start_forkserver() -> None:
-    """Start multiprocessing's forkserver with SIGTERM and SIGUSR1 blocked, also in the processes it forks.
+    """Start multiprocessing's forkserver with `ENDED_BY` blocked, also in the processes it forks.
 
     Processes that only serve the training one must not die before it has saved its checkpoint; they end when
     it does. In this process the signals are only blocked in the meantime, not ignored, so none is lost.
@@ -60,7 +65,7 @@ def start_service(module: str, *words: str, log: Path) -> subprocess.Popen[bytes
 
 
 def take() -> None:
-    """Unblock SIGTERM and SIGUSR1 in this process, which the forkserver may have forked."""
+    """Unblock `ENDED_BY` in this process, which the forkserver may have forked."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDED_BY)
 
 
@@ -98,7 +103,7 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
     Yields whether it does: outside the main thread, which alone can have handlers, it has no effect.
     """
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
+    before = {number: signal.signal(number, handler) for number in heard(numbers)} if main else {}
     try:
         yield main
     finally:
@@ -106,19 +111,24 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
             signal.signal(number, previous)
 
 
+def heard(numbers: Iterable[int]) -> list[int]:
+    """The given signals without SIGHUP if this process was started to ignore it, as `nohup` does."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within this block, SIGTERM and SIGUSR1 raise Stopped, so that cleanup runs. Only in the main thread."""
+    """Within this block, `ENDED_BY` raise Stopped, so that cleanup runs. Only in the main thread."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("preempted")
+        raise Stopped(STATUS[number])
 
     with handled(stop, ENDED_BY):
         yield
 
 
 def answer_while_starting() -> None:
-    """Until training starts, SIGTERM and SIGUSR1 end this process with the exit code of a preemption.
+    """Until training starts, `ENDED_BY` end this process with the exit code of a run that they stop.
 
     Handlers that the process has already installed stay.
     """
@@ -131,5 +141,6 @@ def answer_while_starting() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     """Exit at once, because an exception could be lost in a callback of a running import."""
-    os.write(2, b"stoker: told to stop before there was anything to save\n")
-    os._exit(EXIT_PREEMPTED)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, b"stoker: told to stop before there was anything to save\n")
+    os._exit(STOP_CODES[STATUS[number]])

@@ -1,4 +1,6 @@
-"""Requests to stop: SIGTERM and SIGUSR1 (a scheduler wants the machine back), Ctrl-C, a deadline, a search.
+"""Requests to stop: signals, a deadline, a search.
+
+SIGTERM and SIGUSR1 mean that a scheduler wants the machine back; SIGHUP, that the terminal was closed.
 
 While a training loop runs, it stops at the next step boundary, after a checkpoint. Elsewhere the process
 stops at once, and so it does at a second signal.
@@ -14,10 +16,8 @@ from types import FrameType
 
 from stoker import signals, supervision, terminal
 from stoker.errors import Stopped
+from stoker.signals import STATUS
 
-STATUS: dict[int, str] = {
-    signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted", signal.SIGINT: "interrupted"
-}  # fmt: skip
 _ONE = 1.0  # seconds within which signals count as one: a scheduler signals every process, a parent its child
 
 

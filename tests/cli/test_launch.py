@@ -83,18 +83,21 @@ def test_a_rank_that_does_not_end_is_ended_soon_and_not_blamed(stoker: Command, 
     assert (seen.attempts[-1].error or "").startswith("rank 1: RuntimeError: what one rank cannot do")
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGHUP, 130, "interrupted")]
+)
 def test_a_signal_to_the_whole_process_group_costs_no_checkpoint(
-    stoker: Command, start: Start, tmp_path: Path
+    number: signal.Signals, code: int, status: str, start: Start, tmp_path: Path
 ) -> None:
-    """As `timeout`, systemd and Slurm send it: the server of the ranks hears it too."""
+    """As `timeout`, systemd, Slurm and a terminal send it: the server of the ranks hears it too."""
     process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 10)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=LONG)
-    assert process.returncode == 75, err.decode()
+    assert process.returncode == code, err.decode()
     seen = loaded(run)
-    assert seen.status == "preempted"
+    assert seen.status == status
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
 
 
@@ -120,7 +123,12 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "status"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "code", "status"),
+    [
+        (signal.SIGTERM, 75, "preempted"),
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGHUP, 130, "interrupted"),
+    ],
 )
 def test_told_to_stop_all_ranks_stop_after_the_same_step(
     number: signal.Signals, code: int, status: str, stoker: Command, start: Start, tmp_path: Path
@@ -139,7 +147,9 @@ def test_told_to_stop_all_ranks_stop_after_the_same_step(
 
 @pytest.mark.parametrize("there", ["stoker-launch-*", "stoker-launch-*/rank-*.pid"])
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["sigterm", "sigint"]
+    ("number", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 130)],
+    ids=["sigterm", "sigint", "sighup"],
 )
 def test_told_to_stop_while_they_come_up_ranks_end_quietly(
     there: str, number: signal.Signals, code: int, start: Start, tmp_path: Path
@@ -193,9 +203,13 @@ def _wait_until_answered(process: subprocess.Popen[bytes], number: signal.Signal
     [("-m", "stoker", "train", RECIPE, "--nproc", "2"), ("-c", "import stoker; stoker.main(print)")],
     ids=["command", "script"],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["sigterm", "sigusr1"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 130)],
+    ids=["sigterm", "sigusr1", "sighup"],
+)
 def test_told_to_stop_before_anything_is_there_it_can_be_started_again(
-    arguments: tuple[str, ...], number: signal.Signals, tmp_path: Path
+    arguments: tuple[str, ...], number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(_LOADS_LONG)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -206,7 +220,7 @@ def test_told_to_stop_before_anything_is_there_it_can_be_started_again(
     _wait_until_answered(process, number)
     process.send_signal(number)
     _, err = process.communicate(timeout=LONG)
-    assert process.returncode == 75
+    assert process.returncode == code
     assert err.decode() == "stoker: told to stop before there was anything to save\n"
     assert not (tmp_path / "runs").exists()
 

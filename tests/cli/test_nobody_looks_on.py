@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,17 +40,21 @@ def train(run: stoker.Run, config: stoker.Training) -> None:
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Start a training of so many steps, of whose process what it writes to is given."""
+    """Start a training of so many steps, of whose process what it writes to is given.
+
+    It may be started by another command, which is that process then, and belong to the terminal written to.
+    """
     processes: list[subprocess.Popen[bytes]] = []
 
-    def run(steps: int, *options: str, to: Any) -> subprocess.Popen[bytes]:
+    def run(
+        steps: int, *options: str, to: Any, by: tuple[str, ...] = (), in_terminal: bool = False
+    ) -> subprocess.Popen[bytes]:
         (tmp_path / "loop.py").write_text(SCRIPT.replace("STEPS", str(steps)))
-        command = [sys.executable, "-m", "stoker", "train", "loop.py", "--name", "a", *options]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=to, stderr=to, process_group=0
-            )
-        )
+        command = [*by, sys.executable, "-m", "stoker", "train", "loop.py", "--name", "a", *options]
+        processes.append(subprocess.Popen(
+            command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=to, stderr=to, start_new_session=True,
+            preexec_fn=_take_terminal if in_terminal else None,  # noqa: PLW1509 - it takes no lock
+        ))  # fmt: skip
         return processes[-1]
 
     yield run
@@ -56,6 +62,11 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _take_terminal() -> None:
+    """Make standard output the terminal of this process's session."""
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 
 
 def folded(tmp_path: Path) -> view.RunView:
@@ -97,5 +108,31 @@ def test_it_trains_on_where_nothing_can_be_said(to: str, begin: Callable[..., An
         os.close(its)
         until_it_trains(tmp_path)
         os.close(mine)
+    assert process.wait(60) == 0
+    assert folded(tmp_path).status == "finished"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_shell_whose_terminal_is_closed_leaves_a_checkpoint(
+    ranks: int, begin: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The kernel ends the shell by SIGHUP, and sends it to all processes of the command that it ran."""
+    mine, its = os.openpty()
+    shell = ("sh", "-c", '"$@"; exit', "sh")
+    process = begin(10_000, "--nproc", str(ranks), to=its, by=shell, in_terminal=True)
+    os.close(its)
+    until_it_trains(tmp_path)
+    os.close(mine)
+    assert process.wait(60) == -signal.SIGHUP
+    until(lambda: folded(tmp_path).status != "running")
+    found = folded(tmp_path)
+    assert (found.status, found.checkpoints) == ("interrupted", [found.step])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_under_nohup_it_trains_on(ranks: int, begin: Callable[..., Any], tmp_path: Path) -> None:
+    process = begin(100, "--nproc", str(ranks), to=subprocess.DEVNULL, by=("nohup",))
+    until_it_trains(tmp_path)
+    os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(60) == 0
     assert folded(tmp_path).status == "finished"

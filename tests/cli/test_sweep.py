@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -521,15 +522,21 @@ def _victim(process: subprocess.Popen[bytes], draws: random.Random) -> psutil.Pr
     return psutil.Process(process.pid) if process.poll() is None else None
 
 
-def test_told_to_stop_it_goes_on_later(start: Start, stoker: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 130)])
+def test_told_to_stop_it_goes_on_later(
+    number: signal.Signals, code: int, start: Start, stoker: Command, tmp_path: Path
+) -> None:
+    """Told twice at once, as a shell and the kernel do when a terminal is closed, and a scheduler may."""
     go = tmp_path / "go"
     given = ("sweep", RECIPE, *SPACE, "pause=1", f"until={go}", "--trials", "2", "--json")
     process = start(*given)
     _wait_until_it_searches(process, tmp_path / "runs" / "searched-sweep")
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        os.killpg(process.pid, number)
+        time.sleep(0.1)
     _, err = process.communicate(timeout=LONG)
-    assert process.returncode == 75, err.decode()
+    assert process.returncode == code, err.decode()
     go.touch()
     done = stoker(*given)
     assert done.code == 0, done.err

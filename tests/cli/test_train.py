@@ -139,7 +139,12 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(  # type: ignore[n
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "status"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")]
+    ("sent", "code", "status"),
+    [
+        (signal.SIGTERM, 75, "preempted"),
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGHUP, 130, "interrupted"),
+    ],
 )
 def test_told_to_stop_it_leaves_a_checkpoint_of_the_step_under_way(  # type: ignore[no-untyped-def]
     stoker, start, slow: Path, tmp_path: Path, sent: signal.Signals, code: int, status: str

@@ -105,7 +105,7 @@ def test_one_outlives_the_signals_that_are_meant_for_those_that_train(job: Job, 
     _write(job, "node-0.log", "begins\n")
     process = begin()
     until(lambda: _there(job, "node-0.log") == "begins\n", every=0.2)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         process.send_signal(number)
     _write(job, "node-0.log", "preempted\n")
     process.communicate(timeout=LONG)

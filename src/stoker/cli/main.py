@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
-from stoker import __version__, other_names, storage, terminal, threads
+from stoker import __version__, other_names, signals, storage, terminal, threads
 from stoker.cli.output import say_error
 from stoker.errors import (
     EXIT_BAD_INPUT,
@@ -120,7 +120,7 @@ def _exit_code(command: typer.Typer) -> int:
 def _keep_exit_code() -> None:
     """Ignore further signals, so that a scheduler's next one cannot change the exit code."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in signals.STATUS:
             signal.signal(number, signal.SIG_IGN)
 
 

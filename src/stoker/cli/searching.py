@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from stoker import config as configs
-from stoker import object_store, signals, terminal
+from stoker import object_store, signals, stopping, terminal
 from stoker.cli.search_options import Places, SearchOptions
 from stoker.cli.trial import loaded, train_trial
 from stoker.duration import Duration
@@ -32,7 +33,6 @@ from stoker.periodic import Job, Periodic
 from stoker.recipes import Recipe
 from stoker.run import finding
 from stoker.run.series import guess_goal
-from stoker.stopping import STATUS
 from stoker.tracking import follower
 from stoker.tracking.shipping import SweepShipping
 from stoker.tune import local, on_ray, peers, plan, record, samplers, schedulers, stores, tables
@@ -182,18 +182,24 @@ def _shipped(folder: Path) -> Iterator[SweepShipping]:
 def answering_signals(search: Search) -> Iterator[list[int]]:
     """Stop the search on a signal within this block; the list receives the signal.
 
-    A second signal raises KeyboardInterrupt. Outside the main thread, signals are not handled.
+    A second signal, as `stopping.is_another` says, raises KeyboardInterrupt. Outside the main thread, signals
+    are not handled.
     """
     told: list[int] = []
+    told_at = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told_at
         if told:
-            raise KeyboardInterrupt
+            if stopping.is_another(number, told_at):
+                raise KeyboardInterrupt
+            return
+        told_at = time.monotonic()
         told.append(number)
         terminal.say("\nstopping: trials save a checkpoint; the same search continues when run again\n")
         search.stop()
 
-    with signals.handled(stop, STATUS):
+    with signals.handled(stop, signals.STATUS):
         yield told
 
 

@@ -21,7 +21,7 @@ from stoker.errors import EXIT_FAILED, STOP_CODES, BadInput, StokerError
 from stoker.launch import targets
 from stoker.launch.targets import LOCAL, RAY, TARGETS
 from stoker.recipes import Recipe
-from stoker.stopping import STATUS
+from stoker.signals import STATUS
 
 if TYPE_CHECKING:
     from stoker.tune.record import Record

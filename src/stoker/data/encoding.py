@@ -187,7 +187,7 @@ def _start(cut: Cut) -> tuple[SpawnProcess, Connection]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, cut), daemon=True)
     resource_tracker.ensure_running()  # started below, it would let SIGTERM and SIGINT through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*signals.ENDED_BY, signal.SIGINT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STATUS)
     try:
         process.start()  # it blocks signals that are meant for the training process
     finally:

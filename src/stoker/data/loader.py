@@ -280,11 +280,10 @@ def _end_with_trainer(worker: int) -> None:
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None
-    ended_by = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ended_by)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.STATUS)
 
     def hear() -> None:
-        while signal.sigwaitinfo(ended_by).si_pid != trainer.pid:
+        while signal.sigwaitinfo(signals.STATUS).si_pid != trainer.pid:
             pass
         os._exit(0)
 

@@ -17,7 +17,7 @@ from stoker.errors import BadInput, StokerError, Stopped
 from stoker.integrations import training
 from stoker.launch.targets import LOCAL, RAY
 from stoker.run import opening
-from stoker.stopping import STATUS
+from stoker.signals import STATUS
 from stoker.tune import plan
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
@@ -102,8 +102,8 @@ def sweep(
     """Search for the best values of a recipe's keys; the same call resumes the search.
 
     This is `stoker sweep`, and each argument is the option of the same name, which `stoker sweep --help` and
-    docs/sweeps.md describe. Ctrl-C and SIGTERM end the search with a checkpoint of each running trial.
-    Progress is shown as by the command, or logged by the logger `stoker` if logging is set up.
+    docs/sweeps.md describe. Ctrl-C, SIGTERM and SIGHUP end the search with a checkpoint of each running
+    trial. Progress is shown as by the command, or logged by the logger `stoker` if logging is set up.
 
         found = stoker.sweep("image", {"lr": "log(0.01, 1)", "epochs": 2}, metric="val_accuracy", trials=6)
         print(found.best.params, found.best.run)

@@ -31,7 +31,7 @@ from stoker.run import again
 from stoker.run.again import Again
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
-from stoker.stopping import STATUS
+from stoker.signals import STATUS
 from stoker.world import environment_of_no_rank
 
 CONFIG = "config.yaml"

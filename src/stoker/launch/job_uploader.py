@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from stoker import object_store, redaction, storage
+from stoker import object_store, redaction, signals, storage
 from stoker.launch import jobs, ranks
 from stoker.object_store import Store, Stored
 from stoker.run import messages, stretches, uploader
@@ -159,7 +159,7 @@ def _without_secrets(lines: bytes) -> bytes:
 
 def main() -> int:
     """The uploader's process. Returns 0 if everything is in the store, else 1."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # meant for the training processes
+    for number in signals.STATUS:  # meant for the training processes
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="stoker.launch.job_uploader")
     parser.add_argument("folder", type=Path, help="the job's folder")

@@ -1,6 +1,6 @@
 """The ranks of a run on this machine, started by torch.distributed.elastic from a warm forkserver.
 
-A rank runs a function and returns an exit code. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks,
+A rank runs a function and returns an exit code. The signals that stop a run are passed on to the ranks,
 which stop after a checkpoint; the launcher waits for them to end. If ranks fail, the first one is reported:
 the others only lost their peer. If this process dies, so do the ranks.
 
@@ -33,7 +33,7 @@ from stoker.launch.rounds import NO_WORK, ONE, Machines, Work
 from stoker.launch.watch import Watch, watching
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
-from stoker.stopping import STATUS
+from stoker.signals import STATUS
 
 log = logging.getLogger("stoker")
 

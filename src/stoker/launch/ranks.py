@@ -160,13 +160,13 @@ class _WithoutSecrets(io.TextIOWrapper):
 
 
 def _answer_signals(handler: Any) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in signals.heard(signals.STATUS):
         signal.signal(number, handler)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Until a run handles signals, there is nothing to finish."""
-    raise Stopped("interrupted" if number == signal.SIGINT else "preempted")
+    raise Stopped(signals.STATUS[number])
 
 
 def _leave_group(*, failed: bool) -> None:

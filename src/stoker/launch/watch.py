@@ -90,7 +90,7 @@ class Watch:
         if not ranks.pids(self.folder):
             # The ranks are told when they start, if what is raised here is lost in a callback of an import.
             self.told, self._told_at = number, time.monotonic()
-            raise Stopped(stopping.STATUS[number])
+            raise Stopped(signals.STATUS[number])
         if self.told:
             if not self.at_once and stopping.is_another(number, self._told_at):
                 self.at_once = True
@@ -196,11 +196,11 @@ def _places(folder: Path) -> str:
 
 @contextlib.contextmanager
 def watching(folder: Path, count: int, outside: Callable[[], str]) -> Iterator[Watch]:
-    """Watch the ranks of a launch, and pass SIGTERM, SIGUSR1 and Ctrl-C to them, within this block."""
+    """Watch the ranks of a launch, and pass the signals that stop a run to them, within this block."""
     watch = Watch(folder, count, outside=outside)
     thread = threading.Thread(target=watch.run, name="watch-ranks", daemon=True)
     thread.start()
-    with signals.handled(watch.pass_on, stopping.STATUS):
+    with signals.handled(watch.pass_on, signals.STATUS):
         try:
             yield watch
         finally:

@@ -286,8 +286,8 @@ def main() -> int:
     if copy is None:
         raise SystemExit(f"{run.path} does not belong to an object store")
     if not arguments.once:  # a scheduler signals all processes of a job; this one ends after the trainer
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in signals.ENDED_BY:
+            signal.signal(number, signal.SIG_IGN)
     lock = storage.try_lock(_turn(run))
     if lock is None:  # another uploader is running
         return 0
