@@ -173,6 +173,20 @@ def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(
         assert last.count("RuntimeError: what one rank cannot do") == 2
 
 
+def test_machines_with_different_commands_are_refused_before_they_train(
+    machines: Machines, tmp_path: Path
+) -> None:
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
+    same = ("train", RECIPE, *together)
+    processes = [machines.start("a", *same), machines.start("b", *same, "batch_size=32")]
+    assert [process.wait(LONG) for process in processes] == [2, 2], _all_said(machines)
+    for name in ("a", "b"):
+        said = machines.said(name).read_text()
+        assert "batch_size is 32 here and 16 there; give the same command on every machine" in said
+        assert "starting again" not in said
+    assert not (tmp_path / "runs" / "ranked").exists()
+
+
 def test_machines_that_share_no_folder_are_told(machines: Machines, tmp_path: Path) -> None:
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
     processes = [
