@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -778,6 +779,42 @@ def test_metrics_are_reduced_over_ranks_and_the_rest_is_rank_0s(tmp_path: Path) 
     assert seen.points["alone"] == {51: 1.0}
     assert seen.tags == {"rank": "0"}
     assert sorted(p.name for p in seen.directory.logs.glob("rank-*")) == [f"rank-{r}.log" for r in range(3)]
+
+
+def test_ranks_of_a_script_may_record_what_is_their_own_but_must_run_the_same_code(tmp_path: Path) -> None:
+    text = (
+        "import os, sys, time, stoker\n"
+        "config = {'device': os.environ['RANK'], 'lr': 1}\n"
+        "with stoker.Run('test', 'a', runs=sys.argv[1], config=config) as run:\n"
+        "    run.log(loss=1.0, reduce='sum')\n"
+    )
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "train.py").write_text(text)
+    codes, said = _copies(tmp_path)
+    assert codes == [0, 0], said
+    assert "config differs from that of rank 0 (there): device is 1 here and 0 there" in said[1]
+
+    (tmp_path / "1" / "train.py").write_text(f"{text}print()\n")
+    (tmp_path / "0" / "train.py").write_text(f"{text}time.sleep(600)\n")
+    codes, said = _copies(tmp_path)
+    assert codes == [2, 1]
+    for one in said:
+        assert re.search("the code of rank 1 on .* differs from that of rank 0 on .*: train.py;", one)
+
+
+def _copies(folder: Path) -> tuple[list[int], list[str]]:
+    """Two ranks that each run `train.py` in a folder of their own; exit codes and output."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "train.py", str(folder / "runs")], cwd=folder / str(rank),
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=LONG)[0] for process in processes]
+    return [process.returncode for process in processes], said
 
 
 def test_several_processes_without_a_name_agree_on_their_launchers(

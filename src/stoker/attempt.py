@@ -19,6 +19,8 @@ import operator
 import os
 import platform
 import sys
+import threading
+import time
 import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -31,6 +33,7 @@ from stoker import disk, redaction, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
+from stoker.periodic import Job, Periodic
 from stoker.reproduce import provenance
 from stoker.run import again, artifacts, finding, journal, lease, messages, mirror, opening, rendezvous, view
 from stoker.run.deferred import flatten
@@ -48,6 +51,8 @@ log = logging.getLogger("stoker")
 Newest = tuple[Checkpoint | None, list[str]]
 """The newest valid checkpoint, and those passed over, each with the reason."""
 
+_LOOKS = 0.1  # seconds between two looks for a rank that cannot take part
+_LAST_WORDS = 10.0  # seconds to end because of it, whatever blocks that
 _FINISH_SECONDS = 60.0  # for the checkpoint that is being written when a run fails
 
 
@@ -88,6 +93,7 @@ class Attempt:
     _trained: Callable[[], int] | None = None
     _has_resumed = False
     _stepped_by_trainer = False
+    _refusals: Periodic | None = None
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
     _compared: frozenset[str] = frozenset()
     _notes: frozenset[str] = frozenset()
@@ -147,10 +153,11 @@ class Attempt:
         self._logging: list[logging.Handler] = []
         parents = [asked.parent] if asked is not None else []
         record = opening.record(self.directory, config, sources, recipe, seed, parents)
+        code = code or opening.script() or Path.cwd()
         if self.world.rank > 0:
-            self._join()
+            self._join(record, code if provenance is None else None)
         else:
-            self._lead(record, code or opening.script() or Path.cwd(), accept_drift, provenance)
+            self._lead(record, code, accept_drift, provenance)
         if asked is not None:
             self._make_again(asked)
         atexit.register(self._end_with_script)
@@ -186,10 +193,50 @@ class Attempt:
                 continued=self.continued, **({"code": other} if other else {}),
             )  # fmt: skip
             undo.pop_all()
+        if self.world.size > 1:
+            look = functools.partial(self._look_for_refusal, mark, time.monotonic() + rendezvous.TIMEOUT)
+            self._refusals = Periodic([Job(_LOOKS, look)], "refusals")
 
-    def _join(self) -> None:
-        """Take part in the attempt that rank 0 of this launch begins."""
+    def _look_for_refusal(self, mark: str, until: float) -> None:
+        """End the process if another rank cannot take part: the main thread may wait for it in C code.
+
+        Args:
+            mark: the id of this opening.
+            until: when to stop looking; by then all have joined that will.
+        """
+        said = rendezvous.refusal(self.directory, mark)
+        if said:
+            self._end_refused(said)
+        elif (
+            journal.ranks(self.directory.journal, self.number) >= self.world.size or time.monotonic() > until
+        ) and self._refusals is not None:
+            self._refusals.close()
+
+    def _end_refused(self, said: str) -> None:
+        """End because of a rank's refusal; a run that this attempt has created is deleted."""
+        end = threading.Timer(_LAST_WORDS, os._exit, (BadInput.exit_code,))
+        end.daemon = True
+        end.start()
+        log.error("%s", said)
+        try:
+            rendezvous.end_refusal(self.directory)
+            if self.continued or self.recorder.used:
+                self.end(view.FAILED, said)
+            self.discard_if_unused()
+        finally:
+            os._exit(BadInput.exit_code)
+
+    def _join(self, record: dict[str, Any], code: Path | None) -> None:
+        """Take part in the attempt that rank 0 of this launch begins.
+
+        Raises BadInput if rank 0 has another config or other code: ranks would train different models as one.
+        """
         self.number, begun = rendezvous.wait(self.directory, self.world.launch, self.world.rank)
+        found = opening.differences(record, self.directory.record(), begun["drift"])
+        said = self._why_refused(found.refused, code, begun)
+        if said:
+            rendezvous.refuse(self.directory, begun["opening"], said)
+            raise BadInput(said)
         writer = journal.join_attempt(self.directory.journal, self.number, self.world.rank)
         self.recorder = Recorder(writer, self.world, self._begin)
         disk.bring_soon(self.directory.journal)
@@ -197,6 +244,32 @@ class Attempt:
         self.continued = begun["continued"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
         self._note_attempt()
+        if found.allowed and self.world.local_rank == 0:  # the others of a machine are given the same command
+            log.warning("the config differs from that of rank 0 (there): %s", opening.said_of(found.allowed))
+
+    def _why_refused(self, config: dict[str, Any], code: Path | None, begun: dict[str, Any]) -> str:
+        """Why this rank cannot train together with rank 0; empty if it can.
+
+        Args:
+            config: how its config differs; see `opening.Differences`.
+            code: its code, unless that is known.
+            begun: the first event of the attempt.
+        """
+        from stoker.reproduce import code_changes
+
+        rank, first = f"rank {self.world.rank} on {platform.node()}", f"rank 0 on {begun['host']}"
+        if config:
+            return (
+                f"the config of {rank} (here) differs from that of {first} (there): "
+                f"{opening.said_of(config)}; give the same command on every machine"
+            )
+        changed = code and code_changes.differs_from(self.directory.provenance, begun.get("code", {}), code)
+        if changed:
+            return (
+                f"the code of {rank} differs from that of {first}: {words.some(changed)}; "
+                "every machine needs the same version of it"
+            )
+        return ""
 
     def _note_attempt(self) -> None:
         """Mark in the log where an attempt begins, or which process is which."""
@@ -524,6 +597,8 @@ class Attempt:
         if self._is_parents:
             return
         atexit.unregister(self._end_with_script)
+        if self._refusals is not None:
+            self._refusals.close()
         self._background.close()
         self.recorder.close()
         self._stop_logging()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import psutil
 from test_launch import RECIPE, slow_until
 
+from servers import free_port
 from support import LONG, loaded, wait_for_points
 
 
@@ -46,6 +49,69 @@ def test_a_run_under_torchrun_is_preempted_with_its_loader_workers_and_goes_on(t
     after = loaded(run)
     assert after.attempts[-1].resumed_from == seen.step
     assert list(after.points["loss"].x) == list(range(1, 41))
+
+
+def _torchrun_on_two(folder: Path, *given: tuple[str, ...]) -> tuple[list[int], str]:
+    """What torchrun does on two machines, each with its own copy of the script; exit codes and output."""
+    port = str(free_port())
+    launchers = []
+    for number, arguments in enumerate(given):
+        copy = folder / str(number)
+        copy.mkdir(exist_ok=True)
+        if not (copy / "ranked.py").exists():
+            shutil.copy(RECIPE, copy)
+        at = ("--nnodes=2", f"--node-rank={number}", "--master-addr=127.0.0.1", f"--master-port={port}")
+        with (copy / "said").open("wb") as said:
+            launchers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "torch.distributed.run", *at, "ranked.py", "precision=fp32",
+                     "steps=30", *arguments, "--name", "a", "--runs", str(folder / "runs")],
+                    cwd=copy, stdout=said, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+    try:
+        codes = [launcher.wait(LONG) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    return codes, "".join((folder / str(n) / "said").read_text() for n in range(2))
+
+
+def test_machines_with_different_commands_are_refused_before_they_train(tmp_path: Path) -> None:
+    codes, said = _torchrun_on_two(tmp_path, ("batch_size=16",), ("batch_size=32", "dropout=0.2"))
+    assert 0 not in codes
+    differs = "batch_size is 32 here and 16 there, dropout is 0.2 here and 0.1 there; give the same command"
+    assert len(re.findall(f"stoker: error: the config of rank 1 on .*{differs}", said)) == 2, said
+    assert len(re.findall(r"exitcode +: 2 ", said)) == 2, said
+    assert not (tmp_path / "runs" / "ranked").exists()
+
+
+def test_machines_with_different_code_are_refused_also_when_they_go_on(tmp_path: Path) -> None:
+    """What may differ is where something is, and a file that nobody uses."""
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        subprocess.run(["git", "init", "-q", folder], check=True)
+        (folder / "unused.py").write_text(f"number = {number}")
+    given = [("fail_rank=1", f"until={tmp_path / str(number) / 'file'}") for number in range(2)]
+    codes, said = _torchrun_on_two(tmp_path, *given)
+    assert 0 not in codes
+    run = tmp_path / "runs" / "ranked" / "a"
+    assert max(loaded(run).points["loss"].x) >= 19, said
+    assert "rank 0 (there): until is " in (run / "logs" / "rank-1.log").read_text()
+
+    scripts = [tmp_path / str(number) / "ranked.py" for number in range(2)]
+    scripts[1].write_text(scripts[1].read_text().replace("raise RuntimeError(", "print("))
+    codes, said = _torchrun_on_two(tmp_path, *given)
+    assert 0 not in codes
+    differs = "the code of rank 1 on .* differs from that of rank 0 on .*: ranked.py;"
+    assert len(re.findall(differs, said)) == 2, said
+    assert loaded(run).status == "failed"
+
+    shutil.copy(scripts[1], scripts[0])
+    codes, said = _torchrun_on_two(tmp_path, *given)
+    assert codes == [0, 0], said
+    assert (loaded(run).step, len(loaded(run).attempts)) == (30, 3)
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import stoker
 import torch
-from stoker.run import journal, rendezvous, view
+from stoker.redaction import REDACTED
+from stoker.run import journal, opening, rendezvous, view
 from stoker.run.directory import RunDirectory
 
 import ranks
@@ -28,6 +30,19 @@ def test_an_attempt_does_not_end_before_all_ranks_take_part(tmp_path: Path) -> N
     rendezvous.wait_for_others(run, number, 2, timeout=60)
     assert 0.3 <= time.monotonic() - began < 30
     rendezvous.wait_for_others(run, number, 3, timeout=0.2)  # one never comes
+
+
+def test_what_belongs_to_a_machine_may_differ_between_ranks() -> None:
+    def record(**config: object) -> dict[str, Any]:
+        sources = dict.fromkeys(config, "command line") | {"cores": "default"}
+        return {"config": config, "sources": sources, "recipe": {"name": "mine"}}
+
+    there = record(lr=0.1, data="/a/data", files="data", cores=8, token=REDACTED, steps=10)
+    here = record(lr=0.2, data="/b/data", files="other", cores=4, token="ours", steps=20, more=1)
+    found = opening.differences(here, there, {"steps": (10, 20)})
+    assert found.refused == {"lr": (0.2, 0.1), "files": ("other", "data")}
+    assert found.allowed == {"data": ("/b/data", "/a/data")}
+    assert not opening.differences({**here, "recipe": {}}, there, {}).refused
 
 
 TWICE = """

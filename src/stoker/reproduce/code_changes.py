@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from typing import Literal
 from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
-from stoker.reproduce.code import Code, File
+from stoker.reproduce.code import Code, File, outside_of_git
 
 How = Literal["added", "removed", "changed", "renamed", "other mode"]
 
@@ -121,6 +122,42 @@ def changed_for(code: Code, source: Path) -> dict[str, str | None]:
     if code.script and source.is_file() and source != root / code.script:
         found[os.path.relpath(source, root)] = _sum(source)
     return found
+
+
+def differs_from(folder: Path, changes: Mapping[str, str | None], source: Path) -> list[str]:
+    """The files of a run's code that this process uses with other content than the process that opened it.
+
+    These are the script, what it imports, and all that is loaded; what else lies in the folder of one of the
+    two says nothing.
+
+    Args:
+        folder: the provenance folder of the run.
+        changes: how the code differed when the run was continued; see `changed_for`.
+        source: the script that this process runs, possibly in a different copy of the code; or a folder.
+    """
+    source = Path(os.path.realpath(source))
+    try:
+        code = provenance.read_code(folder)
+    except (BadInput, OSError):
+        return []
+    root = _root_of(code, source)
+    if root is None:
+        return []
+    sums = {f.path: changes.get(f.path, f.xxh3) for f in _comparable(code) if redaction.is_code(f.path)}
+    used = _used(root, source, {Path(path).name for path in sums})
+    return [
+        path
+        for path, known in sums.items()
+        if path in used and known is not None and _sum(root / path) not in (None, known)
+    ]
+
+
+def _used(root: Path, source: Path, names: Set[str]) -> set[str]:
+    """The source files with one of these names that this process has loaded or will, relative to a root."""
+    loaded = (getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values()))
+    files = [Path(os.path.realpath(file)) for file in loaded if file and Path(file).name in names]
+    used = {file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)}
+    return used | set(outside_of_git(source, root).paths)
 
 
 def _root_of(code: Code, source: Path) -> Path | None:

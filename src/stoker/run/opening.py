@@ -190,6 +190,53 @@ def kept_from_training(run: RunDirectory) -> Iterator[None]:
         os.close(lock)
 
 
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """How the config of a rank differs from that of rank 0: key -> (here, there)."""
+
+    refused: dict[str, tuple[Any, Any]]
+    allowed: dict[str, tuple[Any, Any]]
+    """Those that may be meant: a folder can be elsewhere on each machine, and a script without a recipe may
+    record what belongs to a rank, such as its device."""
+
+
+def differences(
+    here: Mapping[str, Any], there: Mapping[str, Any], drift: Mapping[str, Sequence[Any]]
+) -> Differences:
+    """The differences between the configs of two ranks, in keys that both have.
+
+    A default that neither was given is not compared: it may depend on the machine. Nor is what was redacted.
+
+    Args:
+        here: the record of this rank; see `record`.
+        there: that of the run.
+        drift: what the attempt has changed in that: key -> (old, new).
+    """
+    found = Differences({}, {})
+    config = {**there["config"], **{key: new for key, (_, new) in drift.items()}}
+    for key in here["config"].keys() & config.keys() - _defaults(here, there, drift):
+        pair = (here["config"][key], config[key])
+        if pair[0] != pair[1] and not redaction.holds_redacted(list(pair)):
+            is_place = all(isinstance(value, str) and Path(value).is_absolute() for value in pair)
+            into = found.allowed if is_place or not here["recipe"] else found.refused
+            into[key] = pair
+    return found
+
+
+def _defaults(here: Mapping[str, Any], there: Mapping[str, Any], drift: Mapping[str, Any]) -> set[str]:
+    """The keys that neither of two ranks was given."""
+    of_both = here["sources"].items() & there["sources"].items()
+    return {key for key, source in of_both if source == configs.DEFAULT and key not in drift}
+
+
+def said_of(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """The differences between the configs of two ranks as text."""
+    return ", ".join(
+        f"{key} is {configs.shown(here)} here and {configs.shown(there)} there"
+        for key, (here, there) in sorted(differences.items())
+    )
+
+
 def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]], has_recipe: bool) -> str:
     """The error message for a changed config: what changed, and how to resume the run with the change."""
     said = ", ".join(

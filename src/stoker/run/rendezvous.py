@@ -3,6 +3,8 @@
 Rank 0 writes its launch and the id of its opening into the lock file that it holds, and the id into the first
 line of its journal. If these match and the lock is held, a rank has found its attempt, and not one that ended
 earlier or belongs to another launch. Rank 0 therefore waits for the other ranks before it ends.
+
+A rank that cannot take part in the attempt says so in a file, since rank 0 may be anywhere by then.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from stoker import storage
 from stoker.errors import StokerError
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
@@ -19,6 +22,8 @@ from stoker.run.directory import RunDirectory
 TIMEOUT = 600.0  # seconds; loading code and data on rank 0 comes first
 _LATE = 5.0  # seconds that rank 0 waits at its end for ranks that have not joined; some may never join
 _INTERVAL = 0.05
+_LETS_GO = 30.0  # seconds for rank 0 to see a refusal; over NFS a new file can be late
+_REFUSAL = "refusal.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,26 @@ def wait_for_others(run: RunDirectory, attempt: int, size: int, timeout: float =
     deadline = time.monotonic() + timeout
     while journal.ranks(run.journal, attempt) < size and time.monotonic() < deadline:
         time.sleep(_INTERVAL)
+
+
+def refuse(run: RunDirectory, opening: str, said: str, timeout: float = _LETS_GO) -> None:
+    """Say why this rank cannot take part in an attempt, and wait until rank 0 has let go of the run."""
+    if run.exists():  # another rank may have refused first
+        storage.try_to_write_json(run.path / _REFUSAL, {"opening": opening, "said": said})
+    deadline = time.monotonic() + timeout
+    while run.alive and time.monotonic() < deadline:
+        time.sleep(_INTERVAL)
+
+
+def refusal(run: RunDirectory, opening: str) -> str:
+    """Why a rank cannot take part in the attempt of this opening; empty if none has said so."""
+    found = storage.read_json(run.path / _REFUSAL)
+    return str(found["said"]) if found.get("opening") == opening else ""
+
+
+def end_refusal(run: RunDirectory) -> None:
+    """Remove what a rank has said: it is about an attempt that is over."""
+    (run.path / _REFUSAL).unlink(missing_ok=True)
 
 
 def _begun(run: RunDirectory, launch: str) -> tuple[int, dict[str, Any]] | None:
