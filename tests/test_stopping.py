@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from stoker import terminal
+from stoker import stopping, terminal
 from stoker.errors import Stopped
 from stoker.stopping import StopRequests
 
@@ -86,7 +86,11 @@ def test_a_message_within_a_write_that_the_signal_interrupted_ends_nothing(
     assert "a line of the log" in said
 
 
-def test_a_terminal_that_is_closed_is_one_signal_although_shell_and_kernel_send_one() -> None:
+def test_a_terminal_that_is_closed_is_one_signal_although_shell_and_kernel_send_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel once the shell has ended, which may be seconds later."""
+    monkeypatch.setattr(stopping, "_ONE", 0.0)
     requests = StopRequests()
     with requests.handled(), requests.deferred():
         for _ in range(2):

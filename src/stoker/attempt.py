@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import disk, redaction, threads, words
+from stoker import disk, redaction, supervision, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -218,11 +218,13 @@ class Attempt:
         end.daemon = True
         end.start()
         log.error("%s", said)
+        supervision.say_refused(said)
         try:
             rendezvous.end_refusal(self.directory)
             if self.continued or self.recorder.used:
                 self.end(view.FAILED, said)
             self.discard_if_unused()
+            sys.stdout.flush()
         finally:
             os._exit(BadInput.exit_code)
 

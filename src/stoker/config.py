@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import itertools
 import json
 import math
 import shlex
@@ -155,6 +156,38 @@ def shown(value: Any) -> str:
 def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The differences between two records: key -> (old, new)."""
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def may_differ(key: str, one: Any, other: Any) -> bool:
+    """Whether machines that train together may have these values of a key; redacted ones are unknown."""
+    of_machine = key.rpartition(".")[2] == "workers"
+    return of_machine or redaction.holds_redacted([one, other]) or same_but_for_places(one, other)
+
+
+def same_but_for_places(one: Any, other: Any) -> bool:
+    """Whether two recorded values are equal but for absolute paths, which may differ between machines.
+
+    A text can be several, separated by commas, each with a weight: `/data/a:0.5,tiny:2`.
+    """
+    if isinstance(one, str) and isinstance(other, str):
+        parts = [text.split(",") for text in (one, other)]
+        return len(parts[0]) == len(parts[1]) and all(map(_same_place, *parts))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        one, other = list(itertools.chain(*one.items())), list(itertools.chain(*other.items()))
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_but_for_places, one, other))
+    return bool(one == other)
+
+
+def _same_place(one: str, other: str) -> bool:
+    (place, weight), (other_place, other_weight) = (_weighted(text) for text in (one, other))
+    are_places = Path(place).is_absolute() and Path(other_place).is_absolute()
+    return weight == other_weight and (place == other_place or are_places)
+
+
+def _weighted(text: str) -> tuple[str, str]:
+    place, _, weight = text.strip().rpartition(":")
+    return (place, weight) if place and weight.replace(".", "", 1).isdecimal() else (text.strip(), "")
 
 
 def describe(cls: type) -> dict[str, tuple[str, Any]]:

@@ -118,5 +118,9 @@ def _is_second(number: int, before: float) -> bool:
 
 
 def is_another(number: int, before: float) -> bool:
-    """Whether a signal is distinct from one at the monotonic time `before`; Ctrl-C always is."""
-    return number == signal.SIGINT or time.monotonic() - before >= _ONE
+    """Whether a signal is distinct from one at the monotonic time `before`.
+
+    Ctrl-C always is, and SIGHUP never: when a terminal is closed, its shell sends one, and the kernel another
+    once the shell has ended, which may be seconds later.
+    """
+    return number == signal.SIGINT or (number != signal.SIGHUP and time.monotonic() - before >= _ONE)

@@ -26,6 +26,8 @@ RUN = "run"
 """The file in that folder that holds the run's path."""
 TWICE = "told-twice"
 """The file that exists in that folder once the ranks were told twice to stop."""
+REFUSED = "refused"
+"""The file in that folder that says why another rank cannot take part."""
 STACKS = signal.SIGUSR2
 """The signal that makes a rank write the stacks of its threads."""
 
@@ -139,6 +141,20 @@ def tell_twice(folder: Path) -> None:
     """Let the ranks of a launch know that they are told to stop for the second time."""
     with contextlib.suppress(OSError):  # of a full disk, for example: they will be ended anyway
         (folder / TWICE).touch()
+
+
+def say_refused(said: str) -> None:
+    """Tell the supervisor that this rank ends because another one cannot take part, and why."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            (Path(folder) / REFUSED).write_text(said, encoding="utf-8")
+
+
+def refused(folder: Path) -> str:
+    """Why a rank cannot take part, if that has ended the ranks of a launch; else empty."""
+    file = folder / REFUSED
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def told_twice() -> bool | None:

@@ -14,7 +14,7 @@ PLANNED_RANK = "STOKER_PLANNED_RANK"
 """Environment variables for planning ranks that do not exist, see `World.planned`."""
 _OF_A_LAUNCH = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "MASTER_", "TORCHELASTIC_",
+    "MASTER_", "TORCHELASTIC_", "STOKER_LAUNCH_FOLDER",
 )  # fmt: skip
 _OF_A_SCHEDULER = (
     "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR",

@@ -208,6 +208,22 @@ def test_a_machine_that_is_given_another_command_is_told(machines: Machines, tmp
     assert not (tmp_path / "runs" / "ranked" / "a").exists()
 
 
+def test_machines_whose_code_differs_end_before_they_train(machines: Machines, tmp_path: Path) -> None:
+    """In what the script imports, which only ranks compare: all end at once, whatever restarts are left."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helping.py").write_text(f"NAME = {name!r}\n")
+        script = Path(RECIPE).read_text().replace("import stoker\n", "import helping\nimport stoker\n", 1)
+        (tmp_path / name / "ranked.py").write_text(script)
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
+    processes = [machines.start(name, "train", f"{name}/ranked.py", *SLOW, *together) for name in "ab"]
+    assert [process.wait(LONG) for process in processes] == [2, 2], _all_said(machines)
+    for name in "ab":
+        said = machines.said(name).read_text()
+        assert "helping.py; every machine needs the same version of it" in said
+        assert "starting again" not in said
+
+
 def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines, tmp_path: Path) -> None:
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
     run = tmp_path / "runs" / "ranked" / "a"

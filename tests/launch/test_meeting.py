@@ -175,6 +175,7 @@ def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one
     [
         ({"run": "test/b"}, "b trains test/b, but a, which meets the others at the same address, test/a: "),
         ({"config": {**CONFIG, "size": 4}, "given": []}, "size=4 on b, size=2 on a: give the same command"),
+        ({"script": "x"}, "the script on b is not the one on a: every machine needs the same version"),
         ({"config": {**CONFIG, "data": None}}, "data=none on b, data=x on a: give the same command on every"),
     ],
 )
@@ -196,9 +197,21 @@ def test_a_machine_that_is_told_something_else_is_refused_and_the_others_train(
     assert not host.hear(Report("c", "c", 1, "1:3", **other)).ended
 
 
+def test_where_they_meet_decides_what_is_trained() -> None:
+    host = rounds.Host(Machines(1, 3), Budget(0), frozenset({1, 2, 3}))
+    early, right = Report("b", "b", 1, "1:3", run="test/b"), Report("c", "c", 1, "1:3", run="test/a")
+    assert not host.hear(early).ended
+    first = Report("a", "a", 1, "1:3", run="test/a", first=True)
+    assert not host.hear(first).ended
+    assert host.hear(early).code == 2
+    assert not host.hear(right).ended
+
+
 class _Stranger(BaseHTTPRequestHandler):
+    status = 501
+
     def do_POST(self) -> None:
-        self.send_error(501)
+        self.send_error(self.status)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -224,6 +237,19 @@ def test_where_another_program_answers_is_said_at_once_on_every_machine(stranger
             elsewhere.next_round()
     finally:
         kill(elsewhere)
+
+
+def test_a_proxy_is_waited_for_that_says_that_nothing_is_there(
+    stranger: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Stranger, "status", 503)
+    monkeypatch.setattr(nodes, "COMING", 2.0)
+    seat = Seat(("127.0.0.1", stranger), 1, TWO)
+    try:
+        with pytest.raises(StokerError, match=f"127.0.0.1:{stranger} does not answer for 2 s"):
+            seat.next_round()
+    finally:
+        kill(seat)
 
 
 def test_a_port_that_is_taken_by_what_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

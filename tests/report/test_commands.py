@@ -78,11 +78,12 @@ def test_a_run_on_several_machines_is_that_of_a_command_on_each() -> None:
         "stoker resume a --nproc 1  # from step 26 on",
     ]
     assert commands.of(_view(two), elsewhere=True) == [
-        "stoker train llm lr=0.5 --nodes 2 --rendezvous HOST:PORT --nproc 2  # on each of 2 machines"
+        "stoker train llm lr=0.5 --nodes 2 --rendezvous HOST:PORT --nproc 2 --name a-again"
+        "  # on each of 2 machines"
     ]
     uneven = _view({"world": 3, "machines": 2})
     assert commands.of(uneven, elsewhere=True)[0].endswith(
-        "--nodes 2 --rendezvous HOST:PORT  # on each of 2 machines, 3 ranks together"
+        "--nodes 2 --rendezvous HOST:PORT --name a-again  # on each of 2 machines, 3 ranks together"
     )
     own = _view({}, three | {"resumed_from": 10}, record={"command": ["own.py"]})
     assert commands.of(own)[1] == "# from step 11 on, 3 ranks on 3 machines"

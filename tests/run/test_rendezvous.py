@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import stoker
 import torch
+from stoker import config as configs
 from stoker.redaction import REDACTED
 from stoker.run import journal, opening, rendezvous, view
 from stoker.run.directory import RunDirectory
@@ -43,6 +45,22 @@ def test_what_belongs_to_a_machine_may_differ_between_ranks() -> None:
     assert found.refused == {"lr": (0.2, 0.1), "files": ("other", "data")}
     assert found.allowed == {"data": ("/b/data", "/a/data")}
     assert not opening.differences({**here, "recipe": {}}, there, {}).refused
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "may"),
+    [
+        ("/a/x", "/b/y", True), ("a/x", "b/x", False), ("/a/x", "x", False),
+        ("/a:0.5,/b:0.5", "/c:0.5,/d:0.5", True), ("/a:0.5,/b:0.5", "/a:0.9,/b:0.1", False),
+        ("tiny,/s1/b", "tiny,/s2/b", True), ("/a,tiny", "/a,other", False), ("/a,/b", "/a", False),
+        (["/a", "x"], ["/b", "x"], True), (["/a"], ["/a", "/b"], False),
+        ({"/a": "text"}, {"/b": "text"}, True), ({"/a": "text"}, {"/b": "body"}, False),
+        (f"hf://{REDACTED}", "hf://ours", True), (None, "/a", False), (1, 2, False), (2, 2, True),
+    ],
+)  # fmt: skip
+def test_which_values_may_differ_between_machines(one: object, other: object, may: bool) -> None:
+    assert configs.may_differ("data", one, other) == may
+    assert configs.may_differ("loader.workers", 1, 2)
 
 
 TWICE = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import xxhash
 from stoker import config as configs
 from stoker import duration, object_store, redaction, store_urls
 from stoker.cli import outcome, submit, training
@@ -131,14 +132,15 @@ def start(
         training.run_rank, (named,), nproc=launch.ranks, preload=recipe.preload,
         max_restarts=launch.max_restarts, machines=launch.nodes, rendezvous=launch.rendezvous or "",
         shared=runs.absolute(), sizes=sizes, stopped=lambda: _say_stopped(named),
-        work=_work(f"{experiment}/{named.name}", resolved),
+        work=_work(f"{experiment}/{named.name}", recipe, resolved),
     )  # fmt: skip
 
 
-def _work(run: str, resolved: Resolved[Any]) -> Work:
+def _work(run: str, recipe: Recipe, resolved: Resolved[Any]) -> Work:
     """What the launchers of several machines compare."""
     given = [key for key, source in resolved.sources.items() if source != configs.DEFAULT]
-    return run, redaction.tree(resolved.values), given
+    script = xxhash.xxh3_128_hexdigest(recipe.source.read_bytes()) if recipe.source.is_file() else ""
+    return run, redaction.tree(resolved.values), given, script
 
 
 def _say_stopped(job: training.Job) -> None:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import IO, Annotated
 
 import typer
+from stoker import signals
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer
 from stoker.errors import BadInput, StokerError
 from stoker.run import finding
@@ -72,7 +73,6 @@ def _check_free(port: int) -> None:
 def _serving(runs: Path, port: int, output: IO[bytes]) -> Iterator[Server]:
     """Run MLflow's server in its own process group, ended with the block. Ctrl-C ends the block."""
     uri, artifacts = store.embedded_uri(runs), store.artifacts(runs).as_uri()
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     server = subprocess.Popen(
         [
             sys.executable, "-P", "-m", "mlflow", "server", "--host", _HOST, "--port", str(port),
@@ -85,12 +85,12 @@ def _serving(runs: Path, port: int, output: IO[bytes]) -> Iterator[Server]:
         start_new_session=True,
     )  # fmt: skip
     try:
-        yield server
+        with signals.handled(_interrupt, signals.ENDED_BY):
+            yield server
     except KeyboardInterrupt:
         pass
     finally:
         _end(server)
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _environment() -> dict[str, str]:

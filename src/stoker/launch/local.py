@@ -87,7 +87,7 @@ def run(
             code = _together(job, seat, nodes.parsed(rendezvous)[0])
             if seat.first and code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
                 stopped()
-            if not seat.first:
+            if not (seat.first or seat.leaves):
                 log.info("training has ended on all machines with exit code %d", code)
             return code
 
@@ -135,6 +135,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
     while True:
         with _ending_recorded(attempt):
             begun = seat.next_round()
+        attempt = None
         if begun.ended:
             return begun.code
         place = Place(begun.number, begun.machines, host, begun.port, begun.id, seat)
@@ -178,6 +179,8 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     early = watch.told and place.seat is not None and not _begun(folder)
     if watch.abandoned and not early:
         return max(end.code or 0 for end in ends.values())
+    if said := supervision.refused(folder):
+        raise BadInput(said)
     try:
         _raise_first(ends, failed, watch)
     except RankFailed as failure:

@@ -8,6 +8,7 @@ its own connection, with a time limit: a machine that is cut off is seen as miss
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import ipaddress
 import json
@@ -52,7 +53,8 @@ _MESSAGE = 3.0  # seconds that a message may take
 _GOODBYE = 5.0  # seconds for the others to be told how it ended
 
 _UNHEARD = 3.0  # seconds without an answer after which it is said that this machine waits
-_SERVER = "stoker-launcher"
+_HEADER = "X-Stoker-Launcher"
+_OF_PROXIES = (502, 503, 504)  # what a proxy in between answers while nothing is there
 _TRIES = 3  # to reach the launcher that may have taken the port
 _TAKEN = "--rendezvous {where}: another program answers there; give a port that is free on that machine"
 
@@ -363,7 +365,10 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
 
     class Handler(BaseHTTPRequestHandler):
         timeout = _MESSAGE
-        server_version = _SERVER
+
+        def end_headers(self) -> None:
+            self.send_header(_HEADER, "1")
+            super().end_headers()
 
         def log_message(self, *_: Any) -> None:
             """Log nothing."""
@@ -386,8 +391,8 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
         server = Server(("", address[1]), Handler)
     except OSError as error:
         if not _is_answered(address):
-            said = f"--rendezvous {written(*address)}: {error.strerror}; give a port that is free"
-            raise BadInput(said) from error
+            free = "; give a port that is free" if error.errno == errno.EADDRINUSE else ""
+            raise BadInput(f"--rendezvous {written(*address)}: {error.strerror}{free}") from error
         return None
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.1,), name="nodes-host", daemon=True).start()
@@ -423,7 +428,9 @@ def _ask(address: tuple[str, int], message: bytes) -> dict[str, Any]:
     try:
         connection.request("POST", "/", message, {"Content-Type": "application/json"})
         response = connection.getresponse()
-        if not response.getheader("Server", "").startswith(_SERVER):
+        if response.getheader(_HEADER) is None:
+            if response.status in _OF_PROXIES:
+                raise OSError(f"status {response.status}")
             raise _Stranger
         if response.status != 200:
             raise _Refused(f"status {response.status}")

@@ -18,7 +18,6 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from stoker import config as configs
@@ -44,6 +43,7 @@ _OTHER_RUN = (
     "{host} trains {run}, but {other.host}, which meets the others at the same address, {other.run}: "
     "give the same command on every machine, and another port to another run"
 )
+_OTHER_CODE = "the script on {host} is not the one on {other.host}: every machine needs the same version"
 _SAME = "give the same command on every machine"
 _TOLD = "{host} was told to stop"
 
@@ -99,9 +99,9 @@ class Machines:
 ONE = Machines()
 
 
-Work: TypeAlias = tuple[str, dict[str, Any], list[str]]
-"""What a launcher trains: `Report`'s `run`, `config` and `given`."""
-NO_WORK: Work = ("", {}, [])
+Work: TypeAlias = tuple[str, dict[str, Any], list[str], str]
+"""What a launcher trains: `Report`'s `run`, `config`, `given` and `script`."""
+NO_WORK: Work = ("", {}, [], "")
 
 
 @dataclass
@@ -119,6 +119,8 @@ class Report:
     """What it trains; without secrets."""
     given: list[str] = field(default_factory=list)
     """The keys of the config that it was given: defaults may depend on the machine."""
+    script: str = ""
+    """Its checksum."""
     first: bool = False
     """Whether they meet at this machine: it is machine 0, and its ranks find each other there too."""
     round: int = 0
@@ -208,6 +210,9 @@ class Host:
 
     def hear(self, report: Report) -> Answer:
         """Process a report; returns what to do."""
+        if report.first and report.node not in self.members:
+            others = self.members.values()
+            self.members = {m.report.node: m for m in others if not self._differs(m.report, report)}
         refused = self._refusal(report)
         if refused:
             if report.node not in self.refused:
@@ -234,14 +239,19 @@ class Host:
         """Why a machine may not take part; empty if it may."""
         if report.nodes != str(self.nodes):
             return f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
-        for other in (member.report for member in self.members.values()):
-            if other.folder != report.folder:
-                return _NOT_SHARED.format(host=report.host)
-            if other.run != report.run:
-                return _OTHER_RUN.format(host=report.host, run=report.run, other=other)
-            if said := _differences(report, other):
-                return said
-        return ""
+        others = (self._differs(report, member.report) for member in self.members.values())
+        return next(filter(None, others), "")
+
+    @staticmethod
+    def _differs(report: Report, other: Report) -> str:
+        """Why a machine cannot train with another one; empty if it can."""
+        if other.folder != report.folder:
+            return _NOT_SHARED.format(host=report.host)
+        if other.run != report.run:
+            return _OTHER_RUN.format(host=report.host, run=report.run, other=other)
+        if other.script != report.script:
+            return _OTHER_CODE.format(host=report.host, other=other)
+        return _differences(report, other)
 
     def _without_room(self, report: Report, now: float) -> Answer:
         """What to tell a machine for which there is no room: to wait, until it is known whether one is gone.
@@ -441,8 +451,7 @@ def _differences(one: Report, other: Report) -> str:
     found = [
         ", ".join(f"{key}={configs.shown(of.config.get(key))} on {of.host}" for of in (one, other))
         for key, values in configs.drift(one.config, other.config).items()
-        if key in {*one.given, *other.given}
-        and not all(isinstance(value, str) and Path(value).is_absolute() for value in values)  # of its disk
+        if key in {*one.given, *other.given} and not configs.may_differ(key, *values)
     ]
     return f"{'; '.join(found)}: {_SAME}" if found else ""
 

@@ -41,7 +41,8 @@ def of(view: RunView, until: int | None = None, *, elsewhere: bool = False) -> l
     name = f"{view.directory.id}-again" if anew else view.directory.id
     if len(parts) > 1:
         said.append(f"up to step {parts[1].after:,}")
-        words += ["--name", name] if anew else []
+    if anew and (len(parts) > 1 or parts[0].machines > 1):
+        words += ["--name", name]
     later = (_next(view, name, before, now) for before, now in itertools.pairwise(parts))
     return [_line(words, said), *later]
 

@@ -217,8 +217,8 @@ def differences(
     for key in here["config"].keys() & config.keys() - _defaults(here, there, drift):
         pair = (here["config"][key], config[key])
         if pair[0] != pair[1] and not redaction.holds_redacted(list(pair)):
-            is_place = all(isinstance(value, str) and Path(value).is_absolute() for value in pair)
-            into = found.allowed if is_place or not here["recipe"] else found.refused
+            may_differ = configs.may_differ(key, *pair)
+            into = found.allowed if may_differ or not here["recipe"] else found.refused
             into[key] = pair
     return found
 
