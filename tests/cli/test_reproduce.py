@@ -580,7 +580,7 @@ def test_told_to_stop_or_killed_nothing_trains_on(
     assert process.returncode == code
     while loaded(run).directory.alive:
         time.sleep(0.01)
-    assert loaded(run).status == ("interrupted" if number == signal.SIGINT else "preempted")
+    assert loaded(run).status == ("interrupted" if code == 130 else "preempted")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_a_bucket_may_have_the_name_of_a_host(url: str) -> None:
 def test_one_that_never_lets_us_send_is_given_up(
     store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    _answers_within(60, monkeypatch)
     monkeypatch.setattr(object_store, "STALL", 4.0)
     (tmp_path / "file").write_bytes(b"z" * 20_000_000)
     proxy.mode = "mute"
