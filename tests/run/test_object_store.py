@@ -126,10 +126,11 @@ def test_one_that_never_lets_us_send_is_given_up(
     store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _answers_within(60, monkeypatch)
-    monkeypatch.setattr(object_store, "STALL", 4.0)
+    store.write("first", b"")  # which makes the driver's client; that takes its time
+    monkeypatch.setattr(object_store, "STALL", 6.0)
     (tmp_path / "file").write_bytes(b"z" * 20_000_000)
     proxy.mode = "mute"
-    with pytest.raises(Unreachable, match="nothing arrived for 4 s"):
+    with pytest.raises(Unreachable, match="nothing arrived for 6 s"):
         dataclasses.replace(store, patience=0.5).put("file", tmp_path / "file")
     assert proxy.seen["mute"]
 
