@@ -161,10 +161,10 @@ def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any
 def may_differ(key: str, one: Any, other: Any) -> bool:
     """Whether machines that train together may have these values of a key; redacted ones are unknown."""
     of_machine = key.rpartition(".")[2] == "workers"
-    return of_machine or redaction.holds_redacted([one, other]) or same_but_for_places(one, other)
+    return of_machine or redaction.holds_redacted([one, other]) or _same_but_for_places(one, other)
 
 
-def same_but_for_places(one: Any, other: Any) -> bool:
+def _same_but_for_places(one: Any, other: Any) -> bool:
     """Whether two recorded values are equal but for absolute paths, which may differ between machines.
 
     A text can be several, separated by commas, each with a weight: `/data/a:0.5,tiny:2`.
@@ -175,7 +175,7 @@ def same_but_for_places(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         one, other = list(itertools.chain(*one.items())), list(itertools.chain(*other.items()))
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(same_but_for_places, one, other))
+        return len(one) == len(other) and all(map(_same_but_for_places, one, other))
     return bool(one == other)
 
 
@@ -186,8 +186,13 @@ def _same_place(one: str, other: str) -> bool:
 
 
 def _weighted(text: str) -> tuple[str, str]:
+    """A name with the weight after it, if what is there is a number: `/data/a:1e-3`."""
     place, _, weight = text.strip().rpartition(":")
-    return (place, weight) if place and weight.replace(".", "", 1).isdecimal() else (text.strip(), "")
+    try:
+        float(weight)
+    except ValueError:
+        return text.strip(), ""
+    return place, weight
 
 
 def describe(cls: type) -> dict[str, tuple[str, Any]]:

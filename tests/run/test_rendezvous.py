@@ -52,6 +52,7 @@ def test_what_belongs_to_a_machine_may_differ_between_ranks() -> None:
     [
         ("/a/x", "/b/y", True), ("a/x", "b/x", False), ("/a/x", "x", False),
         ("/a:0.5,/b:0.5", "/c:0.5,/d:0.5", True), ("/a:0.5,/b:0.5", "/a:0.9,/b:0.1", False),
+        ("/a:1e-3,/b", "/a:2e-3,/b", False),
         ("tiny,/s1/b", "tiny,/s2/b", True), ("/a,tiny", "/a,other", False), ("/a,/b", "/a", False),
         (["/a", "x"], ["/b", "x"], True), (["/a"], ["/a", "/b"], False),
         ({"/a": "text"}, {"/b": "text"}, True), ({"/a": "text"}, {"/b": "body"}, False),

@@ -312,13 +312,13 @@ class Lease:
             slept = time.monotonic()
             time.sleep(_LOOK)
             looked = time.monotonic()
-            left -= min(looked - slept, BEAT)  # its holder may have been suspended with this process
             now = Holder.of(self._place.read(number))
             if now.released:
                 return
             if now.beat != holder.beat:
                 raise Busy(f"process {holder.pid} on {holder.host} is training {self._run} now")
-            left -= time.monotonic() - looked
+            # Its holder may have been suspended with this process while that slept.
+            left -= min(looked - slept, BEAT) + time.monotonic() - looked
 
     def _keep(self, lost: Callable[[str], None]) -> None:
         while not self._ended.wait(BEAT):
