@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import stoker
+
+SOURCE = Path(stoker.__file__).parent
 
 SCRIPT = """
 import atexit
@@ -46,6 +49,17 @@ if __name__ == "__main__":
     stoker.main(train)
 """
 
+READING = """
+import psutil
+from pyarrow import parquet
+from stoker.run import media
+
+content = media.table([{"a": 1, "b": "x"}], None).content
+before = psutil.Process().num_threads()
+assert media.read_table(content) == (["a", "b"], [[1, "x"]])
+print(psutil.Process().num_threads() - before, "more")
+"""
+
 
 @pytest.mark.parametrize("how", [["-m", "stoker", "train", "script.py"], ["script.py"]])
 def test_a_daemon_thread_within_torch_does_not_abort_a_command_that_is_done(
@@ -63,3 +77,25 @@ def test_a_daemon_thread_within_torch_does_not_abort_a_command_that_is_done(
     assert {
         name: (tmp_path / name).read_text() for name in ("left-open", "at-exit", "thread")
     } == dict.fromkeys(("left-open", "at-exit", "thread"), "written")
+
+
+@pytest.mark.parametrize("module", ["cProfile", "trace"])
+def test_what_looks_on_gets_to_write_what_it_saw(module: str, tmp_path: Path) -> None:
+    looks_on = {"cProfile": ["-o", "seen"], "trace": ["--count", "--missing", "--coverdir", "seen"]}[module]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("threading.Thread(target=work", "threading.Thread(target=write_late"))
+    ignored = ["--ignore-dir", f"{sys.prefix}:{sys.base_prefix}:{SOURCE}"] if module == "trace" else []
+    done = subprocess.run(
+        [sys.executable, "-m", module, *looks_on, *ignored, str(script)], cwd=tmp_path, capture_output=True,
+        text=True, check=False, env={**os.environ, "STOKER_SINKS": "none"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen").exists()
+
+
+def test_a_table_is_read_without_a_thread_of_pyarrow(tmp_path: Path) -> None:
+    """A process that ended at once was aborted with it as it began."""
+    done = subprocess.run(
+        [sys.executable, "-c", READING], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "0 more\n"), done.stderr

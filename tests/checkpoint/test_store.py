@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from safetensors import safe_open
 from stoker.checkpoint import manifest, planning, shards, store
 from stoker.checkpoint.store import About, Saver
+from stoker.errors import StokerError
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -171,3 +175,40 @@ def test_memory_for_copies_is_taken_once(tmp_path: Path) -> None:
     saver.save({**tensors, "new": torch.ones(2)}, {}, About(3, 3))
     saver.wait()
     assert "new" in _load(manifest.folder(tmp_path, 3))
+
+
+_watch: Callable[[str], None] | None = None
+"""Called with the path of each event of Python's audit, while a test wants it."""
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    if _watch is not None and event.startswith(("open", "os.")) and args and isinstance(args[0], str | Path):
+        _watch(str(args[0]))
+
+
+def test_a_run_that_is_moved_at_any_moment_of_a_save_is_said_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys.addaudithook(_audit)  # it cannot be removed
+    said: dict[Path, str] = {}
+    for moment in itertools.count(1):
+        run, seen = tmp_path / f"run-{moment}", itertools.count(1)
+        (run / "checkpoints").mkdir(parents=True)
+
+        def move(path: str, run: Path = run, seen: Iterator[int] = seen, moment: int = moment) -> None:
+            if path.startswith(str(run)) and next(seen) == moment:
+                run.rename(f"{run}-moved")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "_watch", move)
+            saver = Saver(run / "checkpoints", done=lambda made: None)
+            saver.save(_tensors(), {}, About(5, 40))
+            try:
+                saver.wait()
+            except (OSError, StokerError) as error:
+                said[run] = str(error)
+        if run.exists():  # there was no such moment any more
+            break
+    assert len(said) > 5
+    for run, text in said.items():
+        assert text.startswith(f"{run} is gone: it was moved or deleted during training"), text

@@ -92,6 +92,14 @@ def folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def gone(path: Path) -> StokerError:
+    """The error of a checkpoint whose run's own directory no longer exists."""
+    return StokerError(
+        f"{path.parent.parent} is gone: it was moved or deleted during training; "
+        "`stoker resume` continues it from its new place"
+    )
+
+
 def begin(path: Path) -> None:
     """Create the directory of a new checkpoint, after removing remains of an earlier, unusable save.
 
@@ -100,10 +108,7 @@ def begin(path: Path) -> None:
     if path.exists():
         remove(path)
     if not path.parent.parent.exists():
-        raise StokerError(
-            f"{path.parent.parent} is gone: it was moved or deleted during training; "
-            "`stoker resume` continues it from its new place"
-        )
+        raise gone(path)
     if not path.parent.exists():
         path.parent.mkdir(exist_ok=True)
         storage.sync_directory(path.parent.parent)

@@ -137,7 +137,7 @@ class Saver:
         path = manifest.folder(self._folder, about.step)
         first = self._world.rank == 0
         files: list[File] = []
-        error = _error_of(lambda: self._begin(path)) if first else None
+        error = _error_of(lambda: self._begin(path), path) if first else None
         self._raise_together(error, path)
 
         def write() -> None:
@@ -145,8 +145,8 @@ class Saver:
             files.extend(shards.write(path, self._world.rank, parts, copies))
             self._before()
 
-        written = [File(**entry) for entry in self._raise_together(_error_of(write), path, files)]
-        error = _error_of(lambda: self._commit(path, written, values, about)) if first else None
+        written = [File(**entry) for entry in self._raise_together(_error_of(write, path), path, files)]
+        error = _error_of(lambda: self._commit(path, written, values, about), path) if first else None
         self._raise_together(error, path)
 
     def _begin(self, path: Path) -> None:
@@ -208,10 +208,12 @@ def _check_finite(tensors: Tensors, step: int) -> None:
             )
 
 
-def _error_of(work: Callable[[], None]) -> Exception | None:
-    """The error, if any: the other ranks must be told before it is raised."""
+def _error_of(work: Callable[[], None], path: Path) -> Exception | None:
+    """The error, if any, of work on the checkpoint at `path`: others must be told before it is raised."""
     try:
         work()
+    except FileNotFoundError as error:
+        return error if path.parent.parent.exists() else manifest.gone(path)
     except Exception as error:
         return error
     return None

@@ -133,8 +133,10 @@ def read_table(content: bytes) -> tuple[list[str], list[list[Any]]]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    # In this thread: a process that ends at once would be aborted with pyarrow's threads as they begin.
-    found = parquet.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False)
+    # In this thread: a process that ends at once would be aborted with pyarrow's threads as they begin, and
+    # `parquet.read_table` starts one even with `use_threads=False`.
+    with parquet.ParquetFile(pa.BufferReader(content)) as file:
+        found = file.read(use_threads=False)
     columns = [column.to_pylist() for column in found.columns]
     return found.column_names, [list(row) for row in zip(*columns, strict=True)]
 
