@@ -104,7 +104,11 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
     go.touch()
     assert [process.wait(LONG) for process in processes] == [0, 0], _all_said(machines)
     seen = loaded(run)
-    assert [attempt.world for attempt in seen.attempts] == [2, 2]
+    assert [(attempt.world, attempt.status) for attempt in seen.attempts] == [
+        (2, "preempted"),
+        (2, "finished"),
+    ]
+    assert "does not respond" in (seen.attempts[0].error or "")
     assert list(seen.points["loss"].x) == list(range(1, 201))
     assert stoker(*same, "pause=0", "--nproc", "2", "--name", "whole").code == 0
     assert _weights(run) == _weights(tmp_path / "runs" / "ranked" / "whole")
@@ -276,7 +280,8 @@ def test_machines_come_and_go_and_the_batches_stay_the_same(
     assert stays.wait(LONG) == 0, _all_said(machines)
     seen = loaded(run)
     assert _worlds(run) == [attempt.machines for attempt in seen.attempts] == [1, 2, 1, 2, 1]
-    assert [attempt.status for attempt in seen.attempts][:3] == ["preempted"] * 3
+    assert [attempt.status for attempt in seen.attempts] == [*["preempted"] * 4, "finished"]
+    assert "does not respond" in (seen.attempts[3].error or "")
     assert list(seen.points["loss"].x) == list(range(1, 201))
     assert stoker(*same, "pause=0", "--name", "whole").code == 0
     whole = loaded(tmp_path / "runs" / "ranked" / "whole")

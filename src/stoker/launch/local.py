@@ -135,6 +135,8 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
     while True:
         with _ending_recorded(attempt):
             begun = seat.next_round()
+        if attempt is not None and begun.lost and seat.first:  # the machine of rank 0 says it, once
+            journal.note_failure(*attempt, begun.lost, status="preempted")
         attempt = None
         if begun.ended:
             return begun.code

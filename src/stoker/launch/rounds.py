@@ -160,6 +160,8 @@ class Answer:
     """The port where the ranks of the round meet."""
     id: str = ""
     """The id of the round."""
+    lost: str = ""
+    """What happened to machines because of which the round before failed."""
     ended: bool = False
     """Whether everything is over."""
     error: str = ""
@@ -196,6 +198,8 @@ class Host:
     final: bool = False
     port: int = 0
     id: str = ""
+    lost: str = ""
+    """What happened to machines because of which the ranks of the round before failed."""
     answer: Answer | None = None
     """How it ended."""
     told: set[str] = field(default_factory=set)
@@ -233,7 +237,8 @@ class Host:
             self.told.add(report.node)
             return self.answer
         machines = self.machines if self.round else len(self.members)
-        return Answer(self.round, self.over, known.number, machines, self.changes, self.port, self.id)
+        newest = self.port, self.id, self.lost
+        return Answer(self.round, self.over, known.number, machines, self.changes, *newest)
 
     def _refusal(self, report: Report) -> str:
         """Why a machine may not take part; empty if it may."""
@@ -279,7 +284,7 @@ class Host:
             how = _TOLD if report.leaving else "{host} left"
             self.failure, self.final, self.failed_at = RankFailed(how.format(host=report.host)), False, now
             if self.nodes.elastic:
-                self._pause(str(self.failure))
+                self._pause(str(self.failure), lost=str(self.failure))
 
     def _take_in(self, report: Report, now: float) -> _Member:
         self.members[report.node] = _Member(report, now)
@@ -400,17 +405,18 @@ class Host:
         """End the round; this costs a restart, unless it failed because of a machine that may be lost."""
         assert self.failure is not None
         gone = [] if self.final else self._gone(now)
+        lost = ", ".join(gone)
         if self.nodes.elastic and gone:
-            self._pause(", ".join(gone))
+            self._pause(lost, lost=lost)
             return
-        self._pause(str(self.failure), quiet=True)
+        self._pause(str(self.failure), lost=lost, quiet=True)
         try:
             if self.final:
                 raise self.failure
             self.budget.spend(self.failure)
         except RankFailed as error:
             if gone:  # training itself did not fail: it can be started again
-                said = without(", ".join(gone))
+                said = without(lost)
                 self._end(EXIT_PREEMPTED, said if str(error) in gone else f"{said}.\n{error}")
             else:
                 self._end(error.exit_code, str(error))
@@ -425,9 +431,9 @@ class Host:
             f"{host} does not respond" for host in silent if host not in told
         ]
 
-    def _pause(self, why: str, *, quiet: bool = False) -> None:
+    def _pause(self, why: str, *, lost: str = "", quiet: bool = False) -> None:
         """The round is over; the next one will follow."""
-        self.running, self.over, self.since = False, why, self.clock()
+        self.running, self.over, self.lost, self.since = False, why, lost, self.clock()
         if not quiet:
             log.info("%s: continuing with the machines that are available", why)
 
