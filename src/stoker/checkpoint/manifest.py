@@ -26,10 +26,10 @@ from stoker.object_store import Unreachable
 from stoker.run import directory
 from stoker.run.series import Goal
 
-FORMAT = 4
-_READABLE = (2, 3, FORMAT)
+FORMAT = 5
+_READABLE = (2, 3, 4, FORMAT)
 """Format 2 had no checksum for the manifest itself."""
-_DETERMINED = 4
+_DETERMINED = 5
 """The first format in which equal tensors are equal bytes."""
 NAME = directory.MANIFEST
 _VOID = "void-manifest.json"

@@ -35,10 +35,13 @@ def signature(tensors: Mapping[str, torch.Tensor]) -> Signature:
 def parts(tensors: Mapping[str, torch.Tensor], rank: int, group: Any = None) -> list[Part]:
     """The parts that this rank writes; all ranks of the group call it, each with its tensors.
 
+    Their order depends on the names alone: an optimizer that was loaded has its state in another order than
+    one that has made its first step.
+
     Raises ValueError if ranks hold different tensors under the same name.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
+    planner.set_up_planner(dict(sorted(tensors.items())), is_coordinator=rank == 0)
     plans: list[SavePlan] = distributed.gathered(planner.create_local_plan(), group)
     final, _ = planner.create_global_plan(plans)
     found = []
