@@ -35,6 +35,8 @@ __all__ = ["Choice", "Condition", "Number", "Parameter", "Space", "parse", "pars
 log = logging.getLogger("stoker")
 
 _PAIRED = re.compile(r"\((.*)\)", re.DOTALL)
+_SEVERAL_NUMBERS = re.compile(r"[(\s]*[\d.]+(e-?\d+)?\s*(\.\.|to\b|[-:,])\s*[\d.]")
+"""As other tools write a range: `0..1`, `1e-5:1e-3`, `(1e-5, 1e-3)`, `8,16`."""
 
 
 @dataclass(frozen=True)
@@ -422,10 +424,17 @@ def _space(config: type, entries: Sequence[_Entry]) -> Space:
 
 
 def _fixed(config: type, key: str, entry: _Entry) -> Any:
-    """The value of a key that is not searched. Raises BadInput; for an object, also with how to search."""
+    """The value of a key that is not searched.
+
+    Raises BadInput; for an object, and for a text such as `0:1`, also with how to search.
+    """
     try:
         return configs.checked(config, key, entry.value, entry.source)
     except BadInput as error:
+        if isinstance(entry.value, str) and _SEVERAL_NUMBERS.match(entry.value):
+            raise BadInput(
+                f"{error}; to search it, write {key}='uniform(a, b)', 'log(a, b)', 'int(a, b)' or '[a, b]'"
+            ) from error
         if entry.value is None or isinstance(entry.value, str | int | float | list | Mapping):
             raise
         raise BadInput(
