@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from stoker import Training, config, other_names
+from stoker.cli import main
 from stoker.errors import BadInput
 from stoker.recipes import image, llm
 
@@ -50,6 +53,8 @@ def said(cls: type, override: str) -> str:
         ("bf16=true", "; use precision=bf16"),
         ("output_dir=out", "every run has its own folder: use the options --runs DIR"),
         ("resume_from_checkpoint=true", "to resume from the newest checkpoint, repeat the command"),
+        ("n_trials=40", "; use `stoker sweep`'s option --trials N"),
+        ("max_concurrent_trials=4", "; use `stoker sweep`'s option --parallel N"),
         ("batch_sise=4", "did you mean 'batch_size'?"),
         # near in no letters: by the beginning of a name, and by the words of a meaning
         ("learning=1", "; use lr (Peak learning rate"),
@@ -99,6 +104,20 @@ def test_every_name_leads_to_a_key_of_a_recipe_and_is_none_itself() -> None:
     assert ours.keys() & other_names._OPTIONS.keys() == {"dataloader_num_workers", "num_workers"}
     for given in {given for names in ours.values() for given in names if "=" in given}:
         assert config.checked(llm.Config, *given.split("=")) is not None
+
+
+def test_every_option_for_another_searchers_name_is_one_of_the_search() -> None:
+    program: Any = typer.main.get_command(main.app("sweep"))
+    known = {name for parameter in program.commands["sweep"].params for name in parameter.opts}
+    given = {**other_names._OF_SEARCHES, **other_names._IN_SEARCHES}
+    assert {word for option in given for word in option.split() if word.startswith("--")} <= known
+    names = [name for names in other_names._OF_SEARCHES.values() for name in names.split()]
+    names += [name for names in other_names._IN_SEARCHES.values() for name in names.split()]
+    assert len(set(names)) == len(names)
+    assert not {f"--{name.replace('_', '-')}" for name in names} & known
+    assert other_names.option_of_search("n_jobs") == "--parallel N"
+    assert other_names.option_of_search("mode") == "--goal min or --goal max"
+    assert other_names.option_of_search("lr") == ""
 
 
 def test_all_keys_of_another_trainers_file_are_answered_at_once(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The names that other trainers use for stoker's keys and commands.
+"""The names that other trainers and searchers use for stoker's keys, options and commands.
 
-They are those of transformers' Trainer, TRL, peft, Axolotl, LLaMA-Factory, torchtune and Lightning;
-docs/coming-from-trainers.md has the details.
+They are those of transformers' Trainer, TRL, peft, Axolotl, LLaMA-Factory, torchtune and Lightning, and of
+Optuna, Ray Tune, Determined and W&B's sweeps; docs/coming-from-trainers.md and docs/coming-from.md have the
+details.
 """
 
 from __future__ import annotations
@@ -190,9 +191,38 @@ _SAME = {
     "num_machines": "nnodes num_nodes",
     "push_to_hub": "hub_model_id",
 }
+# An option of `stoker sweep` -> the names that other searchers use for it.
+_OF_SEARCHES = {
+    "--trials N": "max_trials n_trials num_samples num_trials run_cap",
+    "--parallel N": "max_concurrent max_concurrent_trials n_jobs",
+    "--goal min or --goal max": "direction directions",
+    "--metric NAME": "objective",
+    "--sampler NAME": "search_alg search_algorithm",
+    "--scheduler NAME": "early_terminate pruner",
+    "--max-time TIME": "time_budget_s",
+    "--least DURATION": "grace_period min_resource",
+    "--most DURATION": "max_resource max_t",
+    "--factor N": "reduction_factor",
+    "--nproc N": "gpus_per_trial resources_per_trial",
+    "--study NAME": "study_name",
+    "--try KEY=VALUE,...": "points_to_evaluate",
+}
+# Likewise, names that mean this only as an option of a search.
+_IN_SEARCHES = {
+    "--trials N": "count max_evals n_iter samples",
+    "--parallel N": "concurrency concurrent jobs",
+    "--goal min or --goal max": "mode",
+    "--sampler NAME": "algorithm method",
+    "--max-time TIME": "timeout",
+}
 _OURS = {name: key for key, names in _KEYS.items() for name in names.split()}
 _OPTIONS = _COMMANDS | _OF_TEXTS
 _OPTIONS |= {name: _OPTIONS[key] for key, names in _SAME.items() for name in names.split()}
+_OPTIONS |= {
+    name: f"use `stoker sweep`'s option {option}"
+    for option, names in _OF_SEARCHES.items()
+    for name in names.split()
+}
 _FOR_TEXTS = {*_OF_TEXTS, *(name for key in _OF_TEXTS for name in _SAME.get(key, "").split())}
 _KEY_OF_TEXTS = "loss_on"
 """A key that only the configs of language models have."""
@@ -215,6 +245,12 @@ def command_for(name: str, keys: Container[str] | None = None) -> str:
     if keys is not None and name in _FOR_TEXTS and _KEY_OF_TEXTS not in keys:
         return ""
     return _OPTIONS.get(name, "")
+
+
+def option_of_search(name: str) -> str:
+    """The option of `stoker sweep` for another searcher's name; empty if unknown."""
+    both = (*_OF_SEARCHES.items(), *_IN_SEARCHES.items())
+    return next((option for option, names in both if name in names.split()), "")
 
 
 def begun(name: str) -> str:

@@ -345,6 +345,12 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
             ("train", "slow.py", "--output_dir", "a"),
             "every run has its own folder: use the options --runs DIR",
         ),
+        (
+            ("train", "slow.py", "--n-trials", "4"),
+            "No such option: --n-trials; use `stoker sweep`'s option --trials N",
+        ),
+        (("sweep", "slow.py", "--n-jobs", "4"), "No such option: --n-jobs; use --parallel N"),
+        (("sweep", "slow.py", "--mode=max"), "No such option: --mode; use --goal min or --goal max"),
         (("train", "slow.py", "--verbose"), "No such option: --verbose"),
         (("resume", "nothing"), "no run 'nothing'"),
     ],

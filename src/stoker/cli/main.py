@@ -133,16 +133,23 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _key_as_option(error: typer.TyperException, words: Sequence[str]) -> str:
-    """The message for a config key given as an option (`--lr 0.1`); empty for any other mistake."""
+    """The message for a config key given as an option (`--lr 0.1`), or for another tool's option.
+
+    Empty for any other mistake.
+    """
     option, context = getattr(error, "option_name", ""), getattr(error, "ctx", None)
     if not error.format_message().startswith(_NO_SUCH) or context is None:
         return ""
     parameters = context.command.params
     takes_keys = any("[KEY=" in str(parameter.metavar) for parameter in parameters)
     known = [name for parameter in parameters for name in parameter.opts]
-    if not takes_keys or option == _NAME or nearest(option, known, alike=_MISSPELT):
+    if not takes_keys or option == _NAME:
         return ""
     key = option.removeprefix("--").replace("-", "_")
+    if context.command.name == "sweep" and (ours := other_names.option_of_search(key)):
+        return f"{_NO_SUCH}: {option}; use {ours}"
+    if nearest(option, known, alike=_MISSPELT):
+        return ""
     if other := other_names.command_for(key):
         return f"{_NO_SUCH}: {option}; {other}"
     value = arguments.value(words, option)
