@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -127,6 +129,50 @@ def test_killed_at_random_nothing_is_lost(
         tmp_path / "runs", lambda arguments, environment: start(*arguments, env=dict(environment)),
         kills=200 if SOAK else 6, seed=0, nproc=2,
     )  # fmt: skip
+
+
+_DIES = """
+import os, signal, sys, threading
+left, folder, process = [{moment}], {folder!r}, os.getpid()
+
+def die(event, arguments):
+    if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"):
+        return
+    path, flags = arguments[0], arguments[2] if event == "open" else os.O_WRONLY
+    writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if os.getpid() == process and writes and isinstance(path, str) and path.startswith(folder):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(process, signal.SIGKILL)
+
+sys.addaudithook(die)
+"""
+"""Python that ends its process as it is about to write in a folder for the Nth time."""
+
+
+@pytest.mark.soak
+def test_killed_at_any_write_a_run_ends_in_the_same_bits(stoker: Command, tmp_path: Path) -> None:
+    same = (
+        "train", str(KILLING), "steps=12", "pause=0", "workers=0", "precision=fp32", "checkpoint_every=4",
+        "keep_checkpoints=2", "--experiment", "x",
+    )  # fmt: skip
+    runs = tmp_path / "runs" / "x"
+    assert stoker(*same, "--name", "whole").code == 0
+    for moment in itertools.count(1) if SOAK else (9, 17, 31):
+        run = runs / f"killed-{moment}"
+        killed = stoker(*same, "--name", run.name, first=_DIES.format(moment=moment, folder=str(run)))
+        if killed.code == 0 and moment > 31:  # it has written everything
+            break
+        assert killed.code == -signal.SIGKILL, killed.err
+        done = stoker(*same, "--name", run.name)
+        assert done.code == 0, (moment, done.err)
+        assert _sums(run) == _sums(runs / "whole"), moment
+        assert loaded(run).points == loaded(runs / "whole").points, moment
+
+
+def _sums(run: Path) -> dict[str, str]:
+    """The checksums of the tensors in the last checkpoint."""
+    return manifest.sums(manifest.committed(run / "checkpoints")[-1])
 
 
 _CUT = ("train", RECIPE, *SLOW, *slow_until(Path("never"), 30), "--name", "a")

@@ -253,7 +253,8 @@ def test_a_second_signal_ends_ranks_that_cannot_hear_it(start: Start, tmp_path: 
     assert loaded(run).attempts[-1].error == "told to stop twice, so its ranks were ended at once"
     newest, passed_over = manifest.newest(run / "checkpoints")
     assert newest is not None
-    assert (newest.step >= 20, passed_over) == (True, [])
+    assert newest.step >= 20
+    assert all("saving it did not finish" in said for said in passed_over), passed_over
 
 
 def test_a_signal_that_everybody_sends_is_one(start: Start, tmp_path: Path) -> None:

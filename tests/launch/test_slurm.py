@@ -32,6 +32,8 @@ from support import LONG, loaded, until
 RECIPE = str(Path(__file__).parent / "waiting.py")
 SEARCHED = str(Path(__file__).parents[1] / "cli" / "searched.py")
 SAME = ("train", RECIPE, "precision=fp32", "checkpoint_every=1000")
+_WAITS = "while :; do sleep 600 & wait; done"
+"""Of a shell with a trap: a signal to all processes of a step may reach `sleep` first."""
 
 pytestmark = pytest.mark.skipif(
     bool(slurm_cluster.missing()), reason=f"not installed: {', '.join(slurm_cluster.missing())}"
@@ -226,7 +228,7 @@ def test_tasks_of_srun_that_do_not_know_of_each_other_are_told_so(stoker: Comman
 
 
 def test_an_array_of_which_an_element_has_ended_is_cancelled_whole(stoker: Command, folder: Path) -> None:
-    run = "[ $SLURM_ARRAY_TASK_ID = 0 ] && exit 0; trap 'touch told; exit 75' TERM; touch up; sleep 60 & wait"
+    run = "[ $SLURM_ARRAY_TASK_ID = 0 ] && exit 0; trap 'touch told; exit 75' TERM; touch up; " + _WAITS
     spec = JobSpec(name="f", command=("bash", "-c", run), folder=folder, elements=2)
     number = _submitted(spec, ("f-0", "f-1")).native
     form = ("squeue", "--noheader", "--states=all", "--format=%T")
@@ -292,7 +294,7 @@ def test_a_job_that_twice_reaches_its_time_limit_before_it_trains_is_not_queued_
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm_script, "_EARLIER", 600)  # so that Slurm's own warning does not come before
-    command = ("bash", "-c", "trap 'exit 75' USR1 TERM; echo >> up; sleep 600 & wait")
+    command = ("bash", "-c", f"trap 'exit 75' USR1 TERM; echo >> up; {_WAITS}")
     option = {"signal": "USR1@50"}
     spec = JobSpec(name="k", command=command, folder=folder, cpus=2, time=600, options=option)
     job = _submitted(spec, ("waiting/k",))
