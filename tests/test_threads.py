@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import stoker
 
+from support import SOAK
+
 SOURCE = Path(stoker.__file__).parent
 
 SCRIPT = """
@@ -79,7 +81,8 @@ def test_a_daemon_thread_within_torch_does_not_abort_a_command_that_is_done(
     } == dict.fromkeys(("left-open", "at-exit", "thread"), "written")
 
 
-@pytest.mark.parametrize("module", ["cProfile", "trace"])
+@pytest.mark.soak
+@pytest.mark.parametrize("module", ["cProfile", "trace"] if SOAK else ["cProfile"])
 def test_what_looks_on_gets_to_write_what_it_saw(module: str, tmp_path: Path) -> None:
     looks_on = {"cProfile": ["-o", "seen"], "trace": ["--count", "--missing", "--coverdir", "seen"]}[module]
     script = tmp_path / "script.py"
