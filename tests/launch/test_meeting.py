@@ -23,6 +23,7 @@ from stoker.machine import free_port
 from support import LONG, until
 
 TWO = Machines(2, 2)
+VERSIONS = Report("", "", 1, "").versions
 CONFIG = {"lr": 0.1, "size": 2, "data": "x", "workers": 8, "cache": "/a"}
 
 
@@ -175,6 +176,10 @@ def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one
     [
         ({"run": "test/b"}, "b trains test/b, but a, which meets the others at the same address, test/a: "),
         ({"config": {**CONFIG, "size": 4}, "given": []}, "size=4 on b, size=2 on a: give the same command"),
+        (
+            {"versions": {**VERSIONS, "torch": "2.12.1"}},
+            f"b has torch 2.12.1, a torch {VERSIONS['torch']}: every machine needs the same version",
+        ),
         ({"script": "x"}, "the script on b is not the one on a: every machine needs the same version"),
         ({"config": {**CONFIG, "data": None}}, "data=none on b, data=x on a: give the same command on every"),
     ],
@@ -237,6 +242,25 @@ def test_where_another_program_answers_is_said_at_once_on_every_machine(stranger
             elsewhere.next_round()
     finally:
         kill(elsewhere)
+
+
+@pytest.mark.parametrize(("status", "answer"), [(400, "{}"), (200, '{"of_another_version": 1}')])
+def test_a_launcher_of_another_version_is_said_to_be_one(
+    status: int, answer: str, stranger: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def post(handler: _Stranger) -> None:
+        handler.send_response(status)
+        handler.send_header(nodes._HEADER, "1")
+        handler.end_headers()
+        handler.wfile.write(answer.encode())
+
+    monkeypatch.setattr(_Stranger, "do_POST", post)
+    seat = Seat(("127.0.0.1", stranger), 1, TWO)
+    try:
+        with pytest.raises(BadInput, match="a launcher of another version of stoker answers there"):
+            seat.next_round()
+    finally:
+        kill(seat)
 
 
 def test_a_proxy_is_waited_for_that_says_that_nothing_is_there(

@@ -56,6 +56,10 @@ _UNHEARD = 3.0  # seconds without an answer after which it is said that this mac
 _HEADER = "X-Stoker-Launcher"
 _OF_PROXIES = (502, 503, 504)  # what a proxy in between answers while nothing is there
 _TRIES = 3  # to reach the launcher that may have taken the port
+_OTHER_VERSION = (
+    "--rendezvous {where}: a launcher of another version of stoker answers there: "
+    "every machine needs the same version"
+)
 _TAKEN = "--rendezvous {where}: another program answers there; give a port that is free on that machine"
 
 _MARK = ".shared"
@@ -220,7 +224,9 @@ class Seat:
             self._heard, self._stranger = self._clock(), ""
         except _Stranger:
             self._stranger = _TAKEN.format(where=self._where)
-        except (OSError, http.client.HTTPException, ValueError, TypeError):
+        except (_Refused, TypeError):
+            self._stranger = _OTHER_VERSION.format(where=self._where)
+        except (OSError, http.client.HTTPException, ValueError):
             pass
 
 

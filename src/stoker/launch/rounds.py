@@ -13,15 +13,17 @@ stay.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 import uuid
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, TypeAlias
 
+from stoker import __version__, machine, world
 from stoker import config as configs
-from stoker import machine, world
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput
 from stoker.launch.budget import Budget, RankFailed
 from stoker.words import counted
@@ -44,6 +46,7 @@ _OTHER_RUN = (
     "give the same command on every machine, and another port to another run"
 )
 _OTHER_CODE = "the script on {host} is not the one on {other.host}: every machine needs the same version"
+_OTHER_VERSION = "{host} has {one}, {other.host} {two}: every machine needs the same version"
 _SAME = "give the same command on every machine"
 _TOLD = "{host} was told to stop"
 
@@ -104,6 +107,14 @@ Work: TypeAlias = tuple[str, dict[str, Any], list[str], str]
 NO_WORK: Work = ("", {}, [], "")
 
 
+def _versions() -> dict[str, str]:
+    """The packages that must be the same on all machines; torch's builds for a CUDA or another may differ."""
+    found = {"stoker": __version__}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["torch"] = metadata.version("torch").partition("+")[0]
+    return found
+
+
 @dataclass
 class Report:
     """What a launcher reports about itself."""
@@ -140,6 +151,7 @@ class Report:
     code: int = 0
     step: int = -1
     saved: int = -1
+    versions: dict[str, str] = field(default_factory=_versions)
 
 
 @dataclass
@@ -254,6 +266,12 @@ class Host:
             return _NOT_SHARED.format(host=report.host)
         if other.run != report.run:
             return _OTHER_RUN.format(host=report.host, run=report.run, other=other)
+        if changed := configs.drift(report.versions, other.versions):
+            one, two = (
+                ", ".join(f"{name} {of.get(name)}" for name in changed)
+                for of in (report.versions, other.versions)
+            )
+            return _OTHER_VERSION.format(host=report.host, one=one, two=two, other=other)
         if other.script != report.script:
             return _OTHER_CODE.format(host=report.host, other=other)
         return _differences(report, other)
