@@ -129,7 +129,8 @@ def test_a_shell_whose_terminal_is_closed_leaves_a_checkpoint(
     assert (found.status, found.checkpoints) == ("interrupted", [found.step])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2] if SOAK else [2])
 def test_under_nohup_it_trains_on(ranks: int, begin: Callable[..., Any], tmp_path: Path) -> None:
     process = begin(100, "--nproc", str(ranks), to=subprocess.DEVNULL, by=("nohup",))
     until_it_trains(tmp_path)

@@ -563,9 +563,14 @@ def test_a_run_whose_config_was_changed_is_made_again_up_to_there(counted: Path,
     assert "bit-identical over 6 steps" in done.out
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 130), (signal.SIGKILL, -9)],
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGKILL, -9),
+        *([(signal.SIGTERM, 75), (signal.SIGHUP, 130)] if SOAK else []),
+    ],
 )
 def test_told_to_stop_or_killed_nothing_trains_on(
     number: signal.Signals, code: int, project: Path, stoker: Command, start: Start

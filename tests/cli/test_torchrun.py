@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 from test_launch import RECIPE, slow_until
 
 from servers import free_port
@@ -86,6 +87,7 @@ def test_machines_with_different_commands_are_refused_before_they_train(tmp_path
     assert not (tmp_path / "runs" / "ranked").exists()
 
 
+@pytest.mark.soak(small=False)
 def test_machines_with_different_code_are_refused_also_when_they_go_on(tmp_path: Path) -> None:
     """What may differ is where something is, and a file that nobody uses."""
     for number in range(2):

@@ -12,6 +12,7 @@ import torch
 from stoker.engine.metrics import Max, Mean, Perplexity, Sum, Totals, _joined
 
 import ranks
+from support import SOAK
 
 
 def test_totals_weigh_batches_and_leave_out_what_does_not_count() -> None:
@@ -49,7 +50,8 @@ def _measured(settings: dict[str, Any], folder: Path, name: str, samples: int) -
 
 
 # In batches of 4 over two ranks: some without a sample, some with fewer.
-@pytest.mark.parametrize("samples", [1, 7, 13, 16])
+@pytest.mark.soak
+@pytest.mark.parametrize("samples", [1, 7, 13, 16] if SOAK else [1, 13])
 def test_metrics_over_ranks_are_those_of_one_process(samples: int, tmp_path: Path) -> None:
     alone = _measured({"parallel": "single"}, tmp_path, "alone", samples)[0]
     assert alone["rows"] == samples

@@ -297,7 +297,8 @@ def test_a_run_goes_on_under_other_strategies_and_on_other_numbers_of_ranks(
     _assert_same(found, (alone[0][-steps:], alone[1]), losses=1e-5, weights=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "1f1b", "zero-1", "zero-3"])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["fsdp", "1f1b", "zero-3", *(["ddp", "zero-1"] if SOAK else [])])
 def test_averaged_weights_are_the_same_under_every_strategy(
     name: str, folder: Path, averaged_alone: Trained
 ) -> None:
