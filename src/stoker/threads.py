@@ -6,6 +6,7 @@ import _io
 import atexit
 import concurrent.futures
 import contextlib
+import ctypes
 import gc
 import os
 import sys
@@ -49,26 +50,29 @@ def at_end_of_script(call: Callable[[], None]) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process as `sys.exit(code)` does, but without tearing the interpreter down.
+    """End the process as `sys.exit(code)` does, but with daemon threads without tearing the interpreter down.
 
-    If a thread, ours, a user's or a library's own, is inside torch or pyarrow when the interpreter is torn
-    down, the process can abort ("terminate called without an active exception"): pybind11 takes the GIL in a
-    destructor, which ends the thread there. A training that is complete would then have the exit code of a
-    crash. As in processes of multiprocessing, other threads are waited for, exit functions are called, and
-    files are flushed. A profiler or debugger around the script still gets to write what it saw.
+    If a daemon thread, ours or a user's, is inside torch when the interpreter is torn down, the process
+    aborts ("terminate called without an active exception"): the thread is ended while pybind11 takes the GIL
+    in a destructor. A training that is complete would then have the exit code of a crash. As in processes of
+    multiprocessing, other threads are waited for, exit functions are called, and files are flushed.
+
+    A profiler around the script gets to write what it saw: there it is `sys.exit`.
     """
-    if _is_watched():
+    if _is_watched() or not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for opened in [o for o in gc.get_objects() if issubclass(type(o), _io._IOBase)]:
         with contextlib.suppress(Exception):  # closed, read only, or a pipe whose reader is gone
             opened.flush()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)  # what libraries print, as NCCL does
     os._exit(code)
 
 
 def _is_watched() -> bool:
-    """Whether the script runs within `python -m cProfile`, `-m trace`, `-m pdb` or `-i`."""
+    """Whether the script runs within `python -m cProfile`, `-m trace` or `-i`."""
     monitoring = getattr(sys, "monitoring", None)  # by which cProfile looks on as of Python 3.12
     profiled = monitoring is not None and monitoring.get_tool(monitoring.PROFILER_ID) is not None
     return profiled or bool(sys.getprofile() or sys.gettrace() or sys.flags.inspect)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -187,6 +188,18 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         _watch(str(args[0]))
 
 
+def test_a_run_that_is_deleted_during_a_save_is_said_to_be_gone_whatever_is_left_of_it(
+    tmp_path: Path,
+) -> None:
+    """`rm -r`, and `mv` to another disk, remove the run's own directory last."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    saver = Saver(checkpoints, before=lambda: shutil.rmtree(checkpoints))
+    saver.save(_tensors(), {}, About(5, 40))
+    with pytest.raises(StokerError, match="run is gone: it was moved or deleted during training"):
+        saver.wait()
+
+
 def test_a_run_that_is_moved_at_any_moment_of_a_save_is_said_to_be_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +223,7 @@ def test_a_run_that_is_moved_at_any_moment_of_a_save_is_said_to_be_gone(
                 said[run] = str(error)
         if run.exists():  # there was no such moment any more
             break
+        assert run in said, moment
     assert len(said) > 5
     for run, text in said.items():
         assert text.startswith(f"{run} is gone: it was moved or deleted during training"), text

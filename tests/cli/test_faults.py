@@ -151,7 +151,9 @@ sys.addaudithook(die)
 
 
 @pytest.mark.soak
-def test_killed_at_any_write_a_run_ends_in_the_same_bits(stoker: Command, tmp_path: Path) -> None:
+def test_killed_at_any_change_of_its_files_a_run_ends_in_the_same_bits(
+    stoker: Command, tmp_path: Path
+) -> None:
     same = (
         "train", str(KILLING), "steps=12", "pause=0", "workers=0", "precision=fp32", "checkpoint_every=4",
         "keep_checkpoints=2", "--experiment", "x",

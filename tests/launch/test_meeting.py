@@ -23,7 +23,7 @@ from stoker.machine import free_port
 from support import LONG, until
 
 TWO = Machines(2, 2)
-VERSIONS = Report("", "", 1, "").versions
+VERSIONS = rounds.versions()
 CONFIG = {"lr": 0.1, "size": 2, "data": "x", "workers": 8, "cache": "/a"}
 
 
@@ -180,6 +180,7 @@ def test_who_waits_in_vain_is_to_be_started_again_where_machines_come_one_by_one
             {"versions": {**VERSIONS, "torch": "2.12.1"}},
             f"b has torch 2.12.1, a torch {VERSIONS['torch']}: every machine needs the same version",
         ),
+        ({"versions": {}}, "b has stoker ?, torch ?, a stoker "),
         ({"script": "x"}, "the script on b is not the one on a: every machine needs the same version"),
         ({"config": {**CONFIG, "data": None}}, "data=none on b, data=x on a: give the same command on every"),
     ],
@@ -189,7 +190,9 @@ def test_a_machine_that_is_told_something_else_is_refused_and_the_others_train(
 ) -> None:
     caplog.set_level("WARNING", "stoker")
     host = rounds.Host(Machines(1, 3), Budget(0), frozenset({1, 2, 3}))
-    same: dict[str, Any] = {"run": "test/a", "config": CONFIG, "given": ["lr", "data", "cache", "size"]}
+    same: dict[str, Any] = {
+        "run": "test/a", "config": CONFIG, "given": ["lr", "data", "cache", "size"], "versions": VERSIONS,
+    }  # fmt: skip
     first = Report("a", "a", 1, "1:3", first=True, **same)
     host.hear(first)
     for _ in range(2):
@@ -242,6 +245,55 @@ def test_where_another_program_answers_is_said_at_once_on_every_machine(stranger
             elsewhere.next_round()
     finally:
         kill(elsewhere)
+
+
+def test_a_launcher_of_another_version_is_named_where_they_meet(
+    meeting: Meeting, caplog: pytest.LogCaptureFixture
+) -> None:
+    meeting.host()
+    for _ in range(2):
+        with pytest.raises(nodes._Refused):
+            nodes._ask(meeting.address, b'{"of_another_version": 1}')
+    assert caplog.messages == ["a launcher of another version of stoker was refused, at 127.0.0.1"]
+
+
+def test_a_machine_that_was_only_slow_is_not_said_to_be_lost() -> None:
+    clock = [100.0]
+    host = rounds.Host(TWO, Budget(3), frozenset({2}), clock=lambda: clock[0])
+    a, b = Report("a", "a", 1, "2", first=True), Report("b", "b", 1, "2")
+    for one in (a, b, a):
+        begun = host.hear(one)
+    assert begun.round == 1
+    for one in (a, b):
+        one.round, one.phase = 1, rounds.RUNNING
+        host.hear(one)
+    failed = dataclasses.replace(a, phase=rounds.FAILED, said="rank 0: no such file", raised=True)
+    host.hear(failed)
+    clock[0] += 1.6
+    assert host.hear(failed).lost == "b does not respond"
+    host.hear(dataclasses.replace(b, phase=rounds.FAILED, said="it lost its peer"))
+    for one in (a, b, a):
+        begun = host.hear(dataclasses.replace(one, phase=rounds.WAITING))
+    assert (begun.round, begun.lost) == (2, "")
+
+
+def test_a_machine_that_does_not_come_back_is_named_at_the_end() -> None:
+    clock = [100.0]
+    host = rounds.Host(TWO, Budget(3), frozenset({2}), clock=lambda: clock[0])
+    a, b = Report("a", "a", 1, "2", first=True), Report("b", "b", 1, "2")
+    for one in (a, b):
+        host.hear(one)
+    for one in (a, b):
+        one.round, one.phase = 1, rounds.RUNNING
+        host.hear(one)
+    clock[0] += rounds.SILENCE + 1
+    host.hear(a)
+    clock[0] += 2
+    assert host.hear(a).lost == "b does not respond"
+    clock[0] += rounds.COMING + 1
+    ended = host.hear(dataclasses.replace(a, phase=rounds.WAITING))
+    assert (ended.code, ended.lost) == (EXIT_PREEMPTED, "b does not respond")
+    assert ended.error == "only 1 of 2 machines joined within 600 s: b does not respond"
 
 
 @pytest.mark.parametrize(("status", "answer"), [(400, "{}"), (200, '{"of_another_version": 1}')])

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stoker.errors import BadInput
-from stoker.run import finding
+from stoker.errors import BadInput, StokerError
+from stoker.run import artifacts, finding, media
 from stoker.run.directory import RunDirectory
 
 
@@ -102,3 +102,13 @@ def test_texts_without_a_letter_that_can_stand_in_a_name_are_told_apart() -> Non
     names = {finding.folder_name(text) for text in ("训练", "測試")}
     assert len(names) == 2
     assert all(finding.checked(name).startswith("script-") for name in names)
+
+
+def test_nothing_is_made_where_a_run_no_longer_is(tmp_path: Path) -> None:
+    gone, file = RunDirectory(tmp_path / "x" / "a"), tmp_path / "file"
+    file.touch()
+    with pytest.raises(StokerError, match="x/a is gone: it was moved or deleted during training"):
+        media.write(gone, "table", "t", 1, media.table([{"a": 1}], None))
+    with pytest.raises(StokerError, match="x/a is gone"):
+        artifacts.bring_in(gone, file, "f")
+    assert not gone.path.exists()

@@ -160,10 +160,12 @@ def test_what_is_no_expression_is_fixed_as_it_was_given(override: str) -> None:
         ("model=choise(a, b)", "did you mean 'choice'?"),
         ("optimizer=sdg", "did you mean 'sgd'?"),
         ("lr=abc", "input should be a valid number"),
-        ("lr=1e-5..1e-3", "to search it, write lr='uniform(a, b)', 'log(a, b)', 'int(a, b)' or '[a, b]'"),
+        ("lr=1e-5..1e-3", "to search it, write lr='uniform(a, b)', 'log(a, b)' or '[a, b]'"),
         ("lr=0:1", "to search it, write lr='uniform(a, b)'"),
-        ("batch_size=8,16,32", "to search it, write batch_size="),
-        ("batch_size=8-64", "to search it, write batch_size="),
+        ("lr=-1..1", "to search it, write lr='uniform(a, b)'"),
+        ("lr=(1E-5, 1E-3)", "to search it, write lr='uniform(a, b)'"),
+        ("batch_size=8,16,32", "to search it, write batch_size='int(a, b)' or '[a, b]'"),
+        ("batch_size=8-64", "to search it, write batch_size='int(a, b)' or '[a, b]'"),
         ("sizes=[[1], [b]]", "sizes is a list, each a whole number"),
         ("(lr, batch_size)=[(1e-3, 16), (1e-4,)]", "must have 2 values: write [(a, a), (b, b)]"),
         ("(lr, batch_size)=[1e-3, 16]", "row 1e-3 must have 2 values"),
@@ -177,6 +179,19 @@ def test_what_cannot_be_searched_is_refused_with_what_to_change(override: str, s
     with pytest.raises(BadInput) as error:
         parse([override], Config)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["lr=abc", "lr=1e-5x", "lr=1e-5", "sizes=8,b", "optimizer=1:2"])
+def test_what_is_no_range_of_numbers_is_not_taken_for_one(override: str) -> None:
+    assert "to search it" not in _refusal(override)
+
+
+def _refusal(override: str) -> str:
+    try:
+        parse([override], Config)
+    except BadInput as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(

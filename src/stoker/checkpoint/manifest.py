@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import math
 import re
 import shutil
@@ -32,6 +33,7 @@ _READABLE = (2, 3, 4, FORMAT)
 _DETERMINED = 5
 """The first format in which equal tensors are equal bytes."""
 NAME = directory.MANIFEST
+_GONE = (errno.ENOENT, errno.ESTALE)
 _VOID = "void-manifest.json"
 _THREADS = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -93,11 +95,15 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 
 def gone(path: Path) -> StokerError:
-    """The error of a checkpoint whose run's own directory no longer exists."""
-    return StokerError(
-        f"{path.parent.parent} is gone: it was moved or deleted during training; "
-        "`stoker resume` continues it from its new place"
-    )
+    """The error of a checkpoint whose run is no longer where it was."""
+    return directory.gone(path.parent.parent)
+
+
+def is_gone(path: Path, error: OSError) -> bool:
+    """Whether an error of writing a checkpoint is due to its run's being moved or deleted, maybe just now."""
+    with contextlib.suppress(OSError):  # on NFS, what was moved elsewhere is stale
+        return error.errno in _GONE and not path.exists()
+    return error.errno in _GONE
 
 
 def begin(path: Path) -> None:

@@ -212,8 +212,8 @@ def _error_of(work: Callable[[], None], path: Path) -> Exception | None:
     """The error, if any, of work on the checkpoint at `path`: others must be told before it is raised."""
     try:
         work()
-    except FileNotFoundError as error:
-        return error if path.parent.parent.exists() else manifest.gone(path)
+    except OSError as error:
+        return manifest.gone(path) if manifest.is_gone(path, error) else error
     except Exception as error:
         return error
     return None

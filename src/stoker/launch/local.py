@@ -133,10 +133,8 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     attempt: tuple[Path, int] | None = None
     while True:
-        with _ending_recorded(attempt):
+        with _loss_recorded(attempt, seat):
             begun = seat.next_round()
-        if attempt is not None and begun.lost and seat.first:  # the machine of rank 0 says it, once
-            journal.note_failure(*attempt, begun.lost, status="preempted")
         attempt = None
         if begun.ended:
             return begun.code
@@ -224,22 +222,25 @@ def _newest_attempt(folder: Path) -> tuple[Path, int] | None:
 
 
 @contextlib.contextmanager
-def _ending_recorded(attempt: tuple[Path, int] | None) -> Iterator[None]:
-    """If everything ends because a machine is gone, record that as the end of the attempt, and say it alone.
+def _loss_recorded(attempt: tuple[Path, int] | None, seat: nodes.Seat) -> Iterator[None]:
+    """If an attempt ended because a machine is gone, record that as its end; the others may go on, or not.
 
-    An exception of a rank that lost a peer by it is a consequence, not a failure of training.
+    An exception of a rank that lost a peer by it is a consequence, not a failure of training: if everything
+    ends, it is not said.
     """
+    ended = None
     try:
         yield
-    except StokerError as ended:
-        why, _, rest = str(ended).partition("\n")
-        if ended.exit_code != EXIT_PREEMPTED:
-            raise
-        if attempt is not None:
-            journal.note_failure(*attempt, why.removesuffix("."), status="preempted")
-        if _OF_A_RANK.match(rest):
-            ended.args = (why.removesuffix("."),)
+    except StokerError as error:
+        if error.exit_code == EXIT_PREEMPTED:
+            ended, _, rest = str(error).partition("\n")
+            ended = ended.removesuffix(".")
+            error.args = (ended,) if _OF_A_RANK.match(rest) else error.args
         raise
+    finally:
+        why = ended or (seat.lost if seat.first else "")  # the machine of rank 0 says it, once
+        if attempt is not None and why:
+            journal.note_failure(*attempt, why, status="preempted")
 
 
 def _progress(folder: Path) -> tuple[int, int]:

@@ -43,6 +43,7 @@ from stoker.launch.rounds import (
     Machines,
     Report,
     Work,
+    versions,
     waited,
 )
 
@@ -56,7 +57,7 @@ _UNHEARD = 3.0  # seconds without an answer after which it is said that this mac
 _HEADER = "X-Stoker-Launcher"
 _OF_PROXIES = (502, 503, 504)  # what a proxy in between answers while nothing is there
 _TRIES = 3  # to reach the launcher that may have taken the port
-_OTHER_VERSION = (
+_OTHER_LAUNCHER = (
     "--rendezvous {where}: a launcher of another version of stoker answers there: "
     "every machine needs the same version"
 )
@@ -98,6 +99,7 @@ class Seat:
     ) -> None:
         self._address = address
         self._report = Report(uuid.uuid4().hex, platform.node(), nproc, str(nodes), folder, *work, first)
+        self._report.versions = versions()
         self._stranger = ""
         self._answer = Answer()
         self._failed_at = 0.0
@@ -112,6 +114,11 @@ class Seat:
     def first(self) -> bool:
         """Whether the rendezvous is at this machine."""
         return self._report.first
+
+    @property
+    def lost(self) -> str:
+        """What happened to machines because of which the newest round that is over failed."""
+        return self._answer.lost
 
     def next_round(self) -> Answer:
         """Wait for the next round, or the end. Raises StokerError, BadInput if that is an error."""
@@ -225,7 +232,7 @@ class Seat:
         except _Stranger:
             self._stranger = _TAKEN.format(where=self._where)
         except (_Refused, TypeError):
-            self._stranger = _OTHER_VERSION.format(where=self._where)
+            self._stranger = _OTHER_LAUNCHER.format(where=self._where)
         except (OSError, http.client.HTTPException, ValueError):
             pass
 
@@ -380,13 +387,17 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
             """Log nothing."""
 
         def do_POST(self) -> None:
+            message = self.rfile.read(int(self.headers["Content-Length"]))
             try:
-                report = Report(**json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                with host.lock:
-                    answer = host.hear(report)
+                report = Report(**json.loads(message))
             except (TypeError, ValueError):
                 self.send_error(400)
+                if message and (sender := self.client_address[0]) not in host.refused:
+                    host.refused.add(sender)
+                    log.warning("a launcher of another version of stoker was refused, at %s", sender)
                 return
+            with host.lock:
+                answer = host.hear(report)
             content = json.dumps(asdict(answer)).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))

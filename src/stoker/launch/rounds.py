@@ -18,6 +18,7 @@ import logging
 import threading
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, TypeAlias
@@ -107,7 +108,7 @@ Work: TypeAlias = tuple[str, dict[str, Any], list[str], str]
 NO_WORK: Work = ("", {}, [], "")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The packages that must be the same on all machines; torch's builds for a CUDA or another may differ."""
     found = {"stoker": __version__}
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -151,7 +152,7 @@ class Report:
     code: int = 0
     step: int = -1
     saved: int = -1
-    versions: dict[str, str] = field(default_factory=_versions)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -210,8 +211,10 @@ class Host:
     final: bool = False
     port: int = 0
     id: str = ""
-    lost: str = ""
-    """What happened to machines because of which the ranks of the round before failed."""
+    gone: list[str] = field(default_factory=list)
+    """What happened to machines because of which the ranks of the newest round that is over failed."""
+    silent: dict[str, str] = field(default_factory=dict)
+    """Likewise of machines that were not heard of, by their nodes: they may have been slow."""
     answer: Answer | None = None
     """How it ended."""
     told: set[str] = field(default_factory=set)
@@ -243,14 +246,21 @@ class Host:
             return self._without_room(report, now)
         if known is None:
             known = self._take_in(report, now)
+        elif report.node in self.silent:
+            said = self.silent.pop(report.node)
+            self.gone += [said] if now - known.heard > SILENCE else []
         known.report, known.heard = report, now
         self._judge(now)
         if self.answer is not None:
             self.told.add(report.node)
             return self.answer
         machines = self.machines if self.round else len(self.members)
-        newest = self.port, self.id, self.lost
+        newest = self.port, self.id, self._lost
         return Answer(self.round, self.over, known.number, machines, self.changes, *newest)
+
+    @property
+    def _lost(self) -> str:
+        return ", ".join([*self.gone, *self.silent.values()])
 
     def _refusal(self, report: Report) -> str:
         """Why a machine may not take part; empty if it may."""
@@ -267,10 +277,8 @@ class Host:
         if other.run != report.run:
             return _OTHER_RUN.format(host=report.host, run=report.run, other=other)
         if changed := configs.drift(report.versions, other.versions):
-            one, two = (
-                ", ".join(f"{name} {of.get(name)}" for name in changed)
-                for of in (report.versions, other.versions)
-            )
+            both = (report.versions, other.versions)
+            one, two = (", ".join(f"{name} {of.get(name, '?')}" for name in changed) for of in both)
             return _OTHER_VERSION.format(host=report.host, one=one, two=two, other=other)
         if other.script != report.script:
             return _OTHER_CODE.format(host=report.host, other=other)
@@ -302,7 +310,7 @@ class Host:
             how = _TOLD if report.leaving else "{host} left"
             self.failure, self.final, self.failed_at = RankFailed(how.format(host=report.host)), False, now
             if self.nodes.elastic:
-                self._pause(str(self.failure), lost=str(self.failure))
+                self._pause(str(self.failure), [str(self.failure)])
 
     def _take_in(self, report: Report, now: float) -> _Member:
         self.members[report.node] = _Member(report, now)
@@ -347,6 +355,7 @@ class Host:
             self._begin(here, size)
         elif now - self.since > COMING:
             said = f"only {len(here)} of {self.nodes} machines joined within {COMING:.0f} s"
+            said += f": {self._lost}" if self._lost else ""
             self._end(*waited(said, begun=self.round > 0))
 
     def _judge_round(self, now: float) -> None:
@@ -422,36 +431,48 @@ class Host:
     def _over(self, now: float) -> None:
         """End the round; this costs a restart, unless it failed because of a machine that may be lost."""
         assert self.failure is not None
-        gone = [] if self.final else self._gone(now)
-        lost = ", ".join(gone)
-        if self.nodes.elastic and gone:
-            self._pause(lost, lost=lost)
+        gone, silent = ([], {}) if self.final else self._gone(now)
+        lost = ", ".join([*gone, *silent.values()])
+        if self.nodes.elastic and lost:
+            self._pause(lost, gone, silent)
             return
-        self._pause(str(self.failure), lost=lost, quiet=True)
+        self._pause(str(self.failure), gone, silent, quiet=True)
         try:
             if self.final:
                 raise self.failure
             self.budget.spend(self.failure)
         except RankFailed as error:
-            if gone:  # training itself did not fail: it can be started again
+            if lost:  # training itself did not fail: it can be started again
                 said = without(lost)
-                self._end(EXIT_PREEMPTED, said if str(error) in gone else f"{said}.\n{error}")
+                self._end(EXIT_PREEMPTED, said if str(error) in lost else f"{said}.\n{error}")
             else:
                 self._end(error.exit_code, str(error))
         else:
             log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
 
-    def _gone(self, now: float) -> list[str]:
-        """What happened to machines of the round because of which the ranks of the others fail."""
-        told = [member.report.host for member in self._of_round() if member.report.leaving]
-        silent = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
-        return [_TOLD.format(host=host) for host in (*self.left, *told)] + [
-            f"{host} does not respond" for host in silent if host not in told
-        ]
+    def _gone(self, now: float) -> tuple[list[str], dict[str, str]]:
+        """What happened to machines of the round because of which the ranks of the others fail.
 
-    def _pause(self, why: str, *, lost: str = "", quiet: bool = False) -> None:
-        """The round is over; the next one will follow."""
-        self.running, self.over, self.lost, self.since = False, why, lost, self.clock()
+        Of those that have not been heard of, by their nodes.
+        """
+        told = [member.report for member in self._of_round() if member.report.leaving]
+        silent = [member.report for member in self._of_round() if now - member.heard > _COLLECT]
+        return (
+            [_TOLD.format(host=host) for host in (*self.left, *(report.host for report in told))],
+            {report.node: f"{report.host} does not respond" for report in silent if not report.leaving},
+        )
+
+    def _pause(
+        self, why: str, gone: Sequence[str] = (), silent: Mapping[str, str] | None = None, *,
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
+        """The round is over; the next one will follow.
+
+        Args:
+            gone, silent: as in `_gone`.
+        """
+        self.running, self.over, self.since = False, why, self.clock()
+        self.gone, self.silent = list(gone), dict(silent or {})
         if not quiet:
             log.info("%s: continuing with the machines that are available", why)
 
@@ -467,7 +488,7 @@ class Host:
             self._end(EXIT_FAILED, f"{host}, the rendezvous machine, has ended")
 
     def _end(self, code: int, error: str) -> None:
-        self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
+        self.answer = Answer(self.round, self.over, lost=self._lost, ended=True, code=code, error=error)
 
 
 def _differences(one: Report, other: Report) -> str:

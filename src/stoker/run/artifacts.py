@@ -85,6 +85,7 @@ def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:
     """
     if not source.exists():
         raise FileNotFoundError(source)
+    directory.check_is_there()
     place = directory.artifacts / name
     place.parent.mkdir(parents=True, exist_ok=True)
     staged = storage.unfinished(place)

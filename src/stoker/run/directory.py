@@ -22,7 +22,7 @@ from typing import Any
 
 import orjson
 from stoker import disk, storage
-from stoker.errors import BadInput
+from stoker.errors import BadInput, StokerError
 from stoker.run import lease
 
 SWEEP = "sweep.json"
@@ -34,6 +34,14 @@ BEST = "best.json"
 FORMAT = 1  # of run.json and of the journal
 MANIFEST = "manifest.json"
 """The manifest of a checkpoint, written after all its other files."""
+
+
+def gone(path: Path) -> StokerError:
+    """The error of a run that is no longer where it was when its training began."""
+    return StokerError(
+        f"{path} is gone: it was moved or deleted during training; "
+        "`stoker resume` continues it from its new place"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,11 @@ class RunDirectory:
             return self.record_file.stat().st_size > 0
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def check_is_there(self) -> None:
+        """Raise StokerError if the directory of a run that is being trained has gone."""
+        if not self.path.exists():
+            raise gone(self.path)
 
     def record(self) -> dict[str, Any]:
         """The contents of `run.json`: recipe, config and sources, seed, parents. Raises BadInput."""

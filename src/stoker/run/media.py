@@ -38,6 +38,7 @@ def write(directory: RunDirectory, kind: str, name: str, step: int, encoded: Enc
 
     A file already written at this step is never changed: different content gets another name.
     """
+    directory.check_is_there()
     folder = directory.artifacts / FOLDERS[kind] / artifacts.checked_name(name)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{step:08d}{encoded.suffix}"

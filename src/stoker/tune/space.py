@@ -35,8 +35,9 @@ __all__ = ["Choice", "Condition", "Number", "Parameter", "Space", "parse", "pars
 log = logging.getLogger("stoker")
 
 _PAIRED = re.compile(r"\((.*)\)", re.DOTALL)
-_SEVERAL_NUMBERS = re.compile(r"[(\s]*[\d.]+(e-?\d+)?\s*(\.\.|to\b|[-:,])\s*[\d.]")
-"""As other tools write a range: `0..1`, `1e-5:1e-3`, `(1e-5, 1e-3)`, `8,16`."""
+_ONE = r"[-+]?[\d_.]*\d(?:[eE][-+]?\d+)?"
+_SEVERAL_NUMBERS = re.compile(rf"[({{\s]*{_ONE}\s*(?:\.\.|to\b|[-:,| ])\s*{_ONE}.*")
+"""As other tools write a range or choices: `0..1`, `1e-5:1e-3`, `(1e-5, 1e-3)`, `8,16`."""
 
 
 @dataclass(frozen=True)
@@ -431,10 +432,11 @@ def _fixed(config: type, key: str, entry: _Entry) -> Any:
     try:
         return configs.checked(config, key, entry.value, entry.source)
     except BadInput as error:
-        if isinstance(entry.value, str) and _SEVERAL_NUMBERS.match(entry.value):
-            raise BadInput(
-                f"{error}; to search it, write {key}='uniform(a, b)', 'log(a, b)', 'int(a, b)' or '[a, b]'"
-            ) from error
+        kinds = configs.kinds(config, key)
+        is_number = kinds & {int, float} and not kinds & {tuple, list}
+        if isinstance(entry.value, str) and is_number and _SEVERAL_NUMBERS.fullmatch(entry.value):
+            forms = "'uniform(a, b)', 'log(a, b)'" if float in kinds else "'int(a, b)'"
+            raise BadInput(f"{error}; to search it, write {key}={forms} or '[a, b]'") from error
         if entry.value is None or isinstance(entry.value, str | int | float | list | Mapping):
             raise
         raise BadInput(
