@@ -387,8 +387,9 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
             """Log nothing."""
 
         def do_POST(self) -> None:
-            message = self.rfile.read(int(self.headers["Content-Length"]))
+            message = b""
             try:
+                message = self.rfile.read(int(self.headers["Content-Length"]))
                 report = Report(**json.loads(message))
             except (TypeError, ValueError):
                 self.send_error(400)
