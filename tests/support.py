@@ -32,7 +32,7 @@ class Ending(Protocol):
 SOAK = bool(os.environ.get("STOKER_SOAK"))
 """`make soak`: the long form of what is marked so, where CI runs a short one."""
 
-LONG = 400.0
+LONG = 240.0
 """Seconds that a test waits for what should come: far more than it takes on the slowest machine."""
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
