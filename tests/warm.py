@@ -37,7 +37,7 @@ _MODULES = [
     "torch._dynamo",
     "transformers.models.llama.modeling_llama",
     "deepspeed",
-    "stoker.loop",
+    "stoker.trainer",
     *(f"stoker.cli.{name}" for name in main.COMMANDS),
     "peft",
     "stoker.tracking.mlflow_sink",

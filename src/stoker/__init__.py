@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from stoker.duration import Duration
     from stoker.engine.options import Training
     from stoker.integrations.sweeping import sweep
-    from stoker.loop import Trainer
     from stoker.run.reading import runs
+    from stoker.trainer import Trainer
     from stoker.user_run import Run
 
 __all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "Training", "main", "runs", "sweep"]
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
-    "Run": "user_run", "Trainer": "loop", "Training": "engine.options", "Duration": "duration",
+    "Run": "user_run", "Trainer": "trainer", "Training": "engine.options", "Duration": "duration",
     "sweep": "integrations.sweeping", "runs": "run.reading",
 }  # fmt: skip
 

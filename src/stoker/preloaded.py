@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 
-import stoker.loop  # noqa: F401
+import stoker.trainer  # noqa: F401
 import torch._dynamo  # noqa: F401
 from pydantic import TypeAdapter
 

@@ -183,13 +183,13 @@ LIBRARY = Path(supervision.__file__).parent
         (
             [
                 f'"{torch.__file__}", line 9 in wait',
-                f'"{LIBRARY}/loop.py", line 9 in step',
+                f'"{LIBRARY}/trainer.py", line 9 in step',
                 '"/a b/train.py", line 31 in evaluate',
             ],
             "train.py:31 (in step)",
         ),
         (['"/a b/train.py", line 31 in evaluate', '"/a b/train.py", line 50 in <module>'], "train.py:31"),
-        ([f'"{LIBRARY}/loop.py", line 9 in steps', f'"{os.__file__}", line 1 in system'], ""),
+        ([f'"{LIBRARY}/trainer.py", line 9 in steps', f'"{os.__file__}", line 1 in system'], ""),
         ([], ""),
     ],
 )

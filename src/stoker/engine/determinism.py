@@ -29,7 +29,7 @@ _SAID = re.compile(r"(?P<operation>\S+) does not have a deterministic implementa
 _FRAME = re.compile(r'^ *File "(?P<file>.+?)", line (?P<line>\d+)', re.MULTILINE)
 _PACKAGES = Path(sysconfig.get_path("purelib"))
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_LOOP = (f"{Path(__file__).parent}{os.sep}", f"{Path(machine.__file__).with_name('loop.py')}")
+_OURS = (f"{Path(__file__).parent}{os.sep}", f"{Path(machine.__file__).with_name('trainer.py')}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _of_user(places: list[Place]) -> Place | None:
 
     Lines outside the innermost call of the loop only led to it.
     """
-    inner = max((number for number, place in enumerate(places) if place.file.startswith(_LOOP)), default=-1)
+    inner = max((number for number, place in enumerate(places) if place.file.startswith(_OURS)), default=-1)
     below = [place for place in places[inner + 1 :] if not place.file.startswith(_TORCH)]
     own = [place for place in below if not Path(place.file).is_relative_to(_PACKAGES)]
     found = own or below

@@ -13,7 +13,7 @@ from stoker import exports, storage, words
 from stoker.language import rope
 from stoker.language.building import Language
 from stoker.language.lora import is_of_adapter
-from stoker.loop import Trainer
+from stoker.trainer import Trainer
 
 log = logging.getLogger("stoker")
 

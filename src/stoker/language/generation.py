@@ -12,7 +12,7 @@ from stoker.engine import modes
 from stoker.language import building
 from stoker.language.building import Language
 from stoker.language.lora import without_adapters
-from stoker.loop import Trainer
+from stoker.trainer import Trainer
 
 
 @torch.no_grad()

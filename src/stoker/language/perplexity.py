@@ -8,7 +8,7 @@ from typing import Any
 
 from stoker.data.tokens import PackedDataset
 from stoker.engine.metrics import perplexity
-from stoker.loop import Trainer
+from stoker.trainer import Trainer
 
 
 def log(trainer: Trainer, name: str, parts: Mapping[str, PackedDataset], **how: Any) -> None:

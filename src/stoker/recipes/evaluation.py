@@ -115,7 +115,7 @@ def train(run: Run, config: Config) -> None:
         perplexity,
         quantised,
     )
-    from stoker.loop import Trainer, computed_in
+    from stoker.trainer import Trainer, computed_in
 
     distributed.join(run.world, config.backend)
     precision = computed_in(run, config.layout)

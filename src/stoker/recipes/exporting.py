@@ -7,8 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
 from stoker import exports, storage
-from stoker.loop import Trainer
 from stoker.run import artifacts
+from stoker.trainer import Trainer
 from stoker.user_run import Run
 
 Describe = Callable[[Path], None]

@@ -334,8 +334,8 @@ def train(run: Run, config: Config) -> None:
         perplexity,
         targets,
     )  # fmt: skip
-    from stoker.loop import Trainer
     from stoker.recipes import exporting, resuming
+    from stoker.trainer import Trainer
 
     if not run.continued:
         _check_base(config)
@@ -409,8 +409,8 @@ def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language,
     from stoker.data.sources import read_all
     from stoker.engine.precision import DTYPES
     from stoker.language import adapters, building, chat_template, data, hub
-    from stoker.loop import computed_in
     from stoker.recipes import resuming
+    from stoker.trainer import computed_in
 
     frozen = DTYPES[computed_in(run, config)] if config.lora.used else DTYPES["fp32"]
     with distributed.rank_zero_first(run.world):

@@ -178,8 +178,8 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.language import hub
-    from stoker.loop import Trainer
     from stoker.recipes import classifiers, exporting, resuming, text_model
+    from stoker.trainer import Trainer
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)

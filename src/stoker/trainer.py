@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from stoker import distributed, evaluation, steps, storage, supervision
+from stoker import distributed, evaluation, loops, storage, supervision
 from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
@@ -62,11 +62,11 @@ from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Settin
 from stoker.engine.timing import Timing
 from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
+from stoker.loops import Loop
 from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Due, Resumption, Saved
-from stoker.steps import Steps
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -169,7 +169,7 @@ class Trainer:
         self._losses = self._loss_watch()
         self._loss: Weight = 0.0
         self._weight: Weight = 0.0
-        self._loop: Steps | None = None
+        self._loop: Loop | None = None
         self._begun = False
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
@@ -319,14 +319,14 @@ class Trainer:
             raise ValueError("give steps() either epochs or max_steps")
         if not self.optimizers:
             raise ValueError(_NO_OPTIMIZER)
-        length = steps.length(epochs, max_steps)
-        steps.check_loader(loader)
+        length = loops.length(epochs, max_steps)
+        loops.check_loader(loader)
         self._leave_loop(another=True)
         before, loop = self._loop, self._next(loader, length, from_here=from_here)
         self._loop = loop
         self._cut.share = loader.batch_size // self.mesh.data.size
         if before is not None and self._restored_step < self.steps_done >= loop.end:
-            raise ValueError(steps.nothing_left(length, self._at))
+            raise ValueError(loops.nothing_left(length, self._at))
         if self.world.rank == 0:
             loop.say_what_is_odd(before, self._at)
         if self._resumption is not None:
@@ -343,19 +343,19 @@ class Trainer:
         if requests.stop:  # during the last step; the next start continues after the loop
             raise Stopped(requests.stop)
 
-    def _next(self, loader: Loader, length: Duration, *, from_here: bool) -> Steps:
+    def _next(self, loader: Loader, length: Duration, *, from_here: bool) -> Loop:
         """The loop of the script that follows the one so far."""
         number = 1
         if self._loop is not None:
             self._at.behind.add(self._loop.number)
             number = self._loop.number + 1
-        loop = steps.begin(number, loader, length, self._at, from_here=from_here)
+        loop = loops.begin(number, loader, length, self._at, from_here=from_here)
         if self._imagination is not None:
             loop.end = max(loop.end, imagined.STEPS + 1)
         return loop
 
     @property
-    def _in_loop(self) -> Steps:
+    def _in_loop(self) -> Loop:
         if self._loop is None:
             raise ValueError("every() and step_metrics() are for the body of the loop over steps()")
         return self._loop
@@ -376,7 +376,7 @@ class Trainer:
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
-    def _remaining(self, loop: Steps) -> Iterator[Any]:
+    def _remaining(self, loop: Loop) -> Iterator[Any]:
         source = self._begin(loop)
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
         remembering = self.training.deterministic
@@ -395,7 +395,7 @@ class Trainer:
         self._save()
         self._end_loop()
 
-    def _begin(self, loop: Steps) -> Iterator[Any]:
+    def _begin(self, loop: Loop) -> Iterator[Any]:
         """Begin a loop, and with the first one the attempt; returns the batches from here on."""
         source: Iterator[Any] = iter(())
         if self.steps_done <= loop.end:  # otherwise the run is past this loop
@@ -413,7 +413,7 @@ class Trainer:
             self._save()  # one to rewind to
         return source
 
-    def _after_step(self, loop: Steps, batch: Any, profiler: Profiler, timing: Timing | None) -> None:
+    def _after_step(self, loop: Loop, batch: Any, profiler: Profiler, timing: Timing | None) -> None:
         """Count a step, and save what is due. Raises Stopped if the loop ends with it."""
         pace, loader = self._gauge.pace, loop.loader
         self._batch_is = ""
@@ -514,7 +514,7 @@ class Trainer:
         self._gauge.over()
         self._heart.pause()
 
-    def _begin_attempt(self, loop: Steps) -> None:
+    def _begin_attempt(self, loop: Loop) -> None:
         """Begin the attempt with the first loop that has steps left."""
         if self._begun:
             return
@@ -530,7 +530,7 @@ class Trainer:
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
 
-    def _pass_by_or_go_on(self, resumption: Resumption, loop: Steps) -> None:
+    def _pass_by_or_go_on(self, resumption: Resumption, loop: Loop) -> None:
         """A loop of a resumed run: it is one that the run has left behind, or the one in which it goes on.
 
         What the script does behind a loop that was left behind is in the checkpoint, and was logged.

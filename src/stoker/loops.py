@@ -16,7 +16,7 @@ log = logging.getLogger("stoker")
 
 
 @dataclass
-class Steps:
+class Loop:
     """A loop over steps, as `Trainer.steps` begins it."""
 
     number: int
@@ -63,7 +63,7 @@ class Steps:
             "samples_per_epoch": self.loader.samples_per_epoch,
         }  # fmt: skip
 
-    def say_what_is_odd(self, before: Steps | None, at: Position) -> None:
+    def say_what_is_odd(self, before: Loop | None, at: Position) -> None:
         """Say that a loop has nothing to do, or begins in the middle of data that no loop has read.
 
         Args:
@@ -100,7 +100,7 @@ class Steps:
         log.warning("%s: from step %d on the samples come in a different order", changed, at.step)
 
 
-def begin(number: int, loader: Loader, length: Duration, at: Position, *, from_here: bool) -> Steps:
+def begin(number: int, loader: Loader, length: Duration, at: Position, *, from_here: bool) -> Loop:
     """Begin a loop at a position, or find where an earlier attempt began it.
 
     Args:
@@ -110,11 +110,11 @@ def begin(number: int, loader: Loader, length: Duration, at: Position, *, from_h
     """
     first = at.begin(number) if from_here else (0, 0)
     if number in at.left:  # the state that was saved is of where the next loop began
-        return Steps(number, loader, length, from_here, first, at.step - 1, early=False)
+        return Loop(number, loader, length, from_here, first, at.step - 1, early=False)
     step, samples = first
     planned = step + counting.steps_in(length, loader, at.step - step, at.samples - samples)
     end = at.ended.get(planned, planned)
-    return Steps(number, loader, length, from_here, first, end, early=end < planned)
+    return Loop(number, loader, length, from_here, first, end, early=end < planned)
 
 
 def length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:
