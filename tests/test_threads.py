@@ -63,7 +63,8 @@ print(psutil.Process().num_threads() - before, "more")
 """
 
 
-@pytest.mark.parametrize("how", [["-m", "stoker", "train", "script.py"], ["script.py"]])
+@pytest.mark.soak
+@pytest.mark.parametrize("how", [["script.py"], *([["-m", "stoker", "train", "script.py"]] if SOAK else [])])
 def test_a_daemon_thread_within_torch_does_not_abort_a_command_that_is_done(
     how: list[str], tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_run_whose_model_was_not_yet_described_when_it_was_killed_is_exported(
         shutil.rmtree(shape)
 
 
+@pytest.mark.soak(small=False)
 def test_what_is_as_it_was_described_is_not_described_again(
     stopped: Path, start: Start, data: str, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_a_model_and_an_adapter_have_the_loss_that_training_measured(stoker: Com
     assert moved.code == 0, moved.err
 
 
+@pytest.mark.soak(small=False)
 def test_a_checkpoint_has_the_loss_that_training_measured_then(stoker: Command, files: Path) -> None:
     measured = (
         "data=a.jsonl", "validation_data=b.jsonl", "test=0", "generate_tokens=0", "eval_every=1",

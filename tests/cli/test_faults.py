@@ -63,7 +63,8 @@ def test_a_full_disk_ends_the_run_clearly_and_what_is_there_stays(
     assert list(loaded(run).points["loss"]) == list(range(1, 61))
 
 
-@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.soak
+@pytest.mark.parametrize("nproc", ["1", "2"] if SOAK else ["2"])
 def test_a_disk_that_fills_while_the_journal_is_written_ends_the_run_clearly(
     nproc: str, small_disk: Path, start: Start, stoker: Command, tmp_path: Path
 ) -> None:
@@ -102,7 +103,7 @@ BAD = {
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", BAD if SOAK else ("single", "fsdp", "zero-3"))
+@pytest.mark.parametrize("name", BAD if SOAK else ("single", "zero-3"))
 def test_a_bad_batch_changes_nothing_under_any_strategy(name: str, stoker: Command, tmp_path: Path) -> None:
     """The last batch is bad: the weights are those of a run that is one step shorter."""
     size, settings = BAD[name]
@@ -127,7 +128,7 @@ def test_killed_at_random_nothing_is_lost(
     soak = importlib.import_module("soak")
     assert not soak.soak(
         tmp_path / "runs", lambda arguments, environment: start(*arguments, env=dict(environment)),
-        kills=200 if SOAK else 6, seed=0, nproc=2,
+        kills=200 if SOAK else 3, seed=0, nproc=2,
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def as_parquet(squares: Squares, file: Path) -> Path:
     return file
 
 
+@pytest.mark.soak(small=False)
 def test_a_model_goes_on_with_its_own_classes_whatever_their_order_in_the_data(
     stoker: Command, squares: Squares, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def _killed_and_resumed(
     assert done.code == 0, done.err
 
 
+@pytest.mark.soak(small=False)
 @pytest.mark.filterwarnings("ignore")  # MLflow's client runs in this process, with its own
 def test_killed_three_times_it_ends_in_the_same_bits_and_mlflow_has_one_curve(
     stoker: Callable[..., Any], start: Callable[..., Any], base: Path, reference: str, runs: Path

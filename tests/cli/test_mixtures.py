@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support import loaded, slow_from, wait_for_points
+from support import SOAK, loaded, slow_from, wait_for_points
 
 SMALL = ("train", "llm", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=4", "seed=2")
 
@@ -27,7 +27,8 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.soak
+@pytest.mark.parametrize("streaming", [False, True] if SOAK else [True])
 def test_a_mixture_ends_in_the_same_bits_over_kills(
     stoker: Callable[..., Any],
     start: Callable[..., Any],
@@ -82,7 +83,8 @@ def test_a_stream_goes_on_on_two_ranks_where_one_left_it(
     assert list(curves[1].values()) == pytest.approx(list(curves[0].values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.soak
+@pytest.mark.parametrize("streaming", [False, True] if SOAK else [True])
 def test_a_run_goes_on_with_another_number_of_sources(
     stoker: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path], streaming: bool
 ) -> None:
@@ -138,7 +140,8 @@ def test_weights_that_are_none_are_refused(stoker: Callable[..., Any], tmp_path:
     assert "weight" in done.err
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.soak
+@pytest.mark.parametrize("streaming", [False, True] if SOAK else [True])
 def test_how_many_documents_are_for_what_and_how_often_each_source_comes_is_said(
     stoker: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path], streaming: bool
 ) -> None:

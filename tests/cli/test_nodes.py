@@ -288,6 +288,7 @@ def test_machines_come_and_go_and_the_batches_stay_the_same(
     assert list(seen.points["loss"].y) == pytest.approx(list(whole.points["loss"].y), rel=1e-3)
 
 
+@pytest.mark.soak(small=False)
 def test_a_run_whose_machines_change_is_said_to_have_stopped_only_when_it_has(
     machines: Machines, tmp_path: Path
 ) -> None:

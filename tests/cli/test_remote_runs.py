@@ -177,8 +177,8 @@ def test_two_machines_do_not_train_one_run(
     assert f"{os.uname().nodename} is training {url}/ranked/a now" in shipped.err
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("mode", ["500", "503", "hang", "drop"] if SOAK else ["hang"])
+@pytest.mark.soak(small=False)
+@pytest.mark.parametrize("mode", ["500", "503", "hang", "drop"])
 def test_a_store_that_fails_for_a_while_gets_all_of_it(
     mode: str, stoker: Command, machine: Any, url: str, proxy: Proxy, objects: Objects, tmp_path: Path
 ) -> None:
@@ -225,6 +225,7 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
     assert _checkpoints(objects()) == kept
 
 
+@pytest.mark.soak(small=False)
 def test_what_was_compared_once_is_not_downloaded_again_to_list_it(
     stoker: Command, machine: Any, url: str, proxy: Proxy
 ) -> None:
@@ -238,6 +239,7 @@ def test_what_was_compared_once_is_not_downloaded_again_to_list_it(
     assert not [path for path in read if "/journal/" in path or "/checkpoints/" in path or "run.json" in path]
 
 
+@pytest.mark.soak(small=False)
 def test_a_machine_says_that_the_store_lacks_what_it_trained_and_another_one_did_not_continue(
     stoker: Command, machine: Any, url: str, bucket: Any, tmp_path: Path
 ) -> None:
@@ -328,6 +330,7 @@ def test_what_one_machine_adds_to_a_run_every_other_one_sees(
     assert shown.answer["tags"] == {"one": "yes", "two": "yes"}
 
 
+@pytest.mark.soak(small=False)
 def test_what_a_run_without_metrics_makes_is_used_on_another_machine_and_the_first_one_sees_it(
     stoker: Command, machine: Any, url: str, tmp_path: Path
 ) -> None:

@@ -767,8 +767,8 @@ def test_a_package_says_the_revision_of_data_of_a_hub(project: Path, stoker: Com
     assert f"org/name ({'a' * 20})" in shown.out
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("by_git", [True, False] if SOAK else [True])
+@pytest.mark.soak(small=False)
+@pytest.mark.parametrize("by_git", [True, False])
 def test_a_module_of_a_package_is_made_again_packaged_and_resumed_from_elsewhere(
     project: Path, tmp_path: Path, by_git: bool
 ) -> None:
@@ -922,6 +922,7 @@ def _two_steps_on_numbers(folder: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.soak(small=False)
 def test_a_model_that_was_restored_or_moved_is_found_by_its_content(stoker: Command, tmp_path: Path) -> None:
     model = families.with_tokenizer(families.save(tmp_path / "model", "llama"))
     given = (*_two_steps_on_numbers(tmp_path), "generate_tokens=2")

@@ -227,6 +227,7 @@ def test_a_loop_that_counts_no_epochs_says_so(stoker: Command) -> None:
     )
 
 
+@pytest.mark.soak(small=False)
 def test_hours_of_all_ranks_are_a_budget(stoker: Command) -> None:
     """One trial after another, so that they take as long."""
     given = (
@@ -556,6 +557,7 @@ def test_after_its_time_it_ends_with_its_best(stoker: Command) -> None:
     assert not done.answer["over"]
 
 
+@pytest.mark.soak(small=False)
 def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command) -> None:
     first = stoker("sweep", RECIPE, *SPACE, "--trials", "12", "--name", "first", "--json")
     assert first.code == 0, first.err
@@ -687,6 +689,7 @@ def test_a_population_reaches_what_neither_fixed_setting_does(stoker: Command, t
         assert dict(run.points["first"].items()) == {n: v for n, v in whole.items() if n in own}
 
 
+@pytest.mark.soak(small=False)
 def test_how_a_population_explores_can_be_set(stoker: Command) -> None:
     recipe = str(Path(__file__).parent / "quadratic.py")
     given = ("h0=uniform(0, 100)", "h1=1.0", "hangs=1000", "precision=fp32", "--metric", "score")
@@ -836,7 +839,7 @@ def test_mlflow_has_a_parent_for_each_search_of_one_name(stoker: Command, tmp_pa
     assert sorted(children) == sorted(2 * [*parents])
 
 
-@pytest.mark.soak
+@pytest.mark.soak(small=False)
 def test_killed_at_random_moments_no_trial_is_lost(start: Start, tmp_path: Path) -> None:
     """Two trials at a time, with a Trainer and checkpoints."""
     recipe = str(Path(__file__).parent / "quadratic.py")

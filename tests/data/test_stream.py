@@ -225,6 +225,7 @@ def test_a_loader_resumes_a_mixture_with_a_stream(folder: Path, tmp_path: Path) 
     assert some(loader("two").batches(1200, where), 200) == whole[1200:]
 
 
+@pytest.mark.soak(small=False)
 def test_a_place_of_other_data_is_ignored_by_every_rank(folder: Path, tmp_path: Path) -> None:
     found = chunks.find(str(folder))
 

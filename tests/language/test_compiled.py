@@ -67,7 +67,8 @@ def losses(family: str, counter: CompileCounter | None = None) -> tuple[list[flo
     return found, counted
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.soak
+@pytest.mark.parametrize("family", ["llama", "gemma3"] if SOAK else ["gemma3"])
 def test_blocks_compile_around_attention_and_not_again_for_each_number_of_documents(family: str) -> None:
     counter = CompileCounter()
     found, graphs = losses(family, counter)
@@ -80,8 +81,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_varlen_takes", lambda *_: attention._has_flash())
 
 
-@pytest.mark.parametrize(("recomputed", "lora"), [("none", False), ("selective", True)])
 @pytest.mark.soak
+@pytest.mark.parametrize(("recomputed", "lora"), [("selective", True), *([("none", False)] if SOAK else [])])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"] if SOAK else ["gemma3"])
 def test_a_block_on_a_gpu_is_one_graph(family: str, recomputed: str, lora: bool, as_on_a_gpu: None) -> None:
     made, fake = model(family).bfloat16(), FakeTensorMode(allow_non_fake_inputs=True)

@@ -153,7 +153,7 @@ BY_RANKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", BY_RANKS if SOAK else ["fsdp", "zero-2"])
+@pytest.mark.parametrize("name", BY_RANKS if SOAK else ["fsdp"])
 def test_lora_plus_has_one_curve_under_every_strategy_and_goes_on_in_one_process(
     name: str, base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -175,7 +175,8 @@ def test_lora_plus_has_one_curve_under_every_strategy_and_goes_on_in_one_process
         assert found["loss"] == expected["loss"]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.soak
+@pytest.mark.parametrize("decay", [0.0, 0.1] if SOAK else [0.1])
 def test_another_ratio_is_used_from_where_the_run_goes_on(
     decay: float, base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_perplexity_on_data_of_one_s_own_is_that_of_plain_transformers(base: Pat
     assert sorted(trained) == sorted(known), "all of data, and nothing else"
 
 
+@pytest.mark.soak(small=False)
 def test_adapters_on_7b_are_sharded_whole_with_what_they_are_on(tmp_path: Path) -> None:
     (found,) = ranks.run(equivalence_run.shares_of_7b, 1, tmp_path, (4, 8))
     for share, formula, whole in found:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import families
 import ranks
 from commands import Command
+from support import SOAK
 
 CPU = torch.device("cpu")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -102,7 +103,8 @@ def test_experts_that_stay_as_they_are_beside_4_bits_are_said(
     assert "the experts of a mixtral are not linear layers and stay in float32" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["full", "lora"] if SOAK else ["full"])
 def test_of_a_model_that_sees_what_text_goes_through_is_trained_alone(kind: str, tmp_path: Path) -> None:
     """On two ranks, of which each waits for the gradients of all that is trained."""
     base = families.that_sees(tmp_path / "gemma")

@@ -101,6 +101,7 @@ def test_a_secret_of_several_lines_does_not_get_there_and_what_follows_is_there_
     assert there.count("\n") == (job.folder / "node-0.log").read_text().count("\n")
 
 
+@pytest.mark.soak(small=False)
 def test_one_outlives_the_signals_that_are_meant_for_those_that_train(job: Job, begin: Begin) -> None:
     _write(job, "node-0.log", "begins\n")
     process = begin()

@@ -21,7 +21,7 @@ from stoker.launch.nodes import Seat
 from stoker.launch.rounds import Answer, Machines, Report
 from stoker.machine import free_port
 
-from support import LONG, until
+from support import LONG, SOAK, until
 
 TWO = Machines(2, 2)
 VERSIONS = rounds.versions()
@@ -339,7 +339,8 @@ def test_a_port_that_is_taken_by_what_does_not_answer_is_said(monkeypatch: pytes
             pass
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+@pytest.mark.soak
+@pytest.mark.parametrize("host", ["[::1]", *(["127.0.0.1"] if SOAK else [])])
 def test_a_machine_says_what_it_waits_for_and_which_one_it_is(
     host: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from stoker.run import finding
 import servers
 import slurm_cluster
 from commands import SECRET, Command, Start
-from support import LONG, loaded, until
+from support import LONG, SOAK, loaded, until
 
 RECIPE = str(Path(__file__).parent / "waiting.py")
 SEARCHED = str(Path(__file__).parents[1] / "cli" / "searched.py")
@@ -252,6 +252,7 @@ def test_a_job_that_is_cancelled_before_its_launchers_start_does_not_start_them(
     assert not (folder / "trained").exists()
 
 
+@pytest.mark.soak(small=False)
 def test_a_job_that_is_suspended_is_shown_so_and_is_ended_by_a_cancel(stoker: Command, folder: Path) -> None:
     spec = JobSpec(name="h", command=("bash", "-c", "touch up; exec sleep 60"), folder=folder)
     number = _submitted(spec, ("h",)).native
@@ -276,7 +277,10 @@ def _scontrol(folder: Path, fails: int) -> str:
     return f"{made.parent}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize(("fails", "patience", "ends"), [(2, 600, "COMPLETED"), (1000, 4, "FAILED")])
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("fails", "patience", "ends"), [(2, 600, "COMPLETED"), *([(1000, 4, "FAILED")] if SOAK else [])]
+)
 def test_a_job_that_stops_while_slurm_does_not_answer_is_queued_again_once_it_does(
     fails: int, patience: int, ends: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +470,7 @@ def test_an_array_is_over_once_each_element_has_written_that_it_is(tmp_path: Pat
     assert slurm_jobs.ended([job])[job.id] == ("failed", "1 failed, 1 done")
 
 
+@pytest.mark.soak(small=False)
 def test_a_job_that_was_cancelled_and_killed_is_followed_until_nothing_more_comes(
     tmp_path: Path, proxy: servers.Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,6 +538,7 @@ def test_a_job_does_not_go_to_another_cluster_or_to_none_by_a_variable(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.soak(small=False)
 def test_a_job_of_which_slurm_says_nothing_is_not_over(
     stoker: Command, start: Start, folder: Path, configuration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

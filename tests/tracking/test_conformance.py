@@ -23,6 +23,7 @@ from stoker.tracking import follower, ledger, wandb_files
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
 from servers import mlflow_server, postgres, postgres_binaries
+from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -262,7 +263,10 @@ def mlflow_on_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         yield url
 
 
-@pytest.fixture(params=["mlflow", "wandb", "tensorboard"])
+SINKS = ["mlflow", "wandb", "tensorboard"]
+
+
+@pytest.fixture(params=SINKS)
 def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     monkeypatch.setenv("STOKER_SINKS", request.param)
     monkeypatch.setenv("EXPERIMENT", tmp_path.name)  # one MLflow server has the runs of all tests
@@ -387,6 +391,8 @@ def test_what_is_said_of_an_ended_run_arrives_too(
     assert reader.status() == "finished"
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("reader", SINKS if SOAK else ["mlflow"], indirect=True)
 def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
     tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]], stoker: Any
 ) -> None:

@@ -117,8 +117,8 @@ WHO = [
 ]
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize(("required", "environment"), WHO if SOAK else WHO[1:])
+@pytest.mark.soak(small=False)
+@pytest.mark.parametrize(("required", "environment"), WHO)
 def test_a_server_that_asks_who_it_is_is_told_from_the_environment_and_nothing_is_written_down(
     tmp_path: Path, server: str, stoker: Any, monkeypatch: pytest.MonkeyPatch, required: str,
     environment: dict[str, str],
@@ -145,7 +145,10 @@ def test_a_server_that_asks_who_it_is_is_told_from_the_environment_and_nothing_i
         assert not file.is_file() or b"secret" not in file.read_bytes(), file
 
 
-@pytest.mark.parametrize(("mode", "kept"), [("ok", []), ("405", ["model/old", "model/older"])])
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("ok", []), *([("405", ["model/old", "model/older"])] if SOAK else [])]
+)
 def test_replaced_artifacts_are_deleted_over_http_if_the_server_allows_it(
     tmp_path: Path, server: str, stoker: Any, monkeypatch: pytest.MonkeyPatch, mode: str, kept: list[str]
 ) -> None:

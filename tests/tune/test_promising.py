@@ -14,6 +14,8 @@ from stoker.tune import promising, samplers, stores
 from stoker.tune import study as studies
 from stoker.tune.space import parse
 
+from support import SOAK
+
 
 @dataclass(frozen=True)
 class Config:
@@ -115,7 +117,8 @@ def test_the_second_stage_comes_nearer_than_chance_also_to_a_corner(tmp_path: Pa
         assert found["staged"] < found["random"] / 5, optimum
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "staged"])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["tpe", "gp", "staged"] if SOAK else ["tpe", "staged"])
 def test_of_several_objectives_too_a_trial_that_waits_or_was_pruned_teaches_the_sampler(
     name: str, tmp_path: Path
 ) -> None:
