@@ -38,6 +38,7 @@ from stoker.reproduce import provenance
 from stoker.run import again, artifacts, finding, journal, lease, messages, mirror, opening, rendezvous, view
 from stoker.run.deferred import flatten
 from stoker.run.held import Held
+from stoker.run.launch_store import LaunchStore
 from stoker.run.recorder import Recorder
 from stoker.run.reduction import How
 from stoker.run.series import Goal
@@ -194,17 +195,22 @@ class Attempt:
             )  # fmt: skip
             undo.pop_all()
         if self.world.size > 1:
-            look = functools.partial(self._look_for_refusal, mark, time.monotonic() + rendezvous.TIMEOUT)
+            store = LaunchStore(self.world)
+            look = functools.partial(
+                self._look_for_refusal, mark, store, time.monotonic() + rendezvous.TIMEOUT
+            )
             self._refusals = Periodic([Job(_LOOKS, look)], "refusals")
 
-    def _look_for_refusal(self, mark: str, until: float) -> None:
+    def _look_for_refusal(self, mark: str, store: LaunchStore, until: float) -> None:
         """End the process if another rank cannot take part: the main thread may wait for it in C code.
 
         Args:
             mark: the id of this opening.
+            store: where ranks speak that may not see the run.
             until: when to stop looking; by then all have joined that will.
         """
-        said = rendezvous.refusal(self.directory, mark)
+        store.say_opened(self.directory)
+        said = rendezvous.refusal(self.directory, mark) or store.refusal()
         if said:
             self._end_refused(said)
         elif (
@@ -231,9 +237,13 @@ class Attempt:
     def _join(self, record: dict[str, Any], code: Path | None) -> None:
         """Take part in the attempt that rank 0 of this launch begins.
 
-        Raises BadInput if rank 0 has another config or other code: ranks would train different models as one.
+        Raises BadInput if this machine does not see the run, or if rank 0 has another config or other code:
+        ranks would train different models as one.
         """
-        self.number, begun = rendezvous.wait(self.directory, self.world.launch, self.world.rank)
+        unshared = functools.partial(LaunchStore(self.world).refuse_unshared, self.directory)
+        self.number, begun = rendezvous.wait(
+            self.directory, self.world.launch, self.world.rank, refused=unshared
+        )
         found = opening.differences(record, self.directory.record(), begun["drift"])
         said = self._why_refused(found.refused, code, begun)
         if said:

@@ -52,7 +52,7 @@ def test_a_run_under_torchrun_is_preempted_with_its_loader_workers_and_goes_on(t
     assert list(after.points["loss"].x) == list(range(1, 41))
 
 
-def _torchrun_on_two(folder: Path, *given: tuple[str, ...]) -> tuple[list[int], str]:
+def _torchrun_on_two(folder: Path, *given: tuple[str, ...], runs: str = "") -> tuple[list[int], str]:
     """What torchrun does on two machines, each with its own copy of the script; exit codes and output."""
     port = str(free_port())
     launchers = []
@@ -66,7 +66,7 @@ def _torchrun_on_two(folder: Path, *given: tuple[str, ...]) -> tuple[list[int], 
             launchers.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "torch.distributed.run", *at, "ranked.py", "precision=fp32",
-                     "steps=30", *arguments, "--name", "a", "--runs", str(folder / "runs")],
+                     "steps=30", *arguments, "--name", "a", "--runs", str(runs or folder / "runs")],
                     cwd=copy, stdout=said, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip
@@ -85,6 +85,17 @@ def test_machines_with_different_commands_are_refused_before_they_train(tmp_path
     assert len(re.findall(f"stoker: error: the config of rank 1 on .*{differs}", said)) == 2, said
     assert len(re.findall(r"exitcode +: 2 ", said)) == 2, said
     assert not (tmp_path / "runs" / "ranked").exists()
+
+
+def test_machines_that_share_no_folder_are_told_so(tmp_path: Path) -> None:
+    codes, said = _torchrun_on_two(tmp_path, (), (), runs="runs")
+    assert 0 not in codes
+    differs = (
+        r"rank 0 on \S+ has opened .*/0/runs/ranked/a, which is not there on \S+: set --runs to a folder"
+    )
+    assert len(re.findall(f"stoker: error: {differs}", said)) == 2, said
+    assert len(re.findall(r"exitcode +: 2 ", said)) == 2, said
+    assert not (tmp_path / "0" / "runs" / "ranked").exists()
 
 
 @pytest.mark.soak(small=False)

@@ -10,18 +10,20 @@ A rank that cannot take part in the attempt says so in a file, since rank 0 may 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from stoker import storage
-from stoker.errors import StokerError
+from stoker.errors import BadInput, StokerError
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
 
 TIMEOUT = 600.0  # seconds; loading code and data on rank 0 comes first
 _LATE = 5.0  # seconds that rank 0 waits at its end for ranks that have not joined; some may never join
 _INTERVAL = 0.05
+_ASKS = 5.0  # seconds between two questions whether it can come at all
 _LETS_GO = 30.0  # seconds for rank 0 to see a refusal; over NFS a new file can be late
 _REFUSAL = "refusal.json"
 
@@ -34,17 +36,34 @@ class Opening:
     launch: str
 
 
-def wait(run: RunDirectory, launch: str, rank: int, timeout: float = TIMEOUT) -> tuple[int, dict[str, Any]]:
+def wait(
+    run: RunDirectory,
+    launch: str,
+    rank: int,
+    timeout: float = TIMEOUT,
+    refused: Callable[[], str] = str,
+) -> tuple[int, dict[str, Any]]:
     """Wait for the attempt that rank 0 of this launch starts; returns its number and first event.
 
     An attempt that this rank has already joined is over for it, even if rank 0 has not ended it yet.
-    Raises StokerError after the timeout.
+
+    Args:
+        refused: asked every few seconds why this rank cannot take part; empty as long as it may.
+
+    Raises:
+        BadInput: it cannot.
+        StokerError: after the timeout.
     """
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
+    begun = time.monotonic()
+    asks = begun + _ASKS
+    while (now := time.monotonic()) < begun + timeout:
         found = _begun(run, launch)
         if found is not None and not journal.has_joined(run.journal, found[0], rank):
             return found
+        if now > asks:
+            asks = now + _ASKS
+            if said := refused():
+                raise BadInput(said)
         time.sleep(_INTERVAL)
     raise StokerError(f"rank 0 of this launch did not open {run.path} within {timeout:.0f} s")
 

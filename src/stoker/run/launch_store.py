@@ -1,0 +1,102 @@
+"""What ranks of several machines tell each other if their runs folder turns out to be several.
+
+Ranks find each other by the run's directory (`rendezvous`). Where they share none, the others would wait for
+rank 0, and rank 0 for them. torchrun's agents have a key-value store, at which its ranks form their process
+group: rank 0 says there which run it has opened, and a rank that does not see it, why it cannot take part.
+stoker's own launchers compare folders themselves, before they start ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform
+import time
+from typing import Any
+
+from stoker import supervision
+from stoker.run.directory import RunDirectory
+from stoker.world import World
+
+log = logging.getLogger("stoker")
+
+SHARE = (
+    "set --runs to a folder that they all share; for an object store, share its working copy, which is below "
+    "STOKER_CACHE"
+)
+_SEEN_WITHIN = 30.0  # seconds in which a new folder is seen on every machine; NFS can be late
+_ANSWERS_WITHIN = datetime.timedelta(seconds=5)
+_OPENED, _REFUSED = "opened", "refused"
+
+
+class LaunchStore:
+    """Texts of the ranks of one launch, in the store of the agents that started them.
+
+    It stays empty for ranks of one machine, and where a launcher has no such store or it does not answer.
+    """
+
+    def __init__(self, world: World) -> None:
+        known = os.environ
+        by_agents = known.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and supervision.FOLDER not in known
+        self._there = by_agents and world.machines > 1
+        self._prefix = f"stoker/{world.launch}"
+        self._store: Any = None
+        self._seen: float | None = None
+        """When the run was opened, or when this rank was told so."""
+
+    def say_opened(self, run: RunDirectory) -> None:
+        """Say once that this rank, the first, has opened a run."""
+        if self._seen is None:
+            self._seen = time.monotonic()
+            self._say(_OPENED, f"rank 0 on {platform.node()} has opened {run.path}")
+
+    def refuse_unshared(self, run: RunDirectory) -> str:
+        """Why this rank cannot take part in a run that it does not see; empty until that is certain.
+
+        Then it is also said to rank 0.
+        """
+        opened = self._said(_OPENED)
+        if not opened:
+            return ""
+        self._seen = time.monotonic() if self._seen is None else self._seen
+        if time.monotonic() - self._seen < _SEEN_WITHIN:
+            return ""
+        said = f"{opened}, which is not there on {platform.node()}: {SHARE}"
+        self._say(_REFUSED, said)
+        return said
+
+    def refusal(self) -> str:
+        """Why a rank cannot take part; empty if none has said so."""
+        return self._said(_REFUSED)
+
+    def _said(self, key: str) -> str:
+        try:
+            store = self._connected()
+            name = f"{self._prefix}/{key}"
+            return store.get(name).decode() if store is not None and store.check([name]) else ""
+        except RuntimeError as error:
+            self._is_away(error)
+            return ""
+
+    def _say(self, key: str, text: str) -> None:
+        try:
+            store = self._connected()
+            if store is not None:
+                store.set(f"{self._prefix}/{key}", text)
+        except RuntimeError as error:
+            self._is_away(error)
+
+    def _connected(self) -> Any:
+        """The store, or None where there is none. Raises RuntimeError if it does not answer."""
+        if self._there and self._store is None:
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._store = TCPStore(*where, is_master=False, timeout=_ANSWERS_WITHIN, wait_for_workers=False)
+        return self._store
+
+    def _is_away(self, error: RuntimeError) -> None:
+        """Ask no more: torchrun's ranks do not outlive its store."""
+        self._there, self._store = False, None
+        log.debug("the store of the launcher does not answer: %s", error)
