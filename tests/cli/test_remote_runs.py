@@ -360,6 +360,22 @@ def test_a_bucket_that_is_not_there_is_named(stoker: Command, machine: Any, prox
     assert "s3://elsewhere/runs/ranked/a cannot be written to" in done.err
 
 
+DENIED = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+
+def test_who_may_not_delete_in_a_store_is_told_before_anything_is_there(
+    stoker: Command, machine: Any, url: str, proxy: Proxy, objects: Objects
+) -> None:
+    """Else the run could neither be gone on with on another machine, nor ever be there whole."""
+    proxy._only = lambda method, path: method == "DELETE" or (method == "POST" and "delete" in path)
+    proxy.mode, proxy.said = "403", DENIED
+    done = stoker("train", RECIPE, "--name", "a", "--runs", url, env=machine("one"))
+    assert done.code == 1
+    needed = "provide credentials that allow listing, reading, writing and deleting in this folder"
+    assert re.search(f"stoker: error: {url}/.*Access Denied; {needed}", done.err), done.err
+    assert not objects()
+
+
 def test_where_a_store_has_no_runs_its_url_is_said_and_not_its_copys(
     stoker: Command, machine: Any, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 from stoker import words
 from stoker.progress import clock, short
 from stoker.report import commands, facts, performance
-from stoker.run import query
+from stoker.run import finding, query
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
@@ -162,14 +162,15 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
 def next_commands(view: RunView) -> list[str]:
     """The commands to type next, given the status of the run."""
     trial = view.directory.is_trial
+    at = finding.option(view.directory.path.parent.parent)
     run = view.directory.name if trial else view.directory.id  # each sweep has a trial-0000
     if view.status == "running":
-        return [f"stoker runs show {run}", f"stoker report {run}"]
+        return [f"stoker runs show {run}{at}", f"stoker report {run}{at}"]
     over = view.status in ("finished", "stopped")
-    first = [f"stoker runs export {run}"] if over else []
+    first = [f"stoker runs export {run}{at}"] if over else []
     if not over or (trial and view.status == "stopped"):  # what a search ended early may go on
-        first.append(f"stoker resume {run}")
-    return [*first, f"stoker report {run}", "stoker ui"]
+        first.append(f"stoker resume {run}{at}")
+    return [*first, f"stoker report {run}{at}", f"stoker ui{at}"]
 
 
 def plain(text: str) -> str:

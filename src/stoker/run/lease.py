@@ -35,6 +35,7 @@ BEAT = 5.0  # seconds between renewals of a lease
 EXPIRES = 60.0  # seconds without a renewal after which a lease may be taken over
 PATIENCE = 10.0  # seconds to keep trying a store
 _LOOK = 0.5
+_NONE = 0  # no lease has this number
 _UNKNOWN = ""
 _NOBODY = "nobody"  # the trainer, as far as a process knows that found no lease
 
@@ -273,6 +274,7 @@ class Lease:
         try:
             if number:
                 self._await_end_of(number)
+            self._place.remove(_NONE)  # whoever may not delete is refused before anything is written
             if not self._trains:
                 self._trained = Holder.of(self._place.read(number)).trainer if number else _NOBODY
             elif was_here:  # also if this process is killed before it knows that it has the lease

@@ -173,7 +173,7 @@ def wait(run: RunDirectory, patience: Callable[[], float]) -> State:
         said = state(run)
         if time.time() - said_at > SAY:
             said_at = time.time()
-            log.info("still uploading%s", f": the store does not answer ({said.error})" if said.error else "")
+            log.info("still uploading%s", f"; the last try failed: {said.error}" if said.error else "")
         tired = said.error and said.at >= begun and time.time() - max(said.since, begun) > patience()
         if working(run):
             if tired:
