@@ -35,7 +35,7 @@ LONGEST_BACKOFF = 30.0  # seconds between tries while the store does not answer
 PATIENCE = 600.0  # seconds to keep trying such a store once the trainer has ended
 ONCE_PATIENCE = 10.0  # the same for `stoker sync`, where the user waits
 FINISH_PATIENCE = 600.0  # seconds that a run that has ended waits for such a store ...
-STOP_PATIENCE = 30.0  # ... and one that was told to stop
+STOP_PATIENCE = 20.0  # ... and one that was told to stop: torchrun, Slurm and Kubernetes kill after 30
 SAY = 30.0  # seconds between messages while a command waits for an upload
 BEHIND = 3  # checkpoints that the store lacks ...
 BEHIND_FOR = 60.0  # ... and seconds since the first of them was made, after which it is said
@@ -125,7 +125,8 @@ class Uploads:
         """
         if self._copy is None:
             return
-        log.info("uploading the rest to %s", self._copy.where)
+        later = "; without time for it, the next start here or `stoker sync` does" if stopping() else ""
+        log.info("uploading the rest to %s%s", self._copy.where, later)
         said = wait(self._run, lambda: STOP_PATIENCE if stopping() else FINISH_PATIENCE)
         self.whole = not said.behind
         if said.behind:
