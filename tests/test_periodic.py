@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Job, Periodic, backoff
 
 from support import LONG, until
 
@@ -110,6 +110,11 @@ def test_a_process_made_by_fork_closes_what_its_parent_is_doing_at_once() -> Non
     go_on.set()
     jobs.close()
     assert ended == 0
+
+
+def test_a_pause_doubles_with_each_failure_up_to_the_longest_however_many_there_were() -> None:
+    assert [backoff(failures, 0.5, 3.0) for failures in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    assert backoff(10**6, 0.5, 30.0) == 30.0
 
 
 def _count_in_child(answers: multiprocessing.SimpleQueue[int]) -> None:

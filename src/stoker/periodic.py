@@ -1,4 +1,4 @@
-"""Small periodic jobs in a background thread beside the training loop."""
+"""Small periodic jobs in a background thread beside the training loop; pauses between tries that fail."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 log = logging.getLogger("stoker")
+
+
+def backoff(failures: int, first: float, longest: float) -> float:
+    """Seconds before another try after so many failures: `first` without one, twice as long with each."""
+    return min(first * 2.0 ** min(failures, 1000), longest)  # a float ends at 2**1024
 
 
 @dataclass(frozen=True)

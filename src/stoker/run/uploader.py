@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stoker import signals, storage
+from stoker.periodic import backoff
 from stoker.run import messages, mirror, view
 from stoker.run.directory import MANIFEST, RunDirectory
 from stoker.run.mirror import Lost, Mirror
@@ -245,7 +246,7 @@ def upload(run: Source, copy: Copy, *, once: bool = False) -> bool:
             _say(run, State(os.getpid(), copy.newest, True, str(error), failing_since))
             if not alive and time.monotonic() - alone_since > patience:
                 return False
-        _pause(run, min(INTERVAL * 2**failures, LONGEST_BACKOFF), alive)
+        _pause(run, backoff(failures, INTERVAL, LONGEST_BACKOFF), alive)
     return False
 
 

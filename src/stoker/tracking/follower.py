@@ -30,6 +30,7 @@ from pathlib import Path
 
 from stoker import signals, storage
 from stoker.errors import BadInput, nearest
+from stoker.periodic import backoff
 from stoker.run import journal, messages
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
 from stoker.run.journal import Cursor
@@ -341,7 +342,7 @@ class _Task:
 
 def _backoff(failures: int, *, alone: bool) -> float:
     """Seconds before another attempt after so many failures; fewer once there is no trainer to wait for."""
-    return min(INTERVAL * 2.0 ** min(failures, 10), LONGEST_BACKOFF / 6 if alone else LONGEST_BACKOFF)
+    return backoff(failures, INTERVAL, LONGEST_BACKOFF / 6 if alone else LONGEST_BACKOFF)
 
 
 def _state(directory: RunDirectory, name: str) -> SinkState:
