@@ -329,7 +329,7 @@ class Attempt:
             if not (known / provenance.ENVIRONMENT).is_file():  # for a run that is being reproduced
                 provenance.write_environment(self.directory.provenance)
             return provenance.summary_of(known)
-        runs = self.directory.path.parent.parent
+        runs = self.directory.runs
         return provenance.record(self.directory.provenance, code, runs, artifacts.store(runs))
 
     def _make_again(self, asked: again.Again) -> None:

@@ -289,7 +289,7 @@ class Run:
         Raises:
             BadInput: there is no such run, artifact or path.
         """
-        found = lineage.resolve(self.directory.path.parent.parent, artifact)
+        found = lineage.resolve(self.directory.runs, artifact)
         if self.world.rank == 0:
             self.attempt.event("used", name=found.name, run=found.maker, files=found.files)
             lineage.tell_maker(found, self.directory, self.directory.record()["uid"])

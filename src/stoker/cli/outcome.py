@@ -35,7 +35,7 @@ def show(seen: RunView, json: bool, status: str, *, uploaded: bool = True) -> No
         said["report"] = shortest(report)
     wide = min(48, max(24, *map(len, said)))
     lines += [f"  {name:{wide}} {value}" for name, value in said.items()]
-    at = finding.option(directory_.path.parent.parent)
+    at = finding.option(directory_.runs)
     if not uploaded:
         lines.append(f"next: stoker sync {directory_.id}{at}")
     elif seen.status == view.FINISHED:

@@ -123,7 +123,7 @@ def reproduce(
     if json:
         print_json(reproduction.as_json(outcome))
     else:
-        reproduction.print_outcome(console(), outcome, finding.option(target.path.parent.parent))
+        reproduction.print_outcome(console(), outcome, finding.option(target.runs))
     return 0 if outcome.identical else EXIT_DIFFERS
 
 

@@ -57,7 +57,7 @@ def resume(
     nproc = launch.nproc or max(1, _ranks(seen) // launch.nodes.most)
     return start(
         recipe, resolved, command, dataclasses.replace(launch, nproc=nproc), where,
-        runs=found.path.parent.parent, name=found.id, experiment=found.experiment, json=json,
+        runs=found.runs, name=found.id, experiment=found.experiment, json=json,
         accept_drift=True,
     )  # fmt: skip
 

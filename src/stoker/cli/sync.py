@@ -70,7 +70,7 @@ def sync(
 def _restore(found: RunDirectory, again: bool) -> None:
     if not again:
         raise BadInput(
-            f"run {found.id!r} was deleted in {finding.shown(found.path.parent.parent)}: to upload it again "
+            f"run {found.id!r} was deleted in {finding.shown(found.runs)}: to upload it again "
             f"from {found.path}, add --again; otherwise delete that folder"
         )
     mirror.restore(found)

@@ -176,7 +176,7 @@ def _write_report(run: Run) -> None:
 
 
 def _wait_for_sinks(run: Run) -> None:
-    sync = run.directory.id + finding.option(run.directory.path.parent.parent)
+    sync = run.directory.id + finding.option(run.directory.runs)
     for state in run.attempt.wait_for_sinks(_SINKS_TIMEOUT):
         if state.pending:
             reason = f" ({state.error})" if state.error else ""

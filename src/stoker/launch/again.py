@@ -81,11 +81,11 @@ def prepare(
         storage.write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
         words += [
             "--config", str(folder / CONFIG), "--name", target.id, "--experiment", target.experiment,
-            "--runs", str(target.path.parent.parent), "--nproc", str(ranks), *overrides,
+            "--runs", str(target.runs), "--nproc", str(ranks), *overrides,
         ]  # fmt: skip
     given = {configs.split(override)[0]: COMMAND_LINE for override in overrides}
     asked = Again(
-        runs=str(target.path.parent.parent), experiment=target.experiment, id=target.id,
+        runs=str(target.runs), experiment=target.experiment, id=target.id,
         of={"experiment": seen.directory.experiment, "id": seen.directory.id, "uid": seen.record["uid"]},
         given=seen.directory.experiment, config=dict(part.config), seed=seen.record["seed"],
         provenance=str(_record_of_code(seen.directory.provenance, folder)), recipe=seen.record["recipe"],

@@ -375,7 +375,7 @@ def _tensorboard(directory: RunDirectory) -> Sink:
 
 
 def _tracking_store(directory: RunDirectory) -> str:
-    runs = directory.path.parent.parent
+    runs = directory.runs
     return store.without_credentials(store.server_uri() or store.embedded_uri(runs))
 
 

@@ -211,7 +211,7 @@ class MlflowSink:
 
     @property
     def _rebuild(self) -> str:
-        at = finding.option(self._directory.path.parent.parent)
+        at = finding.option(self._directory.runs)
         return f"stoker sync {self._directory.name} --rebuild{at}"
 
     def _sweep(self, experiment: str) -> str | None:

@@ -70,7 +70,7 @@ class Shipping(_Shipping):
     def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
         super().__init__(lambda: follower.spawn(run), sinks)
         self._run = run
-        self._sync = f"stoker sync {run.id}{finding.option(run.path.parent.parent)}"
+        self._sync = f"stoker sync {run.id}{finding.option(run.runs)}"
         self._rest = f"training continues, and `{self._sync}` or the next start ships the rest"
 
     def say_if_unanswered(self) -> None:
