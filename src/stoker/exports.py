@@ -92,7 +92,7 @@ def _is_of_shipped_recipe(seen: RunView) -> bool:
 
     A checkpoint of any other run is exported as weights alone.
     """
-    reference = (seen.record.get("recipe") or {}).get("reference")
+    reference = seen.recipe_reference
     return reference is not None and ":" not in reference
 
 

@@ -109,9 +109,9 @@ def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[C
     if file is not None:
         raise BadInput(f"run {given[0]} has its own config, and --config {file} gives another: leave one out")
     seen = view.load(finding.find(runs, given[0]))
-    if seen.record["recipe"].get("reference") != recipe.reference:
+    if seen.recipe_reference != recipe.reference:
         raise BadInput(
-            f"run {seen.directory.id} used the recipe {seen.record['recipe'].get('name')}: only the data of "
+            f"run {seen.directory.id} used the recipe {seen.recipe_name}: only the data of "
             f"{recipe.name} can be inspected"
         )
     return_to(Path(seen.record["cwd"]))

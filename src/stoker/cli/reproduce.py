@@ -193,7 +193,7 @@ def _prepare(
     overrides = inputs.resolved(overrides, part.config, recorded)
     kept = {key: value for key, value in part.config.items() if key not in given}
     of_data = [str(about["path"]) for about in recorded.values()]
-    has_keys = seen.record["recipe"].get("reference") is not None  # the keys of a script are not used here
+    has_keys = seen.recipe_reference is not None  # the keys of a script are not used here
     words = [] if has_keys else [str(word).rpartition("=")[2] for word in seen.record.get("command", [])[1:]]
     named = [path for path in (*inputs.paths_of(kept), *words) if path not in of_data]
     top = folder / "code"

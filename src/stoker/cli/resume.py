@@ -41,7 +41,7 @@ def resume(
     command = Command.of_verb("resume")
     found = finding.find(runs, run)
     seen = view.load(found)
-    reference = seen.record["recipe"].get("reference")
+    reference = seen.recipe_reference
     if reference is None:
         raise BadInput(
             f"{found.id} was created by a script without a recipe: run that script again with the same name"

@@ -199,7 +199,7 @@ def command(seen: RunView, there: Place, ranks: int) -> tuple[list[str], bool]:
 
     Raises BadInput if that is not known.
     """
-    reference = seen.record["recipe"].get("reference")
+    reference = seen.recipe_reference
     if reference is None:
         return _script(seen, there, ranks), True
     return ["-P", "-m", "stoker", "train", located(reference, there)], False

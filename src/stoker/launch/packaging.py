@@ -95,7 +95,7 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
     )  # fmt: skip
     dockerfile = _dockerfile(made.image, lock, environment, _cwd(there, folder), _within(imported, folder))
     (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
-    has_keys = seen.record["recipe"].get("reference") is not None
+    has_keys = seen.recipe_reference is not None
     _write_mlproject(folder, seen, environment, _parameters(values) if has_keys else {})
     (folder / "README.md").write_text(_readme(made, seen, there, environment), encoding="utf-8")
     return made

@@ -29,7 +29,7 @@ def of(view: RunView, until: int | None = None, *, elsewhere: bool = False) -> l
             that say where the run was kept and launched.
     """
     parts = stretch.parts(view, view.step if until is None else until)
-    anew = bool(parts and _reference(view) and (elsewhere or _is_of_another(view, parts[0])))
+    anew = bool(parts and view.recipe_reference and (elsewhere or _is_of_another(view, parts[0])))
     words = _composed(view, parts[0]) if anew else _typed(view)
     if not words:
         return []
@@ -65,11 +65,6 @@ def _is_of_another(view: RunView, part: Part) -> bool:
     return bool(part.drift) or part.world != view.attempts[0].world
 
 
-def _reference(view: RunView) -> str:
-    """What starts the recipe; empty for a script without one."""
-    return str((view.record.get("recipe") or {}).get("reference") or "")
-
-
 def _composed(view: RunView, part: Part) -> list[str]:
     """`stoker train` with all values that are not defaults."""
     sources = view.record.get("sources", {})
@@ -95,7 +90,7 @@ def _everywhere(part: Part) -> list[str]:
 
 def _target(view: RunView) -> str:
     """What starts the recipe, relative to the folder in which the run was started."""
-    target = _reference(view)
+    target = view.recipe_reference or ""
     inside = target.removeprefix(f"{view.record.get('cwd', '')}/")
     file, _, function = inside.partition(":")
     if file.endswith(".py"):
@@ -117,7 +112,7 @@ def _next(view: RunView, name: str, before: Part, now: Part) -> str:
     changed = [path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)]
     said = [f"from step {now.after + 1:,} on", *([f"other code: {some(changed)}"] if changed else [])]
     said += [f"on another device: {now.device}"] if now.device != before.device else []
-    if _reference(view):
+    if view.recipe_reference:
         said += _everywhere(now) if ranks else []
         return _line(["stoker", "resume", name, *given, *ranks], said)
     return _line([], [*said, *given, *([facts.together(now.world, now.machines)] if ranks else [])])

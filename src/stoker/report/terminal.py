@@ -226,7 +226,7 @@ def _summary(view: RunView) -> list[tuple[str, str]]:
         ("left out", facts.left_out(view)),
         ("started", f"{started}, {clock(view.seconds)} spent"),
         ("where", words.shortest(view.directory.path)),
-        ("recipe", str((view.record.get("recipe") or {}).get("name", ""))),
+        ("recipe", view.recipe_name or ""),
         *zip(("command", *[""] * len(view.attempts)), commands.of(view), strict=False),
         ("layout", facts.layout(view)),
         ("throughput", _throughput(view)),

@@ -151,6 +151,16 @@ class RunView:
         return {**self.record["config"], **{key: new for key, (_, new) in self.drift.items()}}
 
     @property
+    def recipe_name(self) -> str | None:
+        """The recipe that it ran; None for a script without one."""
+        return (self.record.get("recipe") or {}).get("name")
+
+    @property
+    def recipe_reference(self) -> str | None:
+        """What `stoker train` loads that recipe by; None for a script without one."""
+        return (self.record.get("recipe") or {}).get("reference")
+
+    @property
     def drift(self) -> dict[str, Any]:
         """How the config differs from the recorded one: key -> [old, new].
 
