@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from stoker import config as configs
 from stoker import redaction, signals, storage
-from stoker.config import COMMAND_LINE, DEFAULT
+from stoker.config import COMMAND_LINE
 from stoker.errors import STOP_CODES, BadInput, Stopped
 from stoker.reproduce import provenance
 from stoker.reproduce.code import module_file
@@ -155,22 +155,13 @@ def known_values(
     A secret that was a default is found again by the code. Raises BadInput for any other.
     """
     given = {configs.split(override)[0] for override in overrides}
-    kept, lost = without_secrets({k: v for k, v in config.items() if k not in given}, sources)
+    kept, lost = configs.without_secrets({k: v for k, v in config.items() if k not in given}, sources)
     if lost:
         raise BadInput(
-            f"{', '.join(lost)}: secrets are not recorded; give it again: "
-            f"{' '.join(f'{key}=...' for key in lost)}"
+            f"{', '.join(sorted(lost))}: secrets are not recorded; give it again: "
+            f"{' '.join(f'{key}=...' for key in sorted(lost))}"
         )
     return kept
-
-
-def without_secrets(
-    config: Mapping[str, Any], sources: Mapping[str, str]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A config without secrets, and the keys of those secrets that the code does not have."""
-    removed = {key for key, value in config.items() if redaction.holds_redacted(value)}
-    kept = {key: value for key, value in config.items() if key not in removed}
-    return kept, tuple(sorted(key for key in removed if sources.get(key, DEFAULT) != DEFAULT))
 
 
 def located(reference: str, there: Place) -> str:
