@@ -20,6 +20,7 @@ FLOORS = (
         "storage",
         "world",
         "errors",
+        "status",
         "redaction",
         "duration",
         "machine",

@@ -41,6 +41,8 @@ from stoker.run.held import Held
 from stoker.run.recorder import Recorder
 from stoker.run.reduction import How
 from stoker.run.series import Goal
+from stoker.run.state import RunView
+from stoker.status import FAILED, FINISHED, INTERRUPTED, STOPPED
 from stoker.stopping import StopRequests
 from stoker.supervision import Heart
 from stoker.tracking.background import Background
@@ -140,7 +142,7 @@ class Attempt:
         """Those of `Run.watch`, which are closed with the attempt."""
         self.held = Held()
         """What a resumed run logs in a part of its script that it has been through."""
-        self._before: view.RunView | None = None
+        self._before: RunView | None = None
         """The run as this attempt found it, until it is known at which step it goes on."""
         self._saved: frozenset[int] = frozenset()
         """The steps whose checkpoints were completed, and are not void."""
@@ -222,7 +224,7 @@ class Attempt:
         try:
             rendezvous.end_refusal(self.directory)
             if self.continued or self.recorder.used:
-                self.end(view.FAILED, said)
+                self.end(FAILED, said)
             self.discard_if_unused()
             sys.stdout.flush()
         finally:
@@ -343,7 +345,7 @@ class Attempt:
     def _end_after(self, step: int, values: Mapping[str, Any]) -> None:
         """End a loop without a Trainer once it is past the last step; a Trainer ends by itself."""
         if not self._stepped_by_trainer and self.until is not None and step > self.until:
-            self.stop.ask(view.STOPPED)
+            self.stop.ask(STOPPED)
 
     # -- what is logged -----------------------------------------------------------------
 
@@ -518,11 +520,11 @@ class Attempt:
             if isinstance(error, Stopped):
                 self.end(error.status)
             elif isinstance(error, KeyboardInterrupt):
-                self.end(view.INTERRUPTED)
+                self.end(INTERRUPTED)
             elif error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
-                self.end(view.FINISHED)
+                self.end(FINISHED)
             else:
-                self.end(view.FAILED, f"{type(error).__name__}: {error}")
+                self.end(FAILED, f"{type(error).__name__}: {error}")
         finally:  # even if the disk is full: the lock must be released
             self.close()
 
@@ -569,9 +571,9 @@ class Attempt:
         """
         if self._ended or self._is_parents:
             return
-        if status == view.FINISHED and self.world.rank == 0 and self.world.size > 1:
+        if status == FINISHED and self.world.rank == 0 and self.world.size > 1:
             rendezvous.wait_for_others(self.directory, self.number, self.world.size)
-        if status == view.FINISHED and self.world.rank == 0:
+        if status == FINISHED and self.world.rank == 0:
             self.recorder.begin()  # it may have logged nothing, and is kept all the same
         self._ended = True
         for watch in self.watches:

@@ -20,7 +20,7 @@ from stoker.errors import BadInput, nearest
 from stoker.run import artifacts, mirror
 from stoker.run.journal import Event
 from stoker.run.series import goal_of
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 if TYPE_CHECKING:
     import torch

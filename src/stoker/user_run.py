@@ -22,6 +22,7 @@ from stoker.run import artifacts, lineage, view
 from stoker.run.reduction import How
 from stoker.run.series import Goal, Summary
 from stoker.run.values import recorded
+from stoker.status import FINISHED
 
 log = logging.getLogger("stoker")
 
@@ -376,7 +377,7 @@ class Run:
 
         Raises OSError if it cannot be written. In a forked process it does nothing.
         """
-        if status == view.FINISHED:
+        if status == FINISHED:
             self.attempt.conclude()
         self.attempt.end(status, error)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stoker.report import plots
 from stoker.run.directory import RunDirectory
-from stoker.run.view import Attempt, LeftOut, RunView
+from stoker.run.state import Attempt, LeftOut, RunView
 
 from support import series
 

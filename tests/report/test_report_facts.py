@@ -8,7 +8,7 @@ import pytest
 from stoker.checkpoint import manifest
 from stoker.report import facts
 from stoker.run.directory import RunDirectory
-from stoker.run.view import Attempt, RunView
+from stoker.run.state import Attempt, RunView
 
 from support import series
 

@@ -6,7 +6,7 @@ import pytest
 from stoker.errors import BadInput
 from stoker.run.directory import RunDirectory
 from stoker.run.query import Query, facts
-from stoker.run.view import Attempt, RunView
+from stoker.run.state import Attempt, RunView
 
 from support import series
 

@@ -25,7 +25,8 @@ from stoker.object_store import Unreachable
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, uploader, view
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FINISHED
 from stoker.words import counted
 from stoker.world import World, tasks_of_srun
 
@@ -261,7 +262,7 @@ def _deadline(max_time: str | None) -> float | None:
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
     """The finished run with this name and config, with its report; None if there is none."""
     seen = view.load(found) if found.exists() and not mirror.is_deleted(found) else None
-    if seen is None or seen.status != view.FINISHED:
+    if seen is None or seen.status != FINISHED:
         return None
     if configs.drift(seen.config, redaction.tree(resolved.values)):
         return None

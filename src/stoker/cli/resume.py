@@ -19,6 +19,7 @@ from stoker.cli.submit import HERE, Command, Where, submittable
 from stoker.errors import BadInput
 from stoker.launch import again
 from stoker.run import finding, view
+from stoker.run.state import RunView
 
 log = logging.getLogger("stoker")
 
@@ -73,6 +74,6 @@ def return_to(folder: Path) -> None:
         )
 
 
-def _ranks(seen: view.RunView) -> int:
+def _ranks(seen: RunView) -> int:
     """The number of ranks of the last attempt."""
     return seen.attempts[-1].world if seen.attempts else 1

@@ -17,7 +17,7 @@ from stoker.language.shape import SIZES
 from stoker.recipes import image, text_shape
 from stoker.report import card
 from stoker.run import artifacts
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 log = logging.getLogger("stoker")
 

@@ -21,6 +21,7 @@ from stoker.launch import alone, ranks
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import finding, view
+from stoker.status import FINISHED
 from stoker.user_run import Run
 
 log = logging.getLogger("stoker")
@@ -134,7 +135,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
             run.attempt.conclude()
             if run.world.rank == 0:
                 _export_weights(run)
-            run.end(view.FINISHED)
+            run.end(FINISHED)
             if run.world.rank == 0 and not trial:
                 _write_report(run)
     except BadInput:
@@ -142,7 +143,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
         raise
     except Stopped as stopped:
         return int(stopped.code or 0), stopped.status
-    return 0, view.FINISHED
+    return 0, FINISHED
 
 
 def _say_hanging(said: str) -> None:

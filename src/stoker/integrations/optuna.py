@@ -24,6 +24,7 @@ from stoker.errors import BadInput, StokerError
 from stoker.integrations import training
 from stoker.integrations.training import Training
 from stoker.run import finding, view
+from stoker.status import FINISHED, STOPPED
 from stoker.tune.seen import points
 from stoker.tune.space import parse_mapping
 from stoker.tune.trial import Ended, Job
@@ -96,9 +97,9 @@ def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> fl
         ended = _attempt(trial, start(), seen)
         if ended.status != "killed" or left == 0:
             break
-    if ended.status == view.STOPPED:
+    if ended.status == STOPPED:
         raise optuna.TrialPruned(f"run {job.run} was stopped at step {max(seen)}")
-    if ended.status != view.FINISHED:
+    if ended.status != FINISHED:
         raise StokerError(f"run {job.run} {ended.status}: {ended.error}\n{ended.trace}".strip())
     known = seen or _logged(job)
     if not known:

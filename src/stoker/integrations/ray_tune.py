@@ -30,6 +30,7 @@ from stoker.integrations import training
 from stoker.integrations.training import Training
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
+from stoker.status import FINISHED
 from stoker.tune.domains import text
 from stoker.tune.trial import Ended
 
@@ -206,7 +207,7 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
 
     def _over(self, ended: Ended) -> dict[str, Any]:
         """The last result once more, as Ray expects from a trial that ends on its own. Raises StokerError."""
-        if ended.status != view.FINISHED:
+        if ended.status != FINISHED:
             raise StokerError(f"run {self._run.id} {ended.status}: {ended.error}\n{ended.trace}".strip())
         if not self._last:
             raise StokerError(

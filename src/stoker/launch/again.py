@@ -30,7 +30,7 @@ from stoker.reproduce.stretch import Stretch
 from stoker.run import again
 from stoker.run.again import Again
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.signals import STATUS
 from stoker.world import environment_of_no_rank
 

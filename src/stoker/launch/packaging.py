@@ -33,7 +33,7 @@ from stoker.launch import again
 from stoker.reproduce import differences, place, provenance
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 IMAGE = "STOKER_IMAGE"
 """The variable that names the image a run is in, by name and digest."""

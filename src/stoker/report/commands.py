@@ -14,7 +14,7 @@ from stoker.report import facts
 from stoker.reproduce import stretch
 from stoker.reproduce.stretch import Part
 from stoker.run import again
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import some
 
 

@@ -16,7 +16,7 @@ from stoker.report import facts
 from stoker.report.html import run_names
 from stoker.report.terminal import plain, print_table, shortened
 from stoker.run.series import Series, Summary
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # characters of a small curve

@@ -20,7 +20,7 @@ from stoker.reproduce import provenance as records
 from stoker.run.directory import RunDirectory
 from stoker.run.media import read_table
 from stoker.run.series import Summary
-from stoker.run.view import Attempt, Media, RunView
+from stoker.run.state import Attempt, Media, RunView
 from stoker.words import counted, some
 
 _FOUND_OUT = "determined by the run"

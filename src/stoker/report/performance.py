@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from stoker.report import facts
 from stoker.report.plots import Clock, Figure
 from stoker.run.series import OF_THE_LOOP, Series
-from stoker.run.view import Attempt, RunView
+from stoker.run.state import Attempt, RunView
 
 TRAINING, WAITING, EVALUATING, CHECKPOINTS = "training", "waiting for data", "evaluating", "checkpoints"
 STARTING, FINISHING, AGAIN, BETWEEN = "starting", "after the loop", "lost and done again", "between attempts"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stoker.report import facts
 from stoker.run.series import Series
-from stoker.run.view import Attempt, LeftOut, Media, RunView
+from stoker.run.state import Attempt, LeftOut, Media, RunView
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from stoker import storage
 from stoker.errors import BadInput
 from stoker.report import assets
 from stoker.report.markup import Html, join, number, table, tag
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import counted
 
 _POOR = 0.8

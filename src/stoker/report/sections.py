@@ -17,7 +17,7 @@ from stoker.report.facts import Value
 from stoker.report.markup import Html, details, join, number, table, tag
 from stoker.report.plots import Figure
 from stoker.run.series import Summary
-from stoker.run.view import Media, RunView
+from stoker.run.state import Media, RunView
 from stoker.words import counted
 
 _TILES = 7

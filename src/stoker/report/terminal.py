@@ -20,10 +20,11 @@ from stoker.progress import clock, short
 from stoker.report import commands, facts, performance
 from stoker.run import query
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FAILED, FINISHED, RUNNING, STOPPED
 
 COLUMNS = ("run", "status", "step", "loss", "val_loss", "started", "time")
-_STYLES = {"finished": "green", "running": "blue", "failed": "red", "damaged": "red"}
+_STYLES = {FINISHED: "green", RUNNING: "blue", FAILED: "red", "damaged": "red"}
 _DROPPED_FIRST = ("time", "started", "val_loss", "loss", "step", "status")
 _GAP = 2
 _UNLIMITED = 10_000
@@ -163,11 +164,11 @@ def next_commands(view: RunView) -> list[str]:
     """The commands to type next, given the status of the run."""
     trial = view.directory.is_trial
     run = view.directory.name if trial else view.directory.id  # each sweep has a trial-0000
-    if view.status == "running":
+    if view.status == RUNNING:
         return [f"stoker runs show {run}", f"stoker report {run}"]
-    over = view.status in ("finished", "stopped")
+    over = view.status in (FINISHED, STOPPED)
     first = [f"stoker runs export {run}"] if over else []
-    if not over or (trial and view.status == "stopped"):  # what a search ended early may go on
+    if not over or (trial and view.status == STOPPED):  # what a search ended early may go on
         first.append(f"stoker resume {run}")
     return [*first, f"stoker report {run}", "stoker ui"]
 

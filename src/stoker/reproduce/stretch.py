@@ -14,7 +14,8 @@ from typing import Any
 
 from stoker import words
 from stoker.errors import BadInput
-from stoker.run.view import FINISHED, Attempt, RunView
+from stoker.run.state import Attempt, RunView
+from stoker.status import FINISHED
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,10 @@ from numpy.typing import NDArray
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Damage, Event
 from stoker.run.series import Goal, Series, Summary, summarise
+from stoker.status import FAILED, KILLED, RUNNING
 
 if TYPE_CHECKING:
     import pyarrow
-
-FINISHED = "finished"
-FAILED = "failed"
-PREEMPTED = "preempted"
-INTERRUPTED = "interrupted"
-PAUSED = "paused"  # by a search, to be resumed later
-STOPPED = "stopped"  # by a search, early and for good
-RUNNING = "running"
-KILLED = "killed"  # its process ended without recording why
 
 
 @dataclass

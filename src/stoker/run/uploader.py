@@ -26,6 +26,7 @@ from stoker.periodic import backoff
 from stoker.run import messages, mirror, view
 from stoker.run.directory import MANIFEST, RunDirectory
 from stoker.run.mirror import Lost, Mirror
+from stoker.status import KILLED
 
 log = logging.getLogger("stoker")
 
@@ -293,7 +294,7 @@ def main() -> int:
     if lock is None:  # another uploader is running
         return 0
     whole = upload(run, copy, once=arguments.once)
-    if whole and not arguments.once and view.load(run).status == view.KILLED:
+    if whole and not arguments.once and view.load(run).status == KILLED:
         time.sleep(LAST_WORDS)
         whole = upload(run, copy, once=True)
     return 0 if whole else 1

@@ -18,26 +18,8 @@ from stoker.run.directory import RunDirectory
 from stoker.run.journal import Block, Damage, Event
 from stoker.run.reduction import Reduction
 from stoker.run.series import Columns
-from stoker.run.state import (
-    FAILED,
-    FINISHED,
-    INTERRUPTED,
-    KILLED,
-    PAUSED,
-    PREEMPTED,
-    RUNNING,
-    STOPPED,
-    Attempt,
-    LeftOut,
-    Media,
-    RunView,
-    Use,
-)
-
-__all__ = [
-    "FAILED", "FINISHED", "INTERRUPTED", "KILLED", "PAUSED", "PREEMPTED", "RUNNING", "STOPPED",
-    "Attempt", "LeftOut", "Media", "RunView", "Use", "fold", "load",
-]  # fmt: skip
+from stoker.run.state import Attempt, LeftOut, Media, RunView, Use
+from stoker.status import FAILED, KILLED, STOPPED
 
 
 def load(directory: RunDirectory) -> RunView:
