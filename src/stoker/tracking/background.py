@@ -11,8 +11,8 @@ from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
 from stoker.run.recorder import Recorder
 from stoker.run.uploader import Uploads
-from stoker.tracking import follower
 from stoker.tracking.shipping import Shipping
+from stoker.tracking.sinks import enabled, say_what_is_disabled
 from stoker.tracking.system import SystemSampler
 
 _SYNC_SECONDS = 1.0  # how much a power failure may lose; the death of the process loses nothing
@@ -33,7 +33,7 @@ class Background:
 
     def __init__(self, run: RunDirectory, leads: bool, copy: Mirror | None) -> None:
         self._run, self._leads = run, leads
-        sinks = follower.enabled()
+        sinks = enabled()
         self.shipping = Shipping(run, sinks if leads else ())
         self.uploads = Uploads(run, copy if leads else None)
         self._periodic: Periodic | None = None
@@ -49,7 +49,7 @@ class Background:
         """
         jobs = [Job(_SYNC_SECONDS, lambda: self._sync(recorder))]
         if self._leads:
-            follower.say_what_is_disabled()
+            say_what_is_disabled()
             self.shipping.begin()
             self.uploads.begin()
             jobs += [
