@@ -59,17 +59,7 @@ def run_rank(job: Job, measure: int | None = None) -> int:
 
 def work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None = None) -> int:
     """Train as one rank, or as the only one; rank 0 prints the result."""
-    run = Run(
-        job.experiment,
-        job.name,
-        config=resolved.config,
-        runs=job.runs,
-        sources=resolved.sources,
-        recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=int(getattr(resolved.config, "seed", 0)),
-        code=recipe.code,
-        accept_drift=job.accept_drift,
-    )
+    run = opened(recipe, resolved, job.experiment, job.name, job.runs, accept_drift=job.accept_drift)
     attempt = run.attempt
     attempt.profile, attempt.measure, attempt.stop.deadline = job.profile, measure, job.deadline
     if run.world.rank > 0:
@@ -83,6 +73,17 @@ def work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None 
     if code == 0 or not job.elastic:
         outcome.show(view.load(run.directory), job.json, status, uploaded=run.attempt.uploaded)
     return code
+
+
+def opened(
+    recipe: Recipe, resolved: Resolved[Any], experiment: str, name: str | None, runs: Path, **more: Any
+) -> Run:
+    """The run of a recipe, with what it says of itself; `more` is given to `Run` as it is."""
+    return Run(
+        experiment, name, config=resolved.config, runs=runs, sources=resolved.sources,
+        recipe={"name": recipe.name, "reference": recipe.reference},
+        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code, **more,
+    )  # fmt: skip
 
 
 def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> None:
