@@ -29,6 +29,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 from stoker import redaction, unknown_keys
 from stoker.errors import BadInput, nearest
+from stoker.meanings import is_group
 from stoker.words import first_line
 
 C = TypeVar("C")
@@ -288,7 +289,7 @@ def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
     leaves: dict[str, _Leaf] = {}
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+        if is_group(kind):
             leaves.update(_leaves(kind, f"{prefix}{field.name}."))
             continue
         default = field.default
@@ -304,7 +305,7 @@ def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = prefix + field.name
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+        if is_group(kind):
             arguments[field.name] = _build(kind, values, f"{key}.")
         elif key in values:
             arguments[field.name] = values[key]
