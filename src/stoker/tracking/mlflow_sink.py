@@ -487,8 +487,7 @@ def key(name: str) -> str:
     if is_accepted and _SPELLINGS.sub(lambda found: _MEANT[found[0]], spelled) == name:
         return spelled
     cleaned = _REFUSED.sub("_", name)
-    mark = hashlib.sha256(name.encode()).hexdigest()[:6]
-    return f"{str(_path(cleaned))[: _LONGEST_KEY - 7]}-{mark}"
+    return identity.marked(str(_path(cleaned))[: _LONGEST_KEY - 7], name)
 
 
 def _cut(text: str, longest: int) -> str:
@@ -537,7 +536,7 @@ def _stored_part(part: str) -> str:
     cleaned = PurePosixPath(_MISREAD.sub("_", part))
     if cleaned.name == part:
         return part
-    return f"{cleaned.stem}-{hashlib.sha256(part.encode()).hexdigest()[:6]}{cleaned.suffix}"
+    return identity.marked(cleaned.stem, part) + cleaned.suffix
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -269,7 +269,7 @@ def _settings() -> Any:
 def _accepted(name: str) -> str:
     """A name or kind of an artifact as W&B accepts it: with a hash if it is not the same."""
     accepted = _REFUSED.sub("_", name)[:_LONGEST_NAME]
-    return name if accepted == name else f"{accepted}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return name if accepted == name else identity.marked(accepted, name)
 
 
 def _cell(value: Any) -> Any:
