@@ -33,9 +33,20 @@ from stoker import disk, redaction, supervision, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 from stoker.reproduce import provenance
-from stoker.run import again, artifacts, finding, journal, lease, messages, mirror, opening, rendezvous, view
+from stoker.run import (
+    artifacts,
+    finding,
+    journal,
+    lease,
+    messages,
+    mirror,
+    opening,
+    rendezvous,
+    request,
+    view,
+)
 from stoker.run.deferred import flatten
 from stoker.run.held import Held
 from stoker.run.recorder import Recorder
@@ -116,7 +127,7 @@ class Attempt:
         provenance: Path | None,
     ) -> None:
         opening.refuse_in_import()
-        asked = again.taken(experiment, name, config, seed)
+        asked = request.taken(experiment, name, config, seed)
         if asked is not None:
             runs, experiment, name = asked.runs, asked.experiment, asked.id
             sources, recipe, provenance = asked.sources, asked.recipe, Path(asked.provenance)
@@ -197,7 +208,7 @@ class Attempt:
             undo.pop_all()
         if self.world.size > 1:
             look = functools.partial(self._look_for_refusal, mark, time.monotonic() + rendezvous.TIMEOUT)
-            self._refusals = Periodic([Job(_LOOKS, look)], "refusals")
+            self._refusals = Periodic([Task(_LOOKS, look)], "refusals")
 
     def _look_for_refusal(self, mark: str, until: float) -> None:
         """End the process if another rank cannot take part: the main thread may wait for it in C code.
@@ -334,13 +345,13 @@ class Attempt:
         runs = self.directory.runs
         return provenance.record(self.directory.provenance, code, runs, artifacts.store(runs))
 
-    def _make_again(self, asked: again.Again) -> None:
+    def _make_again(self, asked: request.Again) -> None:
         """Compute as the reproduced run did, and end at its last step."""
         self.layout = dict(asked.layout)
         self.until = asked.until
         if asked.until is not None:
             self.listen(self._end_after)
-        self.event("tags", tags={again.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
+        self.event("tags", tags={request.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
 
     def _end_after(self, step: int, values: Mapping[str, Any]) -> None:
         """End a loop without a Trainer once it is past the last step; a Trainer ends by itself."""

@@ -113,7 +113,7 @@ def start(
     machines = max(sizes)
     ranks_in_all = max(launch.ranks * machines, World.current().size)
     training.check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * machines)
-    job = training.Job(
+    job = training.RankJob(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
         _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
     )  # fmt: skip
@@ -144,7 +144,7 @@ def _work(run: str, recipe: Recipe, resolved: Resolved[Any]) -> Work:
     return run, redaction.tree(resolved.values), given, script
 
 
-def _say_stopped(job: training.Job) -> None:
+def _say_stopped(job: training.RankJob) -> None:
     """Print the result of an elastic run that was told to stop, if it had begun."""
     found = finding.locate(job.runs, job.experiment, job.name or "")
     if job.elastic and found.exists():

@@ -29,7 +29,7 @@ from stoker.duration import Duration
 from stoker.errors import BadInput
 from stoker.launch.targets import RAY
 from stoker.machine import visible_gpus
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 from stoker.recipes import Recipe
 from stoker.run import finding
 from stoker.run.series import guess_goal
@@ -170,7 +170,7 @@ def _shipped(folder: Path) -> Iterator[SweepShipping]:
     shipping = SweepShipping(folder, sinks.enabled())
     sinks.say_what_is_disabled()
     shipping.begin()
-    looking = Periodic([Job(_SINKS_SECONDS, shipping.look_after)])
+    looking = Periodic([Task(_SINKS_SECONDS, shipping.look_after)])
     try:
         yield shipping
     finally:

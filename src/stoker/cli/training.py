@@ -31,7 +31,7 @@ _SINKS_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What a rank needs to take part in a run."""
 
     recipe: str
@@ -50,14 +50,14 @@ class Job:
     """Whether ranks that stop may be started again on other machines: the launcher says how it ended."""
 
 
-def run_rank(job: Job, measure: int | None = None) -> int:
+def run_rank(job: RankJob, measure: int | None = None) -> int:
     """Run one rank of a job; for `measure`, see `Attempt.measure`."""
     show_messages(logging.INFO if measure is None else logging.WARNING)
     recipe = recipes.load(job.recipe)
     return work(recipe, configs.restore(recipe.config, job.values, job.sources), job, measure)
 
 
-def work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None = None) -> int:
+def work(recipe: Recipe, resolved: Resolved[Any], job: RankJob, measure: int | None = None) -> int:
     """Train as one rank, or as the only one; rank 0 prints the result."""
     run = opened(recipe, resolved, job.experiment, job.name, job.runs, accept_drift=job.accept_drift)
     attempt = run.attempt

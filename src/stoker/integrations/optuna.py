@@ -22,7 +22,7 @@ import optuna
 from stoker import machine
 from stoker.errors import BadInput, StokerError
 from stoker.integrations import training
-from stoker.integrations.training import Training
+from stoker.integrations.training import DrivenRun
 from stoker.run import finding, view
 from stoker.status import FINISHED, STOPPED
 from stoker.tune.seen import points
@@ -85,12 +85,12 @@ def objective(
             found, overrides, metric=metric, run=folder / experiment / run, ranks=nproc, tags=tags
         )
         with gpus.taken() as own:
-            return _trained(trial, job, lambda: Training(job, ranks=nproc, beside=n_jobs, gpus=own))
+            return _trained(trial, job, lambda: DrivenRun(job, ranks=nproc, beside=n_jobs, gpus=own))
 
     return train
 
 
-def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> float:
+def _trained(trial: optuna.Trial, job: Job, start: Callable[[], DrivenRun]) -> float:
     """Train to the end, or until the trial is pruned; a training whose process is killed is restarted."""
     seen: dict[float, float] = {}
     for left in reversed(range(_RESTARTS + 1)):
@@ -115,7 +115,7 @@ def _logged(job: Job) -> dict[float, float]:
     return points(view.load(finding.locate(job.runs, job.sweep, job.run)), job.metrics[0])
 
 
-def _attempt(trial: optuna.Trial, run: Training, seen: dict[float, float]) -> Ended:
+def _attempt(trial: optuna.Trial, run: DrivenRun, seen: dict[float, float]) -> Ended:
     """One attempt at the run; `seen` has the values by step that were reported and are not reported again."""
     try:
         while not isinstance(happened := run.next(), Ended):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Attempt:
+class AttemptView:
     """One process lifetime of a run."""
 
     number: int
@@ -99,7 +99,7 @@ class RunView:
     """Where the run is: `id`, `experiment`, `path`, and subfolders (`artifacts`, `checkpoints`, `logs`)."""
     record: dict[str, Any]
     """The contents of `run.json`, from the run's start: recipe, config with sources, seed, command, code."""
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[AttemptView] = field(default_factory=list)
     """The processes that trained it, one after another."""
     points: Mapping[str, Series] = field(default_factory=dict)
     """metric -> step -> value, in the order of steps, without the points that a resume made void.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
 from stoker.run.recorder import Recorder
@@ -47,15 +47,15 @@ class Background:
             recorder: writes this process's journal.
             step: the step that the machine's samples are recorded at.
         """
-        jobs = [Job(_SYNC_SECONDS, lambda: self._sync(recorder))]
+        jobs = [Task(_SYNC_SECONDS, lambda: self._sync(recorder))]
         if self._leads:
             say_what_is_disabled()
             self.shipping.begin()
             self.uploads.begin()
             jobs += [
-                Job(_LOOK_SECONDS, self.shipping.look_after),
-                Job(_SYSTEM_SECONDS, lambda: self.sample(recorder, step())),
-                Job(_LOOK_SECONDS, self.uploads.look_after),
+                Task(_LOOK_SECONDS, self.shipping.look_after),
+                Task(_SYSTEM_SECONDS, lambda: self.sample(recorder, step())),
+                Task(_LOOK_SECONDS, self.uploads.look_after),
             ]
         self._periodic = Periodic(jobs)
 
