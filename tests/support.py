@@ -17,6 +17,7 @@ import torch
 from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import Series
+from stoker.run.state import RunView
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ def pending(pid: int, number: signal.Signals) -> bool:
     return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
-def loaded(run: Path) -> view.RunView:
+def loaded(run: Path) -> RunView:
     return view.load(RunDirectory(run))
 
 

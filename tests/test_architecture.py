@@ -20,6 +20,7 @@ FLOORS = (
         "storage",
         "world",
         "errors",
+        "status",
         "redaction",
         "duration",
         "machine",
@@ -55,7 +56,7 @@ FLOORS = (
 GROUND = FLOORS[0]
 LIGHT = (
     "stoker", "stoker.user_run", "stoker.cli.main; stoker.cli.main.app()", "stoker.run.reading",
-    "stoker.tracking.follower", "stoker.report.html",
+    "stoker.tracking.follower", "stoker.tracking.sweep_follower", "stoker.report.html",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "mlflow", "datasets", "peft", "plotly", "pyarrow", "sklearn"}
 

@@ -24,6 +24,7 @@ from stoker import BadInput, Run, Training
 from stoker.report import facts, run_difference
 from stoker.run import finding, media, view
 from stoker.run.directory import RunDirectory
+from stoker.status import FAILED, FINISHED, INTERRUPTED, KILLED, STOPPED
 
 from support import SOAK
 
@@ -141,12 +142,12 @@ def test_a_run_whose_record_a_power_cut_emptied_is_none_and_is_begun_anew(
 @pytest.mark.parametrize(
     ("last", "code", "ended"),
     [
-        ("", 0, (view.FINISHED, None)),
-        ("raise ValueError('no')", 1, (view.FAILED, "ValueError: no")),
-        ("raise KeyboardInterrupt", -signal.SIGINT, (view.INTERRUPTED, None)),
-        ("run.close()", 0, (view.KILLED, None)),
-        ("run.end('stopped'); run.close()", 0, (view.STOPPED, None)),
-        ("os.kill(os.getpid(), 9)", -signal.SIGKILL, (view.KILLED, None)),
+        ("", 0, (FINISHED, None)),
+        ("raise ValueError('no')", 1, (FAILED, "ValueError: no")),
+        ("raise KeyboardInterrupt", -signal.SIGINT, (INTERRUPTED, None)),
+        ("run.close()", 0, (KILLED, None)),
+        ("run.end('stopped'); run.close()", 0, (STOPPED, None)),
+        ("os.kill(os.getpid(), 9)", -signal.SIGKILL, (KILLED, None)),
     ],
 )
 def test_a_run_without_a_block_ends_with_the_script(
@@ -405,14 +406,14 @@ def test_a_loop_that_is_left_is_saved_where_the_run_ends_without_a_block(way: st
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert (done.returncode == 0) == (way != "raise"), done.stderr
     run = RunDirectory(tmp_path / "test" / "a")
-    assert view.load(run).status == (view.FAILED if way == "raise" else view.FINISHED)
+    assert view.load(run).status == (FAILED if way == "raise" else FINISHED)
     assert [path.name for path in run.checkpoints.glob("*")] == ["step-00000003"] * (way != "raise")
 
 
 def test_a_process_made_by_fork_that_leaves_the_block_ends_nothing(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", FORKS, str(tmp_path)], check=True)
     run = view.load(RunDirectory(tmp_path / "test" / "a"))
-    assert (run.status, run.points["loss"]) == (view.KILLED, {1: 1.0, 2: 2.0})
+    assert (run.status, run.points["loss"]) == (KILLED, {1: 1.0, 2: 2.0})
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_a_notebook_ends_a_run_without_a_block(open_run: Callable[..., Run]) -> 
     run.log(a=1.0)
     run.end("finished")
     run.close()
-    assert view.load(run.directory).status == view.FINISHED
+    assert view.load(run.directory).status == FINISHED
     open_run().close()  # its lock is free
 
 

@@ -24,6 +24,7 @@ from stoker.engine import batches, optimizers, schedule
 from stoker.engine.random_state import seed_everything
 from stoker.errors import OutOfMemory
 from stoker.run import journal, view
+from stoker.status import FAILED
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
@@ -1333,7 +1334,7 @@ def test_a_loss_that_returns_something_else_is_told_what_to_return(
         batch = next(trainer.steps(trainer.loader(_dataset(), batch_size=10), max_steps=1))
         with pytest.raises(TypeError, match=said):
             trainer.step(batch)
-        run.end(view.FAILED)
+        run.end(FAILED)
 
 
 def test_a_config_that_is_no_training_is_told_to_inherit_from_it(open_run: Callable[..., Run]) -> None:

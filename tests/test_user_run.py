@@ -24,6 +24,7 @@ from stoker import BadInput, Run, storage
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
 from stoker.run.recorder import Recorder
+from stoker.run.state import RunView
 from stoker.tracking import background
 from stoker.tracking.system import SystemSampler
 from stoker.world import World
@@ -38,7 +39,7 @@ def open_run(tmp_path: Path) -> Open:
     return lambda name="a", **options: Run("test", name, runs=tmp_path / "runs", **options)
 
 
-def _seen(run: Run) -> view.RunView:
+def _seen(run: Run) -> RunView:
     return view.load(run.directory)
 
 

@@ -33,15 +33,28 @@ from stoker import disk, redaction, supervision, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 from stoker.reproduce import provenance
-from stoker.run import again, artifacts, finding, journal, lease, messages, mirror, opening, rendezvous, view
+from stoker.run import (
+    artifacts,
+    finding,
+    journal,
+    lease,
+    messages,
+    mirror,
+    opening,
+    rendezvous,
+    request,
+    view,
+)
 from stoker.run.deferred import flatten
 from stoker.run.held import Held
 from stoker.run.launch_store import LaunchStore
 from stoker.run.recorder import Recorder
 from stoker.run.reduction import How
 from stoker.run.series import Goal
+from stoker.run.state import RunView
+from stoker.status import FAILED, FINISHED, INTERRUPTED, STOPPED
 from stoker.stopping import StopRequests
 from stoker.supervision import Heart
 from stoker.tracking.background import Background
@@ -115,7 +128,7 @@ class Attempt:
         provenance: Path | None,
     ) -> None:
         opening.refuse_in_import()
-        asked = again.taken(experiment, name, config, seed)
+        asked = request.taken(experiment, name, config, seed)
         if asked is not None:
             runs, experiment, name = asked.runs, asked.experiment, asked.id
             sources, recipe, provenance = asked.sources, asked.recipe, Path(asked.provenance)
@@ -141,7 +154,7 @@ class Attempt:
         """Those of `Run.watch`, which are closed with the attempt."""
         self.held = Held()
         """What a resumed run logs in a part of its script that it has been through."""
-        self._before: view.RunView | None = None
+        self._before: RunView | None = None
         """The run as this attempt found it, until it is known at which step it goes on."""
         self._saved: frozenset[int] = frozenset()
         """The steps whose checkpoints were completed, and are not void."""
@@ -199,7 +212,7 @@ class Attempt:
             look = functools.partial(
                 self._look_for_refusal, mark, store, time.monotonic() + rendezvous.TIMEOUT
             )
-            self._refusals = Periodic([Job(_LOOKS, look)], "refusals")
+            self._refusals = Periodic([Task(_LOOKS, look)], "refusals")
 
     def _look_for_refusal(self, mark: str, store: LaunchStore, until: float) -> None:
         """End the process if another rank cannot take part: the main thread may wait for it in C code.
@@ -228,7 +241,7 @@ class Attempt:
         try:
             rendezvous.end_refusal(self.directory)
             if self.continued or self.recorder.used:
-                self.end(view.FAILED, said)
+                self.end(FAILED, said)
             self.discard_if_unused()
             sys.stdout.flush()
         finally:
@@ -339,21 +352,21 @@ class Attempt:
             if not (known / provenance.ENVIRONMENT).is_file():  # for a run that is being reproduced
                 provenance.write_environment(self.directory.provenance)
             return provenance.summary_of(known)
-        runs = self.directory.path.parent.parent
+        runs = self.directory.runs
         return provenance.record(self.directory.provenance, code, runs, artifacts.store(runs))
 
-    def _make_again(self, asked: again.Again) -> None:
+    def _make_again(self, asked: request.Again) -> None:
         """Compute as the reproduced run did, and end at its last step."""
         self.layout = dict(asked.layout)
         self.until = asked.until
         if asked.until is not None:
             self.listen(self._end_after)
-        self.event("tags", tags={again.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
+        self.event("tags", tags={request.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
 
     def _end_after(self, step: int, values: Mapping[str, Any]) -> None:
         """End a loop without a Trainer once it is past the last step; a Trainer ends by itself."""
         if not self._stepped_by_trainer and self.until is not None and step > self.until:
-            self.stop.ask(view.STOPPED)
+            self.stop.ask(STOPPED)
 
     # -- what is logged -----------------------------------------------------------------
 
@@ -528,11 +541,11 @@ class Attempt:
             if isinstance(error, Stopped):
                 self.end(error.status)
             elif isinstance(error, KeyboardInterrupt):
-                self.end(view.INTERRUPTED)
+                self.end(INTERRUPTED)
             elif error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
-                self.end(view.FINISHED)
+                self.end(FINISHED)
             else:
-                self.end(view.FAILED, f"{type(error).__name__}: {error}")
+                self.end(FAILED, f"{type(error).__name__}: {error}")
         finally:  # even if the disk is full: the lock must be released
             self.close()
 
@@ -579,9 +592,9 @@ class Attempt:
         """
         if self._ended or self._is_parents:
             return
-        if status == view.FINISHED and self.world.rank == 0 and self.world.size > 1:
+        if status == FINISHED and self.world.rank == 0 and self.world.size > 1:
             rendezvous.wait_for_others(self.directory, self.number, self.world.size)
-        if status == view.FINISHED and self.world.rank == 0:
+        if status == FINISHED and self.world.rank == 0:
             self.recorder.begin()  # it may have logged nothing, and is kept all the same
         self._ended = True
         for watch in self.watches:

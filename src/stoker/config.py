@@ -29,6 +29,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 from stoker import redaction, unknown_keys
 from stoker.errors import BadInput, nearest
+from stoker.meanings import is_group
 from stoker.words import first_line
 
 C = TypeVar("C")
@@ -108,7 +109,12 @@ def restore(
         for key in keys:
             _known(cls, key, leaves, source)
     told = {key: sources.get(key, DEFAULT) for key in leaves} | dict.fromkeys(given, COMMAND_LINE)
-    recorded = _without_redacted(recorded, told, leaves)
+    recorded, lost = without_secrets(recorded, told)
+    if lost:
+        raise BadInput(
+            f"{', '.join(lost)}: secrets are not recorded, so give the value again: "
+            f"{' '.join(f'{key}=...' for key in lost)}"
+        )
     checked = {key: _checked(key, leaves[key], value, "the run's record") for key, value in recorded.items()}
     checked |= {key: _checked(key, leaves[key], value, COMMAND_LINE) for key, value in given.items()}
     config = _build(cls, checked)
@@ -120,25 +126,16 @@ def changed(resolved: Resolved[C], overrides: Iterable[str]) -> Resolved[C]:
     return restore(type(resolved.config), resolved.values, resolved.sources, overrides)
 
 
-def _without_redacted(
-    recorded: Mapping[str, Any], sources: Mapping[str, str], leaves: Mapping[str, _Leaf]
-) -> dict[str, Any]:
-    """The record without its redacted values, which are secrets.
+def without_secrets(
+    values: Mapping[str, Any], sources: Mapping[str, str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Recorded values without secrets, which are never recorded, and the keys of those that nobody has now.
 
-    A redacted default is restored from the class. Raises BadInput for any other redacted value.
+    A secret that was a default is found again in the code.
     """
-    removed = {key for key, value in recorded.items() if redaction.holds_redacted(value)}
-    lost = [
-        key
-        for key in recorded
-        if key in removed and (sources[key] != DEFAULT or leaves[key].default is dataclasses.MISSING)
-    ]
-    if lost:
-        raise BadInput(
-            f"{', '.join(lost)}: secrets are not recorded, so give the value again: "
-            f"{' '.join(f'{key}=...' for key in lost)}"
-        )
-    return {key: value for key, value in recorded.items() if key not in removed}
+    kept = {key: value for key, value in values.items() if not redaction.holds_redacted(value)}
+    removed = (key for key in values if key not in kept)
+    return kept, tuple(key for key in removed if sources.get(key, DEFAULT) != DEFAULT)
 
 
 def record(config: Any) -> dict[str, Any]:
@@ -292,7 +289,7 @@ def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
     leaves: dict[str, _Leaf] = {}
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+        if is_group(kind):
             leaves.update(_leaves(kind, f"{prefix}{field.name}."))
             continue
         default = field.default
@@ -308,7 +305,7 @@ def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = prefix + field.name
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+        if is_group(kind):
             arguments[field.name] = _build(kind, values, f"{key}.")
         elif key in values:
             arguments[field.name] = values[key]

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from stoker import storage
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 
 log = logging.getLogger("stoker")
 
@@ -34,7 +34,7 @@ class _Bringer:
     def bring_soon(self, paths: tuple[Path, ...]) -> None:
         self._waiting.update(dict.fromkeys(paths))
         if self._periodic is None:
-            self._periodic = Periodic([Job(_SECONDS, self._bring_all)], "stoker-disk")
+            self._periodic = Periodic([Task(_SECONDS, self._bring_all)], "stoker-disk")
 
     def bring(self) -> None:
         self._bring_all()

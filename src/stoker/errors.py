@@ -15,12 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from stoker.status import INTERRUPTED, PREEMPTED
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_DIFFERS = 3  # `stoker reproduce`: the result differs; `stoker plan`: the run does not fit into memory
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, a request to be requeued
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-STOP_CODES = {"preempted": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}
+STOP_CODES = {PREEMPTED: EXIT_PREEMPTED, INTERRUPTED: EXIT_INTERRUPTED}
 """The exit codes of a process that was told to stop, by the status of its run."""
 
 

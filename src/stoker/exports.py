@@ -20,7 +20,7 @@ from stoker.errors import BadInput, nearest
 from stoker.run import artifacts, mirror
 from stoker.run.journal import Event
 from stoker.run.series import goal_of
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def _is_of_shipped_recipe(seen: RunView) -> bool:
 
     A checkpoint of any other run is exported as weights alone.
     """
-    reference = (seen.record.get("recipe") or {}).get("reference")
+    reference = seen.recipe_reference
     return reference is not None and ":" not in reference
 
 

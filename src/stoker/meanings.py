@@ -7,6 +7,12 @@ import dataclasses
 import inspect
 import typing
 from pathlib import Path
+from typing import Any
+
+
+def is_group(kind: Any) -> bool:
+    """Whether a field of this type is a group of keys; not if its own `parse` reads it from one value."""
+    return dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse")
 
 
 def meanings_of(config: type, prefix: str = "") -> dict[str, str]:
@@ -16,7 +22,7 @@ def meanings_of(config: type, prefix: str = "") -> dict[str, str]:
         if dataclasses.is_dataclass(cls):
             found.update({prefix + name: text for name, text in _documented(cls).items()})
     for name, kind in typing.get_type_hints(config).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+        if is_group(kind):
             found.update(meanings_of(kind, f"{prefix}{name}."))
     return found
 

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from stoker import storage
 from stoker.errors import BadInput, StokerError
+from stoker.periodic import backoff
 from stoker.store_urls import MissingDriver, advice, check, check_driver, kind_of
 
 log = logging.getLogger("stoker")
@@ -245,7 +246,7 @@ class Store:
                     raise Unreachable(said) from error
                 log.debug("%s; retrying", said)
                 tries += 1
-                time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**tries, _LONGEST_PAUSE))
+                time.sleep(random.uniform(0.5, 1.0) * backoff(tries, 0.2, _LONGEST_PAUSE))
 
 
 _away_until: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Small periodic jobs in a background thread beside the training loop."""
+"""Small periodic tasks in a background thread beside the training loop; pauses between tries that fail."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from dataclasses import dataclass
 log = logging.getLogger("stoker")
 
 
+def backoff(failures: int, first: float, longest: float) -> float:
+    """Seconds before another try after so many failures: `first` without one, twice as long with each."""
+    return min(first * 2.0 ** min(failures, 1000), longest)  # a float ends at 2**1024
+
+
 @dataclass(frozen=True)
-class Job:
+class Task:
     """Something to do every `seconds` seconds. Its first exception is logged, and it keeps being called."""
 
     seconds: float
@@ -22,41 +27,41 @@ class Job:
 
 
 class Periodic:
-    """Runs jobs in a daemon thread until `close`.
+    """Does tasks in a daemon thread until `close`.
 
-    The thread is kept for later jobs with the same name, so that a process with many short trials does not
+    The thread is kept for later tasks with the same name, so that a process with many short trials does not
     start one for each.
 
     Args:
-        name: name of the thread; jobs of one thread run one after another.
+        name: name of the thread; tasks of one thread run one after another.
     """
 
-    def __init__(self, jobs: Sequence[Job], name: str = "stoker-periodic") -> None:
+    def __init__(self, tasks: Sequence[Task], name: str = "stoker-periodic") -> None:
         now = time.monotonic()
-        self._tasks = {_Task(job, now + job.seconds) for job in jobs}
+        self._tasks = {_Due(task, now + task.seconds) for task in tasks}
         self._thread = _THREADS.setdefault(name, _Thread(name))
         self._thread.take(self._tasks)
 
     def close(self) -> None:
-        """Wait for the current job to end, and start no other."""
+        """Wait for the current task to end, and start no other."""
         if self._thread in _THREADS.values():  # a forked process does not have the thread
             self._thread.drop(self._tasks)
 
 
 @dataclass(eq=False)
-class _Task:
-    job: Job
+class _Due:
+    task: Task
     due: float
     failed: bool = False
 
     def do(self) -> None:
         try:
-            self.job.do()
+            self.task.do()
         except Exception as error:
             if not self.failed:
                 self.failed = True
                 log.warning("%s: %s", type(error).__name__, error)
-        self.due = time.monotonic() + self.job.seconds
+        self.due = time.monotonic() + self.task.seconds
 
 
 class _Thread:
@@ -64,14 +69,14 @@ class _Thread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._tasks: set[_Task] = set()
-        self._doing: _Task | None = None
+        self._tasks: set[_Due] = set()
+        self._doing: _Due | None = None
         self._looks_at = 0.0
         """When it wakes up by itself."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def take(self, tasks: set[_Task]) -> None:
+    def take(self, tasks: set[_Due]) -> None:
         with self._changed:
             self._tasks |= tasks
             if self._thread is None:
@@ -80,7 +85,7 @@ class _Thread:
             elif min(task.due for task in tasks) < self._looks_at:
                 self._changed.notify_all()
 
-    def drop(self, tasks: set[_Task]) -> None:
+    def drop(self, tasks: set[_Due]) -> None:
         with self._changed:
             self._tasks -= tasks
             while self._doing in tasks and self._thread is not threading.current_thread():
@@ -96,7 +101,7 @@ class _Thread:
                 else:
                     self._changed.wait(None if task is None else self._looks_at - time.monotonic())
 
-    def _do(self, task: _Task) -> None:
+    def _do(self, task: _Due) -> None:
         self._doing = task
         self._changed.release()
         try:

@@ -16,13 +16,14 @@ from types import FrameType
 from typing import TypeAlias
 
 from stoker.errors import STOP_CODES, Stopped
+from stoker.status import INTERRUPTED, PREEMPTED
 
 _PR_SET_PDEATHSIG = 1
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """The signals with which a scheduler, or a terminal that is closed, stops all processes of a job at once."""
 STATUS: dict[int, str] = {
-    signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted",
-    signal.SIGINT: "interrupted", signal.SIGHUP: "interrupted",
+    signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED,
+    signal.SIGINT: INTERRUPTED, signal.SIGHUP: INTERRUPTED,
 }  # fmt: skip
 """The status of a run that a signal has stopped."""
 

@@ -17,6 +17,7 @@ from types import FrameType
 from stoker import signals, supervision, terminal
 from stoker.errors import Stopped
 from stoker.signals import STATUS
+from stoker.status import PREEMPTED
 
 _ONE = 1.0  # seconds within which signals count as one: a scheduler signals every process, a parent its child
 
@@ -59,7 +60,7 @@ class StopRequests:
     def requested(self) -> str | None:
         """The run's status after the requested stop: preempted, interrupted, paused or stopped; else None."""
         if self._asked is None and self.deadline is not None and time.monotonic() >= self.deadline:
-            self._asked = "preempted"
+            self._asked = PREEMPTED
         return self._asked
 
     @contextlib.contextmanager

@@ -64,9 +64,9 @@ from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
 from stoker.loops import Loop
 from stoker.progress import ProgressDisplay, Reading
-from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Due, Resumption, Saved
+from stoker.status import STOPPED
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -438,7 +438,7 @@ class Trainer:
             self._save()
             self._due.asked = False
         stop = None if waits else requests.stop
-        stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
+        stop = stop or (STOPPED if self.steps_done == self._attempt.until else None)
         if stop:
             self._end_loop()
             raise Stopped(stop)

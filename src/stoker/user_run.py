@@ -22,6 +22,7 @@ from stoker.run import artifacts, lineage, view
 from stoker.run.reduction import How
 from stoker.run.series import Goal, Summary
 from stoker.run.values import recorded
+from stoker.status import FINISHED
 
 log = logging.getLogger("stoker")
 
@@ -289,7 +290,7 @@ class Run:
         Raises:
             BadInput: there is no such run, artifact or path.
         """
-        found = lineage.resolve(self.directory.path.parent.parent, artifact)
+        found = lineage.resolve(self.directory.runs, artifact)
         if self.world.rank == 0:
             self.attempt.event("used", name=found.name, run=found.maker, files=found.files)
             lineage.tell_maker(found, self.directory, self.directory.record()["uid"])
@@ -376,7 +377,7 @@ class Run:
 
         Raises OSError if it cannot be written. In a forked process it does nothing.
         """
-        if status == view.FINISHED:
+        if status == FINISHED:
             self.attempt.conclude()
         self.attempt.end(status, error)
 

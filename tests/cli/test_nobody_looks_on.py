@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from stoker.run import view
 from stoker.run.directory import RunDirectory
+from stoker.run.state import RunView
 
 from support import SOAK, points, until
 
@@ -69,7 +70,7 @@ def _take_terminal() -> None:
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 
 
-def folded(tmp_path: Path) -> view.RunView:
+def folded(tmp_path: Path) -> RunView:
     return view.load(RunDirectory(tmp_path / "runs" / "loop" / "a"))
 
 

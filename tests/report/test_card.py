@@ -11,7 +11,7 @@ from stoker import storage
 from stoker.report import card
 from stoker.run import journal, view
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import AttemptView, RunView
 
 
 def _run(folder: Path) -> RunView:
@@ -140,7 +140,7 @@ def test_a_card_promises_bit_identity_only_of_one_config_on_devices_that_add_in_
     assert "bit-identical" not in said()
     run.record["config"]["deterministic"] = True
     assert "give a bit-identical result" in said()
-    run.attempts.append(view.Attempt(2, 9.0, began=9.0, resumed_from=30, drift={"lr": [0.1, 0.2]}))
+    run.attempts.append(AttemptView(2, 9.0, began=9.0, resumed_from=30, drift={"lr": [0.1, 0.2]}))
     assert "give a bit-identical result" in said(step=30), "a checkpoint from before the change"
     assert "bit-identical" not in said()
     for line in (

@@ -9,7 +9,7 @@ import pytest
 from stoker.report import commands
 from stoker.reproduce import stretch
 from stoker.run.directory import RunDirectory
-from stoker.run.state import Attempt, RunView
+from stoker.run.state import AttemptView, RunView
 
 from support import series
 
@@ -19,7 +19,7 @@ LLM = {"recipe": {"reference": "llm"}, "command": ["/bin/stoker", "train", "llm"
 def _view(
     *attempts: dict[str, Any], record: dict[str, Any] = LLM, steps: int = 30, path: Path = Path("runs/llm/a")
 ) -> RunView:
-    made = [Attempt(n, float(n), began=float(n), **given) for n, given in enumerate(attempts, start=1)]
+    made = [AttemptView(n, float(n), began=float(n), **given) for n, given in enumerate(attempts, start=1)]
     known = {"config": {"lr": 0.5, "epochs": 2, "rank": 8}, "sources": {"lr": "command line"}, **record}
     points = series(loss=dict.fromkeys(range(1, steps + 1), 1.0))
     return RunView(RunDirectory(path), known, made, points)

@@ -12,7 +12,7 @@ import pytest
 from stoker.report import html
 from stoker.run import journal, media, view
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 EVIL = """</script></style><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"'&"""
 

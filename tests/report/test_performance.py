@@ -16,7 +16,7 @@ from stoker.report import html, performance, performance_section, scaling
 from stoker.report.performance import Memory, RankMemory
 from stoker.run import journal, media, view
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 Said = tuple[float, str, dict[str, Any]]
 

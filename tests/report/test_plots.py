@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stoker.report import plots
 from stoker.run.directory import RunDirectory
-from stoker.run.view import Attempt, LeftOut, RunView
+from stoker.run.state import AttemptView, LeftOut, RunView
 
 from support import series
 
 Points = dict[str, dict[int, float]]
 
 
-def _view(points: Points, attempts: list[Attempt] | None = None) -> RunView:
+def _view(points: Points, attempts: list[AttemptView] | None = None) -> RunView:
     return RunView(RunDirectory(Path("runs/llm/a")), {}, points=series(**points), attempts=attempts or [])
 
 
@@ -51,7 +51,7 @@ def test_what_is_not_finite_leaves_a_gap() -> None:
 
 
 def test_every_resume_is_marked_at_its_step() -> None:
-    attempts = [Attempt(1, 0.0), Attempt(2, 1.0, resumed_from=7), Attempt(3, 2.0)]
+    attempts = [AttemptView(1, 0.0), AttemptView(2, 1.0, resumed_from=7), AttemptView(3, 2.0)]
     (figure,) = plots.figures([_view({"loss": CURVE}, attempts)], ["a"])
     (mark,) = figure["marks"]
     assert mark["x"] == 7
@@ -59,7 +59,7 @@ def test_every_resume_is_marked_at_its_step() -> None:
 
 
 def test_every_batch_that_was_left_out_is_marked_at_its_step() -> None:
-    view = _view({"loss": CURVE}, [Attempt(1, 0.0)])
+    view = _view({"loss": CURVE}, [AttemptView(1, 0.0)])
     view.left_out = [LeftOut(2, [32, 63], "the loss is nan", 1.0, rewound_to=1)]
     (figure,) = plots.figures([view], ["a"])
     (mark,) = figure["marks"]

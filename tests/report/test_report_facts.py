@@ -8,7 +8,7 @@ import pytest
 from stoker.checkpoint import manifest
 from stoker.report import facts
 from stoker.run.directory import RunDirectory
-from stoker.run.view import Attempt, RunView
+from stoker.run.state import AttemptView, RunView
 
 from support import series
 
@@ -32,14 +32,14 @@ def test_a_metric_that_is_not_a_loss_has_no_best() -> None:
 def test_config_starts_with_what_was_set_and_names_the_attempt_that_changed_it() -> None:
     record = {"config": {"a": 1, "b": 2, "c": 3}, "sources": {"a": "default", "b": "my.yaml", "c": "default"}}
     changed = {"c": [3, 4]}
-    attempts = [Attempt(1, 0.0), Attempt(2, 1.0, drift=changed), Attempt(3, 2.0, drift=changed)]
+    attempts = [AttemptView(1, 0.0), AttemptView(2, 1.0, drift=changed), AttemptView(3, 2.0, drift=changed)]
     found = [(v.key, v.value, v.source) for v in facts.config(_view(record=record, attempts=attempts))]
     assert found == [("b", 2, "my.yaml"), ("c", 4, "changed at attempt 2"), ("a", 1, "default")]
 
 
 def test_a_value_that_was_set_back_is_the_recorded_one_again() -> None:
     record = {"config": {"a": 1}, "sources": {"a": "default"}}
-    attempts = [Attempt(1, 0.0, drift={"a": [1, 2]}), Attempt(2, 1.0)]
+    attempts = [AttemptView(1, 0.0, drift={"a": [1, 2]}), AttemptView(2, 1.0)]
     (value,) = facts.config(_view(record=record, attempts=attempts))
     assert (value.value, value.source, value.is_default) == (1, "default", True)
 

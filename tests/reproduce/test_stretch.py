@@ -10,13 +10,13 @@ import pytest
 from stoker.errors import BadInput
 from stoker.reproduce import stretch
 from stoker.run.directory import RunDirectory
-from stoker.run.state import Attempt, RunView
+from stoker.run.state import AttemptView, RunView
 
 from support import series
 
 
 def _view(*attempts: dict[str, Any], steps: int = 30, status: str = "finished") -> RunView:
-    made = [Attempt(n, float(n), began=float(n), **given) for n, given in enumerate(attempts, start=1)]
+    made = [AttemptView(n, float(n), began=float(n), **given) for n, given in enumerate(attempts, start=1)]
     made[-1].ended, made[-1].status = 9.0, status
     points = series(loss=dict.fromkeys(range(1, steps + 1), 1.0)) if steps else {}
     return RunView(RunDirectory(Path("/runs/a/b")), {"config": {"lr": 1.0}}, made, points)

@@ -476,6 +476,27 @@ def test_it_is_said_once_that_the_store_falls_behind(
     assert caplog.text.count("slower than checkpoints are made") == 1
 
 
+def test_a_store_that_is_away_for_hours_does_not_end_the_uploader(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = _begun(machine)
+    copy = _mirror(run)
+    there, tries, pauses = copy.push, 0, []
+
+    def push() -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= 1100:
+            raise OSError("no route to the store")
+        there()
+
+    monkeypatch.setattr(copy, "push", push)
+    monkeypatch.setattr(uploader, "PATIENCE", LONG)
+    monkeypatch.setattr(uploader, "_pause", lambda run, seconds, alive: pauses.append(seconds))
+    assert uploader.upload(run, copy)
+    assert (len(pauses), pauses[0], pauses[-1]) == (1100, 4.0, uploader.LONGEST_BACKOFF)
+
+
 def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> None:
     run, _ = _begun(machine)
     there = tmp_path / "store/experiment/a/checkpoints/step-00000001"

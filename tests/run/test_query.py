@@ -6,7 +6,7 @@ import pytest
 from stoker.errors import BadInput
 from stoker.run.directory import RunDirectory
 from stoker.run.query import Query, facts
-from stoker.run.view import Attempt, RunView
+from stoker.run.state import AttemptView, RunView
 
 from support import series
 
@@ -86,7 +86,7 @@ def test_the_facts_of_a_run_are_its_metrics_config_params_and_tags() -> None:
     view = RunView(
         RunDirectory(Path("runs/llm/a")), {"config": {"lr": 0.1, "loss": "mse"}, "sources": {}},
         points=series(loss={1: 3.0, 2: 1.0, 3: 2.0}), params={"size": 7}, tags={"team": "blue"},
-        attempts=[Attempt(1, 1000.0, ended=1060.0, status="finished")],
+        attempts=[AttemptView(1, 1000.0, ended=1060.0, status="finished")],
     )  # fmt: skip
     found = facts(view)
     assert (found["loss"], found["config.loss"], found["best(loss)"], found["max(loss)"]) == (

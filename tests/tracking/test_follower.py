@@ -22,7 +22,7 @@ from stoker.errors import BadInput
 from stoker.run import artifacts, journal, view
 from stoker.run.directory import RunDirectory
 from stoker.run.recorder import Recorder
-from stoker.tracking import feed, follower, ledger, mlflow_sink, store
+from stoker.tracking import feed, follower, ledger, mlflow_sink, sinks, store
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Batch, Ending, SinkRun
 from stoker.world import World
@@ -340,7 +340,7 @@ def test_once_the_trainer_is_gone_nothing_is_put_off_for_its_sake(
             if run.trained_here:
                 trainer.end("finished")
 
-    monkeypatch.setitem(follower._SINKS, "mlflow", EndsMeanwhile)
+    monkeypatch.setitem(sinks.SINKS, "mlflow", EndsMeanwhile)
     began = time.monotonic()
     assert follower.follow(run, "mlflow")
     assert time.monotonic() - began < DEADLINE, "not as long as a share of a core would take"
@@ -384,11 +384,11 @@ def test_sinks_can_be_turned_off_and_an_unknown_one_is_refused(
     run = make_run(tmp_path / "runs")
     assert follower.state(run)[0].where == store.embedded_uri(tmp_path / "runs")
     monkeypatch.setenv("STOKER_SINKS", "none")
-    assert follower.enabled() == ()
+    assert sinks.enabled() == ()
     assert follower.state(run) == []
     monkeypatch.setenv("STOKER_SINKS", "mlfow")
     with pytest.raises(BadInput, match="did you mean 'mlflow'"):
-        follower.enabled()
+        sinks.enabled()
 
 
 def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stopped(tmp_path: Path) -> None:

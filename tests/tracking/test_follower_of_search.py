@@ -19,7 +19,7 @@ from stoker import storage
 from stoker.run import additions, view
 from stoker.run.directory import SWEEP, SWEEP_LOCK, RunDirectory
 from stoker.threads import begun
-from stoker.tracking import follower, ledger
+from stoker.tracking import follower, ledger, sinks, sweep_follower
 from stoker.tracking.shipping import SweepShipping
 from stoker.tracking.sink import Batch, Ending, SinkRun
 from stoker.tune import record
@@ -63,7 +63,7 @@ class _Sink:
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     tracker = Tracker()
     monkeypatch.setenv("STOKER_SINKS", "tensorboard")
-    monkeypatch.setitem(follower._SINKS, "tensorboard", tracker)
+    monkeypatch.setitem(sinks.SINKS, "tensorboard", tracker)
     return tracker
 
 
@@ -81,7 +81,7 @@ def following(folder: Path, tracker: Tracker) -> Iterator[Callable[[], Future[bo
     running: list[Future[bool]] = []
 
     def start() -> Future[bool]:
-        running.append(begun(lambda: follower.follow_sweep(folder, patience=0.0), "follower"))
+        running.append(begun(lambda: sweep_follower.follow_sweep(folder, patience=0.0), "follower"))
         return running[-1]
 
     yield start
@@ -129,7 +129,7 @@ def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
     following()
     until(lambda: len(attempts) >= 5)
     waits = [after - before for before, after in itertools.pairwise(attempts)]
-    assert all(waits[n] >= follower._backoff(n + 1, alone=False) == 0.1 * 2**n for n in range(4)), waits
+    assert all(waits[n] >= follower.pause(n + 1, alone=False) == 0.1 * 2**n for n in range(4)), waits
     shipping = SweepShipping(folder, ["tensorboard"])
     shipping._process = cast("Any", _Runs())
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_the_search_in_mlflow_began_with_it_and_has_the_best_trial(
     for known in (None, best, best, later):
         if known is not None:
             record.note_best(folder, known)
-        assert follower.follow_sweep(folder)
+        assert sweep_follower.follow_sweep(folder)
         (parent,) = (run for run in seen(runs).runs if "stoker.sweep.uid" in run.data.tags)
         assert (parent.info.start_time, parent.info.status) == (1e12, "FINISHED")
         assert parent.data.metrics == ({"loss": known["value"]} if known is not None else {})
@@ -198,7 +198,7 @@ def test_a_sink_that_fails_does_not_keep_mlflow_from_the_end_of_the_search(
         raise ConnectionError("nobody is there")
 
     tracker.opens = fail
-    assert not follower.follow_sweep(runs / "digits", patience=0.0)
+    assert not sweep_follower.follow_sweep(runs / "digits", patience=0.0)
     assert [run.info.status for run in seen(runs).runs] == ["FINISHED", "FINISHED"]
 
 
@@ -274,7 +274,7 @@ def test_a_running_trial_that_logs_nothing_is_not_opened_again(
 def test_a_search_is_not_over_while_a_trial_outlives_it(folder: Path, tracker: Tracker) -> None:
     trainer = Trainer(_new(folder, 0))
     trainer.log(1, loss=1.0)
-    following = begun(lambda: follower.follow_sweep(folder, patience=DEADLINE), "follower")
+    following = begun(lambda: sweep_follower.follow_sweep(folder, patience=DEADLINE), "follower")
     until(lambda: tracker.steps == {"trial-0000": [1]})
     time.sleep(2 * follower.INTERVAL)
     assert not following.done()
@@ -354,7 +354,7 @@ def test_a_process_that_was_killed_during_a_search_has_a_successor(
     file = ledger.file_of(trainer.directory, "tensorboard")
     lock = storage.try_lock(folder / SWEEP_LOCK)
     assert lock is not None
-    shipping = SweepShipping(folder, follower.enabled())
+    shipping = SweepShipping(folder, sinks.enabled())
     shipping.begin()
     until(lambda: ledger.load(file).offsets)
     killed = ledger.load(file).pid

@@ -21,7 +21,7 @@ from stoker import storage
 from stoker.run import artifacts
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
 from stoker.run.journal import Cursor
-from stoker.tracking import feed, follower, ledger, wandb_files, wandb_sink
+from stoker.tracking import feed, follower, ledger, sweep_follower, wandb_files, wandb_sink
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import SinkRun
 from stoker.tracking.wandb_sink import WandbSink
@@ -120,7 +120,7 @@ def test_trials_that_are_shipped_in_turns_arrive_whole_and_each_in_one_folder(tm
         for trainer in trainers:
             trainer.log(step, loss=step)
         if step == 1:
-            shipping = follower.spawn_for_sweep(folder)
+            shipping = sweep_follower.spawn(folder)
         for trainer in trainers:
             until(lambda: feed.reached(_shipped(trainer.directory), feed.end(trainer.directory.journal)))  # noqa: B023
     trainers[0].end("finished")

@@ -18,7 +18,7 @@ from stoker import machine, recipes
 from stoker.cli import training
 from stoker.cli.options import Overrides
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
-from stoker.cli.training import Job
+from stoker.cli.training import RankJob
 from stoker.config import Resolved
 from stoker.duration import Duration
 from stoker.errors import BadInput
@@ -91,7 +91,7 @@ def scaling(
     return 0
 
 
-def run_rank(job: Job, steps: int) -> int:
+def run_rank(job: RankJob, steps: int) -> int:
     """Train on one rank until the timed steps are done."""
     os.environ["STOKER_SINKS"] = "none"
     training.run_rank(job, measure=steps)
@@ -134,7 +134,7 @@ def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_
     """One measurement, with its own ranks and runs folder."""
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
         name = directory.new_id()
-        job = Job(
+        job = RankJob(
             recipe.reference, resolved.values, resolved.sources, Path(folder), "bench", name,
             profile=None, json=False, accept_drift=False,
         )  # fmt: skip

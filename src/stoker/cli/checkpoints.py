@@ -15,7 +15,8 @@ from stoker.errors import BadInput, StokerError
 from stoker.report import facts
 from stoker.report.terminal import print_whole, table
 from stoker.run import finding, mirror, opening, view
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FINISHED
 from typer.core import TyperGroup
 
 
@@ -142,7 +143,7 @@ def rm(
         raise BadInput(
             f"run {seen.directory.id!r} has no checkpoint of step {step}; it has {known or 'none'}"
         )
-    if not yes and seen.status != view.FINISHED and manifest.committed(seen.directory.checkpoints) == [path]:
+    if not yes and seen.status != FINISHED and manifest.committed(seen.directory.checkpoints) == [path]:
         raise BadInput(
             f"{path.name} is the only checkpoint of {seen.directory.id!r}, which has not finished: without "
             "it, nothing of its training is left. Add --yes to delete it"

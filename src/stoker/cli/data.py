@@ -109,9 +109,9 @@ def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[C
     if file is not None:
         raise BadInput(f"run {given[0]} has its own config, and --config {file} gives another: leave one out")
     seen = view.load(finding.find(runs, given[0]))
-    if seen.record["recipe"].get("reference") != recipe.reference:
+    if seen.recipe_reference != recipe.reference:
         raise BadInput(
-            f"run {seen.directory.id} used the recipe {seen.record['recipe'].get('name')}: only the data of "
+            f"run {seen.directory.id} used the recipe {seen.recipe_name}: only the data of "
             f"{recipe.name} can be inspected"
         )
     return_to(Path(seen.record["cwd"]))
@@ -120,16 +120,12 @@ def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[C
 
 def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     """The sources, their rows, the tokenizer, and whether documents share rows, as `train` has them."""
-    from stoker.data import sources
     from stoker.language import adapters, building, chat_template, data_messages
-    from stoker.language import data as language_data
+    from stoker.recipes import llm
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)  # a bad template is reported before the data are read
-    found = sources.read_all(
-        config.data, validation=config.validation, test=config.test, streaming=config.streaming,
-        validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
-    )  # fmt: skip
+    found = llm.read_sources(config)
     data_messages.warn_of_repeated(found)
     tokenizer, packs = building.without_model(
         config.model,
@@ -139,12 +135,8 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
         chat_template=config.chat_template,
         add_tokens=config.add_tokens,
     )
-    packing = config.packing and packs
-    rows = language_data.pack(
-        found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on, packing=packing,
-        values=config.chat_template_kwargs,
-    )  # fmt: skip
-    return found, rows, tokenizer, packing
+    rows = llm.packed(config, found, tokenizer, packs)
+    return found, rows, tokenizer, config.packing and packs
 
 
 def _held_out(source: Source, rows: Rows) -> dict[str, Numbers]:

@@ -17,7 +17,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
 from stoker.data import called
 from stoker.errors import BadInput
 from stoker.run import finding, view
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 if TYPE_CHECKING:
     from stoker.language.speaking import Speaker

@@ -23,7 +23,7 @@ from stoker.object_store import Unreachable
 from stoker.report.terminal import print_whole, table
 from stoker.run import finding, mirror, view
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import counted
 
 log = logging.getLogger("stoker")

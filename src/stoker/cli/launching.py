@@ -25,7 +25,8 @@ from stoker.object_store import Unreachable
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, uploader, view
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FINISHED
 from stoker.words import counted
 from stoker.world import World, tasks_of_srun
 
@@ -112,7 +113,7 @@ def start(
     machines = max(sizes)
     ranks_in_all = max(launch.ranks * machines, World.current().size)
     training.check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * machines)
-    job = training.Job(
+    job = training.RankJob(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
         _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
     )  # fmt: skip
@@ -143,7 +144,7 @@ def _work(run: str, recipe: Recipe, resolved: Resolved[Any]) -> Work:
     return run, redaction.tree(resolved.values), given, script
 
 
-def _say_stopped(job: training.Job) -> None:
+def _say_stopped(job: training.RankJob) -> None:
     """Print the result of an elastic run that was told to stop, if it had begun."""
     found = finding.locate(job.runs, job.experiment, job.name or "")
     if job.elastic and found.exists():
@@ -261,7 +262,7 @@ def _deadline(max_time: str | None) -> float | None:
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
     """The finished run with this name and config, with its report; None if there is none."""
     seen = view.load(found) if found.exists() and not mirror.is_deleted(found) else None
-    if seen is None or seen.status != view.FINISHED:
+    if seen is None or seen.status != FINISHED:
         return None
     if configs.drift(seen.config, redaction.tree(resolved.values)):
         return None

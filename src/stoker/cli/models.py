@@ -19,7 +19,7 @@ from stoker.errors import BadInput, nearest
 from stoker.report import commands, facts
 from stoker.report.terminal import print_whole, table, when
 from stoker.run import finding, view
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.tracking.registry import STAGES, Registry, Version, write_checksums
 
 if TYPE_CHECKING:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from stoker.cli.output import console, print_json
-from stoker.run import finding, mirror, view
-from stoker.run.view import RunView
+from stoker.run import finding, mirror
+from stoker.run.state import RunView
+from stoker.status import FINISHED
 from stoker.words import shortest
 
 
@@ -35,10 +36,10 @@ def show(seen: RunView, json: bool, status: str, *, uploaded: bool = True) -> No
         said["report"] = shortest(report)
     wide = min(48, max(24, *map(len, said)))
     lines += [f"  {name:{wide}} {value}" for name, value in said.items()]
-    at = finding.option(directory_.path.parent.parent)
+    at = finding.option(directory_.runs)
     if not uploaded:
         lines.append(f"next: stoker sync {directory_.id}{at}")
-    elif seen.status == view.FINISHED:
+    elif seen.status == FINISHED:
         export = f"stoker runs export {directory_.id}{at}"
         lines.append(f"next: stoker runs show {directory_.id}{at}   {export}   stoker ui{at}")
     else:

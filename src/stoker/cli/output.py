@@ -19,6 +19,7 @@ from rich.console import Console
 from stoker import terminal
 from stoker.errors import EXIT_BAD_INPUT
 from stoker.run import finding
+from stoker.run.messages import ToStderr
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -62,14 +63,6 @@ def say_error(message: str, code: int) -> None:
         print_json({"error": message, "bad_input": code == EXIT_BAD_INPUT, "exit_code": code})
 
 
-class _StderrHandler(logging.Handler):
-    """Writes to the current standard error, which a progress bar replaces for a while."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "stoker: " if record.levelno < logging.WARNING else f"stoker: {record.levelname.lower()}: "
-        terminal.say(f"{prefix}{record.getMessage()}\n")
-
-
 def show_messages(level: int = logging.INFO) -> None:
     """Write the library's messages to standard error; those of ranks above 0 go only to their logs."""
     log.setLevel(logging.DEBUG)
@@ -77,8 +70,8 @@ def show_messages(level: int = logging.INFO) -> None:
     if World.current().rank > 0:  # its messages go to its log file
         log.addHandler(logging.NullHandler())
         return
-    if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
-        log.addHandler(_StderrHandler(level))
+    if not any(isinstance(handler, ToStderr) for handler in log.handlers):
+        log.addHandler(ToStderr(level))
 
 
 @contextlib.contextmanager
@@ -87,7 +80,7 @@ def messages_shown() -> Iterator[None]:
     if log.hasHandlers():
         yield
         return
-    handler, level = _StderrHandler(logging.INFO), log.level
+    handler, level = ToStderr(logging.INFO), log.level
     log.addHandler(handler)
     log.setLevel(level or logging.INFO)
     try:

@@ -59,7 +59,8 @@ from stoker.reproduce.stretch import Stretch
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import measures_machine
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FAILED, FINISHED, INTERRUPTED, STOPPED
 
 log = logging.getLogger("stoker")
 
@@ -111,7 +112,7 @@ def reproduce(
     except (Stopped, KeyboardInterrupt) as told:
         if target.exists():
             raise
-        return _answer_not_begun(target, getattr(told, "status", view.INTERRUPTED), json)
+        return _answer_not_begun(target, getattr(told, "status", INTERRUPTED), json)
     finally:
         if not target.exists():  # a run that never started leaves nothing behind
             target.remove()
@@ -123,7 +124,7 @@ def reproduce(
     if json:
         print_json(reproduction.as_json(outcome))
     else:
-        reproduction.print_outcome(console(), outcome, finding.option(target.path.parent.parent))
+        reproduction.print_outcome(console(), outcome, finding.option(target.runs))
     return 0 if outcome.identical else EXIT_DIFFERS
 
 
@@ -193,7 +194,7 @@ def _prepare(
     overrides = inputs.resolved(overrides, part.config, recorded)
     kept = {key: value for key, value in part.config.items() if key not in given}
     of_data = [str(about["path"]) for about in recorded.values()]
-    has_keys = seen.record["recipe"].get("reference") is not None  # the keys of a script are not used here
+    has_keys = seen.recipe_reference is not None  # the keys of a script are not used here
     words = [] if has_keys else [str(word).rpartition("=")[2] for word in seen.record.get("command", [])[1:]]
     named = [path for path in (*inputs.paths_of(kept), *words) if path not in of_data]
     top = folder / "code"
@@ -323,8 +324,8 @@ def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunV
         kind = BadInput if code == EXIT_BAD_INPUT else StokerError
         raise kind(f"the new run could not be started (exit code {code}): see the messages above")
     made = view.load(target)
-    failed_likewise = made.status == seen.status == view.FAILED and made.step >= (part.until or seen.step)
-    if failed_likewise or made.status in (view.FINISHED, view.STOPPED, *STOP_CODES):
+    failed_likewise = made.status == seen.status == FAILED and made.step >= (part.until or seen.step)
+    if failed_likewise or made.status in (FINISHED, STOPPED, *STOP_CODES):
         return made
     raise StokerError(
         f"{target.name} {made.status} at step {made.step}: {_error(made) or f'exit code {code}'}; "
@@ -346,7 +347,7 @@ def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable
             seen.points, made.points, after=after, until=part.until, cut=part.stop_at, leave_out=leave_out
         ),
         _weights(seen, made, part), configs.drift(part.config, made.record["config"]),
-        _fingerprints(seen, made), (_error(seen), _error(made)) if made.status == view.FAILED else None,
+        _fingerprints(seen, made), (_error(seen), _error(made)) if made.status == FAILED else None,
     )  # fmt: skip
 
 

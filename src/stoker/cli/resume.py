@@ -19,6 +19,7 @@ from stoker.cli.submit import HERE, Command, Where, submittable
 from stoker.errors import BadInput
 from stoker.launch import again
 from stoker.run import finding, view
+from stoker.run.state import RunView
 
 log = logging.getLogger("stoker")
 
@@ -41,7 +42,7 @@ def resume(
     command = Command.of_verb("resume")
     found = finding.find(runs, run)
     seen = view.load(found)
-    reference = seen.record["recipe"].get("reference")
+    reference = seen.recipe_reference
     if reference is None:
         raise BadInput(
             f"{found.id} was created by a script without a recipe: run that script again with the same name"
@@ -57,7 +58,7 @@ def resume(
     nproc = launch.nproc or max(1, _ranks(seen) // launch.nodes.most)
     return start(
         recipe, resolved, command, dataclasses.replace(launch, nproc=nproc), where,
-        runs=found.path.parent.parent, name=found.id, experiment=found.experiment, json=json,
+        runs=found.runs, name=found.id, experiment=found.experiment, json=json,
         accept_drift=True,
     )  # fmt: skip
 
@@ -73,6 +74,6 @@ def return_to(folder: Path) -> None:
         )
 
 
-def _ranks(seen: view.RunView) -> int:
+def _ranks(seen: RunView) -> int:
     """The number of ranks of the last attempt."""
     return seen.attempts[-1].world if seen.attempts else 1

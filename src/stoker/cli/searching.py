@@ -29,11 +29,11 @@ from stoker.duration import Duration
 from stoker.errors import BadInput
 from stoker.launch.targets import RAY
 from stoker.machine import visible_gpus
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 from stoker.recipes import Recipe
 from stoker.run import finding
 from stoker.run.series import guess_goal
-from stoker.tracking import follower
+from stoker.tracking import sinks
 from stoker.tracking.shipping import SweepShipping
 from stoker.tune import local, on_ray, peers, plan, record, samplers, schedulers, stores, tables
 from stoker.tune import study as studies
@@ -167,10 +167,10 @@ def begun(
 @contextlib.contextmanager
 def _shipped(folder: Path) -> Iterator[SweepShipping]:
     """Keep a process running that ships the trials of a search to the trackers, if there are any."""
-    shipping = SweepShipping(folder, follower.enabled())
-    follower.say_what_is_disabled()
+    shipping = SweepShipping(folder, sinks.enabled())
+    sinks.say_what_is_disabled()
     shipping.begin()
-    looking = Periodic([Job(_SINKS_SECONDS, shipping.look_after)])
+    looking = Periodic([Task(_SINKS_SECONDS, shipping.look_after)])
     try:
         yield shipping
     finally:

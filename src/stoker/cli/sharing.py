@@ -17,7 +17,7 @@ from stoker.language.shape import SIZES
 from stoker.recipes import image, text_shape
 from stoker.report import card
 from stoker.run import artifacts
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 log = logging.getLogger("stoker")
 
@@ -156,7 +156,7 @@ def _trained_from(seen: RunView) -> str | None:
     """The model that a run fine-tuned in full; None if it trained from scratch."""
     model = seen.config.get("model")
     sizes = {"llm": set(SIZES), "text": set(text_shape.SIZES), "image": set(image.SIZES)}
-    new = sizes.get(str((seen.record.get("recipe") or {}).get("name")))
+    new = sizes.get(seen.recipe_name or "")
     return str(model) if new is not None and model not in new else None
 
 

@@ -13,6 +13,7 @@ from stoker.run import finding, lease, mirror, uploader
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower
 from stoker.tracking.follower import SinkState
+from stoker.tracking.sinks import enabled, say_what_is_disabled
 
 
 def sync(
@@ -44,8 +45,8 @@ def sync(
     if mirror.is_deleted(found):
         _restore(found, again)
     copied = _upload(found)
-    if not follower.enabled() and (rebuild or not copied):
-        follower.say_what_is_disabled()
+    if not enabled() and (rebuild or not copied):
+        say_what_is_disabled()
         raise BadInput("STOKER_SINKS turns off every sink: set it to those to ship this run to")
     replaced = follower.rebuild(found) if rebuild else {}
     before = {sink.name: sink.pending for sink in follower.state(found)}
@@ -70,7 +71,7 @@ def sync(
 def _restore(found: RunDirectory, again: bool) -> None:
     if not again:
         raise BadInput(
-            f"run {found.id!r} was deleted in {finding.shown(found.path.parent.parent)}: to upload it again "
+            f"run {found.id!r} was deleted in {finding.shown(found.runs)}: to upload it again "
             f"from {found.path}, add --again; otherwise delete that folder"
         )
     mirror.restore(found)

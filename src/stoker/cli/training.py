@@ -21,6 +21,7 @@ from stoker.launch import alone, ranks
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import finding, view
+from stoker.status import FINISHED
 from stoker.user_run import Run
 
 log = logging.getLogger("stoker")
@@ -30,7 +31,7 @@ _SINKS_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What a rank needs to take part in a run."""
 
     recipe: str
@@ -49,26 +50,16 @@ class Job:
     """Whether ranks that stop may be started again on other machines: the launcher says how it ended."""
 
 
-def run_rank(job: Job, measure: int | None = None) -> int:
+def run_rank(job: RankJob, measure: int | None = None) -> int:
     """Run one rank of a job; for `measure`, see `Attempt.measure`."""
     show_messages(logging.INFO if measure is None else logging.WARNING)
     recipe = recipes.load(job.recipe)
     return work(recipe, configs.restore(recipe.config, job.values, job.sources), job, measure)
 
 
-def work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None = None) -> int:
+def work(recipe: Recipe, resolved: Resolved[Any], job: RankJob, measure: int | None = None) -> int:
     """Train as one rank, or as the only one; rank 0 prints the result."""
-    run = Run(
-        job.experiment,
-        job.name,
-        config=resolved.config,
-        runs=job.runs,
-        sources=resolved.sources,
-        recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=int(getattr(resolved.config, "seed", 0)),
-        code=recipe.code,
-        accept_drift=job.accept_drift,
-    )
+    run = opened(recipe, resolved, job.experiment, job.name, job.runs, accept_drift=job.accept_drift)
     attempt = run.attempt
     attempt.profile, attempt.measure, attempt.stop.deadline = job.profile, measure, job.deadline
     if run.world.rank > 0:
@@ -82,6 +73,17 @@ def work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None 
     if code == 0 or not job.elastic:
         outcome.show(view.load(run.directory), job.json, status, uploaded=run.attempt.uploaded)
     return code
+
+
+def opened(
+    recipe: Recipe, resolved: Resolved[Any], experiment: str, name: str | None, runs: Path, **more: Any
+) -> Run:
+    """The run of a recipe, with what it says of itself; `more` is given to `Run` as it is."""
+    return Run(
+        experiment, name, config=resolved.config, runs=runs, sources=resolved.sources,
+        recipe={"name": recipe.name, "reference": recipe.reference},
+        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code, **more,
+    )  # fmt: skip
 
 
 def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> None:
@@ -134,7 +136,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
             run.attempt.conclude()
             if run.world.rank == 0:
                 _export_weights(run)
-            run.end(view.FINISHED)
+            run.end(FINISHED)
             if run.world.rank == 0 and not trial:
                 _write_report(run)
     except BadInput:
@@ -142,7 +144,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
         raise
     except Stopped as stopped:
         return int(stopped.code or 0), stopped.status
-    return 0, view.FINISHED
+    return 0, FINISHED
 
 
 def _say_hanging(said: str) -> None:
@@ -176,7 +178,7 @@ def _write_report(run: Run) -> None:
 
 
 def _wait_for_sinks(run: Run) -> None:
-    sync = run.directory.id + finding.option(run.directory.path.parent.parent)
+    sync = run.directory.id + finding.option(run.directory.runs)
     for state in run.attempt.wait_for_sinks(_SINKS_TIMEOUT):
         if state.pending:
             reason = f" ({state.error})" if state.error else ""

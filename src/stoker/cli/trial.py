@@ -17,7 +17,6 @@ from stoker.run import finding
 from stoker.run.directory import RunDirectory
 from stoker.tune.plan import SHARE
 from stoker.tune.trial import Job, Link, Reporter
-from stoker.user_run import Run
 from stoker.world import World
 
 _FREE_TIMEOUT = 120.0  # NFS servers release the locks of a lost machine after 90 s by default
@@ -30,12 +29,7 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
     training.check(recipe, resolved.config, World.current().size)
     if World.current().rank == 0:
         _wait_until_free(finding.locate(job.runs, job.sweep, job.run))
-    run = Run(
-        job.sweep, job.run, config=resolved.config, runs=job.runs, sources=resolved.sources,
-        recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code,
-        provenance=job.provenance,
-    )  # fmt: skip
+    run = training.opened(recipe, resolved, job.sweep, job.run, job.runs, provenance=job.provenance)
     run.attempt.leave_to_disk()
     if job.provenance is not None:
         run.attempt.leave_shipping()

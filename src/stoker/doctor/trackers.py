@@ -10,7 +10,7 @@ from stoker import store_urls
 from stoker.doctor.findings import Finding, note, ok, problem, said
 from stoker.doctor.software import version
 from stoker.errors import BadInput
-from stoker.tracking import follower, store
+from stoker.tracking import sinks, store
 
 _ANSWER = 5.0  # seconds
 _VIEWER = {"query": "query { viewer { username } }"}
@@ -20,12 +20,12 @@ _OF_SYSTEM = re.compile(r"\[Errno -?\d+\] [\w ]+")
 
 def check(runs: str) -> Iterator[Finding]:
     """Each sink; `runs` is where the embedded store is."""
-    names = follower.named()
+    names = sinks.named()
     if not names:
         yield ok("STOKER_SINKS=none: runs are not sent to any tracker; `stoker sync` can do it later")
     for name in names:
         try:
-            follower.check(name)
+            sinks.check(name)
             yield _SINKS[name](runs)
         except BadInput as error:
             yield problem(said(error))

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stoker.status import INTERRUPTED, PAUSED, PREEMPTED, STOPPED
 from stoker.world import World
 
 Weight = torch.Tensor | float
 
-_STOPS = ("interrupted", "preempted", "stopped", "paused")  # the first one that any rank was asked for wins
+_STOPS = (INTERRUPTED, PREEMPTED, STOPPED, PAUSED)  # the first one that any rank was asked for wins
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Requests:
     @property
     def save(self) -> bool:
         """Whether to save a checkpoint: a run that stops for good needs none."""
-        return self.checkpoint or self.stop not in (None, "stopped")
+        return self.checkpoint or self.stop not in (None, STOPPED)
 
 
 class Agreement:

@@ -22,8 +22,9 @@ import optuna
 from stoker import machine
 from stoker.errors import BadInput, StokerError
 from stoker.integrations import training
-from stoker.integrations.training import Training
+from stoker.integrations.training import DrivenRun
 from stoker.run import finding, view
+from stoker.status import FINISHED, STOPPED
 from stoker.tune.seen import points
 from stoker.tune.space import parse_mapping
 from stoker.tune.trial import Ended, Job
@@ -84,21 +85,21 @@ def objective(
             found, overrides, metric=metric, run=folder / experiment / run, ranks=nproc, tags=tags
         )
         with gpus.taken() as own:
-            return _trained(trial, job, lambda: Training(job, ranks=nproc, beside=n_jobs, gpus=own))
+            return _trained(trial, job, lambda: DrivenRun(job, ranks=nproc, beside=n_jobs, gpus=own))
 
     return train
 
 
-def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> float:
+def _trained(trial: optuna.Trial, job: Job, start: Callable[[], DrivenRun]) -> float:
     """Train to the end, or until the trial is pruned; a training whose process is killed is restarted."""
     seen: dict[float, float] = {}
     for left in reversed(range(_RESTARTS + 1)):
         ended = _attempt(trial, start(), seen)
         if ended.status != "killed" or left == 0:
             break
-    if ended.status == view.STOPPED:
+    if ended.status == STOPPED:
         raise optuna.TrialPruned(f"run {job.run} was stopped at step {max(seen)}")
-    if ended.status != view.FINISHED:
+    if ended.status != FINISHED:
         raise StokerError(f"run {job.run} {ended.status}: {ended.error}\n{ended.trace}".strip())
     known = seen or _logged(job)
     if not known:
@@ -114,7 +115,7 @@ def _logged(job: Job) -> dict[float, float]:
     return points(view.load(finding.locate(job.runs, job.sweep, job.run)), job.metrics[0])
 
 
-def _attempt(trial: optuna.Trial, run: Training, seen: dict[float, float]) -> Ended:
+def _attempt(trial: optuna.Trial, run: DrivenRun, seen: dict[float, float]) -> Ended:
     """One attempt at the run; `seen` has the values by step that were reported and are not reported again."""
     try:
         while not isinstance(happened := run.next(), Ended):

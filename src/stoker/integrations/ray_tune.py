@@ -27,9 +27,10 @@ from stoker import recipes, storage
 from stoker.checkpoint import manifest
 from stoker.errors import BadInput, StokerError
 from stoker.integrations import training
-from stoker.integrations.training import Training
+from stoker.integrations.training import DrivenRun
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
+from stoker.status import FINISHED
 from stoker.tune.domains import text
 from stoker.tune.trial import Ended
 
@@ -116,7 +117,7 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
             for key, value in configs.flatten(config, "the parameter space").items()
         }
         self._run = self._directory(_named(self.trial_id))
-        self._training: Training | None = None
+        self._training: DrivenRun | None = None
         self._waits = False
         self._tags = {"ray.trial": self.trial_id}
         self._last: dict[str, Any] = {}
@@ -189,7 +190,7 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
     def _directory(self, run: str) -> RunDirectory:
         return finding.locate(self.spec.runs, self.spec.experiment, run)
 
-    def _started(self) -> Training:
+    def _started(self) -> DrivenRun:
         overrides = [f"{key}={text(value)}" for key, value in {**self.spec.fixed, **self._values}.items()]
         spec = self.spec
         here = contextlib.chdir(spec.folder) if spec.folder.is_dir() else contextlib.nullcontext()
@@ -202,11 +203,11 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
                 ranks=spec.ranks,
                 tags=self._tags,
             )
-            return Training(job, ranks=spec.ranks)
+            return DrivenRun(job, ranks=spec.ranks)
 
     def _over(self, ended: Ended) -> dict[str, Any]:
         """The last result once more, as Ray expects from a trial that ends on its own. Raises StokerError."""
-        if ended.status != view.FINISHED:
+        if ended.status != FINISHED:
             raise StokerError(f"run {self._run.id} {ended.status}: {ended.error}\n{ended.trace}".strip())
         if not self._last:
             raise StokerError(

@@ -68,7 +68,7 @@ def runs_folder(given: Path | str | None) -> Path:
     return Path(named).absolute()
 
 
-class Training:
+class DrivenRun:
     """The processes of one run, from their start to their end.
 
     Args:

@@ -29,7 +29,7 @@ from stoker.data import cached, hub_datasets
 from stoker.errors import BadInput, nearest
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import first_line
 
 if TYPE_CHECKING:

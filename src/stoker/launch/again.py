@@ -21,16 +21,16 @@ from typing import Any
 import yaml
 from stoker import config as configs
 from stoker import redaction, signals, storage
-from stoker.config import COMMAND_LINE, DEFAULT
+from stoker.config import COMMAND_LINE
 from stoker.errors import STOP_CODES, BadInput, Stopped
 from stoker.reproduce import provenance
 from stoker.reproduce.code import module_file
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
-from stoker.run import again
-from stoker.run.again import Again
+from stoker.run import request
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.request import Again
+from stoker.run.state import RunView
 from stoker.signals import STATUS
 from stoker.world import environment_of_no_rank
 
@@ -81,18 +81,18 @@ def prepare(
         storage.write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
         words += [
             "--config", str(folder / CONFIG), "--name", target.id, "--experiment", target.experiment,
-            "--runs", str(target.path.parent.parent), "--nproc", str(ranks), *overrides,
+            "--runs", str(target.runs), "--nproc", str(ranks), *overrides,
         ]  # fmt: skip
     given = {configs.split(override)[0]: COMMAND_LINE for override in overrides}
     asked = Again(
-        runs=str(target.path.parent.parent), experiment=target.experiment, id=target.id,
+        runs=str(target.runs), experiment=target.experiment, id=target.id,
         of={"experiment": seen.directory.experiment, "id": seen.directory.id, "uid": seen.record["uid"]},
         given=seen.directory.experiment, config=dict(part.config), seed=seen.record["seed"],
         provenance=str(_record_of_code(seen.directory.provenance, folder)), recipe=seen.record["recipe"],
         sources={**seen.record["sources"], **given}, layout=dict(part.layout), until=part.stop_at,
     )  # fmt: skip
-    again.write(folder / "again.json", asked)
-    own = {**variables, again.VARIABLE: str(folder / "again.json")}
+    request.write(folder / "again.json", asked)
+    own = {**variables, request.VARIABLE: str(folder / "again.json")}
     if is_script:  # other runs that it makes do not belong to the user's runs
         own["STOKER_RUNS"] = str(folder / "runs")
     return Start((python, *words), there.cwd, _environment(there, seen, own), is_script)
@@ -155,22 +155,13 @@ def known_values(
     A secret that was a default is found again by the code. Raises BadInput for any other.
     """
     given = {configs.split(override)[0] for override in overrides}
-    kept, lost = without_secrets({k: v for k, v in config.items() if k not in given}, sources)
+    kept, lost = configs.without_secrets({k: v for k, v in config.items() if k not in given}, sources)
     if lost:
         raise BadInput(
-            f"{', '.join(lost)}: secrets are not recorded; give it again: "
-            f"{' '.join(f'{key}=...' for key in lost)}"
+            f"{', '.join(sorted(lost))}: secrets are not recorded; give it again: "
+            f"{' '.join(f'{key}=...' for key in sorted(lost))}"
         )
     return kept
-
-
-def without_secrets(
-    config: Mapping[str, Any], sources: Mapping[str, str]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A config without secrets, and the keys of those secrets that the code does not have."""
-    removed = {key for key, value in config.items() if redaction.holds_redacted(value)}
-    kept = {key: value for key, value in config.items() if key not in removed}
-    return kept, tuple(sorted(key for key in removed if sources.get(key, DEFAULT) != DEFAULT))
 
 
 def located(reference: str, there: Place) -> str:
@@ -199,7 +190,7 @@ def command(seen: RunView, there: Place, ranks: int) -> tuple[list[str], bool]:
 
     Raises BadInput if that is not known.
     """
-    reference = seen.record["recipe"].get("reference")
+    reference = seen.recipe_reference
     if reference is None:
         return _script(seen, there, ranks), True
     return ["-P", "-m", "stoker", "train", located(reference, there)], False

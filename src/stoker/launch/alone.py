@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from stoker import supervision
 from stoker.attempt import Attempt
 from stoker.errors import EXIT_FAILED
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 from stoker.run import journal
 from stoker.supervision import Pulse
 
@@ -44,7 +44,7 @@ def watching(attempt: Attempt, say: Callable[[str], None], *, ends: bool) -> Ite
         yield
         return
     watch = _Watch(attempt, say, ends=ends)
-    looks = Periodic([Job(_EVERY, watch.look)], "watch-self")
+    looks = Periodic([Task(_EVERY, watch.look)], "watch-self")
     try:
         yield
     finally:

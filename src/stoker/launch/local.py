@@ -34,6 +34,7 @@ from stoker.launch.watch import Watch, watching
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
 from stoker.signals import STATUS
+from stoker.status import PREEMPTED
 
 log = logging.getLogger("stoker")
 
@@ -240,7 +241,7 @@ def _loss_recorded(attempt: tuple[Path, int] | None, seat: nodes.Seat) -> Iterat
     finally:
         why = ended or (seat.lost if seat.first else "")  # the machine of rank 0 says it, once
         if attempt is not None and why:
-            journal.note_failure(*attempt, why, status="preempted")
+            journal.note_failure(*attempt, why, status=PREEMPTED)
 
 
 def _progress(folder: Path) -> tuple[int, int]:

@@ -27,12 +27,13 @@ from typing import Any
 import orjson
 import stoker
 import yaml
+from stoker import config as configs
 from stoker import storage
 from stoker.launch import again
 from stoker.reproduce import differences, place, provenance
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 IMAGE = "STOKER_IMAGE"
 """The variable that names the image a run is in, by name and digest."""
@@ -77,7 +78,7 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
     there = place.materialise(record, folder / "code", seen.record["cwd"])
     lock, environment = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     (folder / "requirements.txt").write_text(lock, encoding="utf-8")
-    values, secrets = again.without_secrets(_decided(part), seen.record["sources"])
+    values, secrets = configs.without_secrets(_decided(part), seen.record["sources"])
     (folder / again.CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     imported = there.python_path(lock, environment.get("variables", {}).get("PYTHONPATH", ""))
     outside = _used_from_elsewhere(lock, there)
@@ -91,11 +92,11 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
     made = Package(
         folder, command, _image(environment), storage.read_json(record / provenance.DATA),
         tuple(left.path for left in there.code.left_out), tuple(name for name in outside if name != "stoker"),
-        secrets,
+        tuple(sorted(secrets)),
     )  # fmt: skip
     dockerfile = _dockerfile(made.image, lock, environment, _cwd(there, folder), _within(imported, folder))
     (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
-    has_keys = seen.record["recipe"].get("reference") is not None
+    has_keys = seen.recipe_reference is not None
     _write_mlproject(folder, seen, environment, _parameters(values) if has_keys else {})
     (folder / "README.md").write_text(_readme(made, seen, there, environment), encoding="utf-8")
     return made

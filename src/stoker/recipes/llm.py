@@ -406,18 +406,14 @@ def train(run: Run, config: Config) -> None:
 def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language, Rows]:
     """The data, the model with its tokenizer, and the data as tokens."""
     from stoker import distributed
-    from stoker.data.sources import read_all
     from stoker.engine.precision import DTYPES
-    from stoker.language import adapters, building, chat_template, data, hub
+    from stoker.language import adapters, building, chat_template, hub
     from stoker.recipes import resuming
     from stoker.trainer import computed_in
 
     frozen = DTYPES[computed_in(run, config)] if config.lora.used else DTYPES["fp32"]
     with distributed.rank_zero_first(run.world):
-        found = read_all(
-            config.data, validation=config.validation, test=config.test, streaming=config.streaming,
-            validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
-        )  # fmt: skip
+        found = read_sources(config)
         language = building.build(
             config.model,
             tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
@@ -432,10 +428,7 @@ def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language,
             rope_scaling=config.rope_scaling,
             planned=run.world.planned > 0,
         )
-        rows = data.pack(
-            found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
-            packing=config.packing and language.packs, values=config.chat_template_kwargs,
-        )  # fmt: skip
+        rows = packed(config, found, language.tokenizer, language.packs)
     if not language.pretrained:
         resuming.check_tokens(run, language.tokenizer.get_vocab())
     if not run.world.planned:
@@ -444,6 +437,30 @@ def _read(run: Run, config: Config) -> tuple[Sequence[sources.Source], Language,
         beside = {"tokenizer": config.tokenizer, "chat_template": template}
         hub.record(run, {"model": model, **beside, "lora.adapter": config.lora.adapter})
     return found, language, rows
+
+
+def read_sources(config: Config) -> list[sources.Source]:
+    """The texts and conversations that the config names, split."""
+    from stoker.data.sources import read_all
+
+    return read_all(
+        config.data, validation=config.validation, test=config.test, streaming=config.streaming,
+        validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
+    )  # fmt: skip
+
+
+def packed(config: Config, found: Sequence[sources.Source], tokenizer: Any, packs: bool) -> Rows:
+    """These as rows of tokens.
+
+    Args:
+        packs: whether the model can keep apart documents that share a row.
+    """
+    from stoker.language import data
+
+    return data.pack(
+        found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
+        packing=config.packing and packs, values=config.chat_template_kwargs,
+    )  # fmt: skip
 
 
 def _as_trained(run: Run, language: Language, config: Config) -> Any:

@@ -17,7 +17,7 @@ from stoker.data import hub_datasets
 from stoker.progress import clock
 from stoker.report import commands, curve_image, facts, performance, plots
 from stoker.reproduce import environment, packages, stretch
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import counted, some
 
 PICTURE = "curves.png"

@@ -13,8 +13,8 @@ from stoker.config import DEFAULT
 from stoker.report import facts
 from stoker.reproduce import stretch
 from stoker.reproduce.stretch import Part
-from stoker.run import again
-from stoker.run.view import RunView
+from stoker.run import request
+from stoker.run.state import RunView
 from stoker.words import some
 
 
@@ -29,7 +29,7 @@ def of(view: RunView, until: int | None = None, *, elsewhere: bool = False) -> l
             that say where the run was kept and launched.
     """
     parts = stretch.parts(view, view.step if until is None else until)
-    anew = bool(parts and _reference(view) and (elsewhere or _is_of_another(view, parts[0])))
+    anew = bool(parts and view.recipe_reference and (elsewhere or _is_of_another(view, parts[0])))
     words = _composed(view, parts[0]) if anew else _typed(view)
     if not words:
         return []
@@ -60,14 +60,9 @@ def _typed(view: RunView) -> list[str]:
 def _is_of_another(view: RunView, part: Part) -> bool:
     """Whether the recorded command is that of a sweep, repeats a run, or trained nothing that counts."""
     relations = [parent.get("relation") for parent in view.record.get("parents", ())]
-    if again.TAG in relations or view.directory.is_trial:
+    if request.TAG in relations or view.directory.is_trial:
         return True
     return bool(part.drift) or part.world != view.attempts[0].world
-
-
-def _reference(view: RunView) -> str:
-    """What starts the recipe; empty for a script without one."""
-    return str((view.record.get("recipe") or {}).get("reference") or "")
 
 
 def _composed(view: RunView, part: Part) -> list[str]:
@@ -95,7 +90,7 @@ def _everywhere(part: Part) -> list[str]:
 
 def _target(view: RunView) -> str:
     """What starts the recipe, relative to the folder in which the run was started."""
-    target = _reference(view)
+    target = view.recipe_reference or ""
     inside = target.removeprefix(f"{view.record.get('cwd', '')}/")
     file, _, function = inside.partition(":")
     if file.endswith(".py"):
@@ -117,7 +112,7 @@ def _next(view: RunView, name: str, before: Part, now: Part) -> str:
     changed = [path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)]
     said = [f"from step {now.after + 1:,} on", *([f"other code: {some(changed)}"] if changed else [])]
     said += [f"on another device: {now.device}"] if now.device != before.device else []
-    if _reference(view):
+    if view.recipe_reference:
         said += _everywhere(now) if ranks else []
         return _line(["stoker", "resume", name, *given, *ranks], said)
     return _line([], [*said, *given, *([facts.together(now.world, now.machines)] if ranks else [])])

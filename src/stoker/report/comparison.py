@@ -16,7 +16,7 @@ from stoker.report import facts
 from stoker.report.html import run_names
 from stoker.report.terminal import plain, print_table, shortened
 from stoker.run.series import Series, Summary
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # characters of a small curve
@@ -89,10 +89,10 @@ def print_comparison(console: Console, compared: Comparison) -> None:
     print_table(console, table)
 
 
-def sparkline(series: Series, low: float, high: float, width: int = _WIDTH) -> str:
+def sparkline(series: Series, low: float, high: float) -> str:
     """A curve as bars from `low` to `high`: the mean of each stretch, a gap if no value in it is finite."""
     bars = []
-    for part in np.array_split(series.y, min(width, len(series))):
+    for part in np.array_split(series.y, min(_WIDTH, len(series))):
         finite = part[np.isfinite(part)]
         if len(finite) == 0:
             bars.append(" ")

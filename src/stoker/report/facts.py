@@ -20,7 +20,7 @@ from stoker.reproduce import provenance as records
 from stoker.run.directory import RunDirectory
 from stoker.run.media import read_table
 from stoker.run.series import Summary
-from stoker.run.view import Attempt, Media, RunView
+from stoker.run.state import AttemptView, Media, RunView
 from stoker.words import counted, some
 
 _FOUND_OUT = "determined by the run"
@@ -132,7 +132,7 @@ def artifacts(view: RunView) -> list[Artifact]:
     ]
 
 
-def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
+def attempt_notes(view: RunView, attempt: AttemptView) -> list[str]:
     """Notes on an attempt: its error, skipped checkpoints, changed config and code."""
     last = next((a for a in reversed(view.attempts) if a.number < attempt.number), None)
     before, code = (last.drift, last.code) if last is not None else ({}, {})
@@ -148,7 +148,7 @@ def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
     return [*([attempt.error] if attempt.error else []), *passed_over, *changes]
 
 
-def where(attempt: Attempt) -> str:
+def where(attempt: AttemptView) -> str:
     """The host of an attempt's first rank, and how many ranks and machines there were, if more than one."""
     several = together(attempt.world, attempt.machines) if attempt.world > 1 else ""
     return ", ".join(part for part in (attempt.host, several) if part)

@@ -17,7 +17,7 @@ import orjson
 from stoker import words
 from stoker.report import facts
 from stoker.report.markup import Html, tag
-from stoker.run.view import Media, RunView
+from stoker.run.state import Media, RunView
 
 MOST_BYTES = 20_000_000
 _MOST_TEXT = 100_000  # characters of one text

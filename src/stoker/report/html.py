@@ -18,7 +18,7 @@ from stoker.errors import BadInput
 from stoker.report import assets, gallery, performance, performance_section, plots, sections
 from stoker.report.markup import Html, json_script, page, tag
 from stoker.run.series import OF_THE_LOOP
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 Scaled = Sequence[Mapping[str, Any]]
 """Results of `stoker bench scaling`."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from stoker.report import facts
 from stoker.report.plots import Clock, Figure
 from stoker.run.series import OF_THE_LOOP, Series
-from stoker.run.view import Attempt, RunView
+from stoker.run.state import AttemptView, RunView
 
 TRAINING, WAITING, EVALUATING, CHECKPOINTS = "training", "waiting for data", "evaluating", "checkpoints"
 STARTING, FINISHING, AGAIN, BETWEEN = "starting", "after the loop", "lost and done again", "between attempts"
@@ -203,17 +203,17 @@ def thresholds(descents: Sequence[Descent | None]) -> list[float]:
     return sorted((value for moment, value in moments.items() if moment != lowest), reverse=True)
 
 
-def _gone_back_to(later: Sequence[Attempt]) -> float:
+def _gone_back_to(later: Sequence[AttemptView]) -> float:
     """The last step of an attempt that later attempts did not void."""
     said = (a.resumed_from if a.resumed_from is not None else 0 for a in later if _went_on(a))
     return min(said, default=math.inf)
 
 
-def _went_on(attempt: Attempt) -> bool:
+def _went_on(attempt: AttemptView) -> bool:
     return attempt.resumed_from is not None or attempt.began is not None
 
 
-def _of_attempt(view: RunView, attempt: Attempt, back: float) -> dict[str, float]:
+def _of_attempt(view: RunView, attempt: AttemptView, back: float) -> dict[str, float]:
     """How the time of one attempt was spent; everything after the step `back` is void."""
     began, end = attempt.began, _end(attempt)
     if began is None:
@@ -240,7 +240,7 @@ def _of_attempt(view: RunView, attempt: Attempt, back: float) -> dict[str, float
     return {**found, TRAINING: found[TRAINING] + rest}
 
 
-def _last_point(view: RunView, attempt: Attempt, back: float) -> float:
+def _last_point(view: RunView, attempt: AttemptView, back: float) -> float:
     """When the last valid point was logged, for an attempt that did not record its time."""
     if attempt.spent or back == math.inf:
         return 0.0
@@ -248,7 +248,7 @@ def _last_point(view: RunView, attempt: Attempt, back: float) -> float:
     return max((float(t.max()) for t in times if len(t)), default=0.0)
 
 
-def _end(attempt: Attempt) -> float:
+def _end(attempt: AttemptView) -> float:
     return max(attempt.started, attempt.ended or attempt.last_event)
 
 

@@ -11,7 +11,7 @@ from stoker.report.markup import Html, details, join, number, table, tag
 from stoker.report.performance import Descent, Memory, RankMemory
 from stoker.report.plots import Figure
 from stoker.report.sections import places_of, run_cell, run_heading, section
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 LOSSES = ("val_loss", "loss")
 _COLORS = {

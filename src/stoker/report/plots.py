@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stoker.report import facts
 from stoker.run.series import Series
-from stoker.run.view import Attempt, LeftOut, Media, RunView
+from stoker.run.state import AttemptView, LeftOut, Media, RunView
 
 T = TypeVar("T")
 
@@ -278,7 +278,7 @@ def _marks(view: RunView, clock: Clock, name: str, index: int, *, several: bool)
     ]
 
 
-def _said(attempt: Attempt) -> str:
+def _said(attempt: AttemptView) -> str:
     at = datetime.fromtimestamp(attempt.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return f"attempt {attempt.number} resumed from step {attempt.resumed_from} at {at}"
 

@@ -21,7 +21,7 @@ from stoker.reproduce import code_changes, differences, inputs, journals, proven
 from stoker.reproduce.code_changes import Change, CodeChanges
 from stoker.reproduce.differences import Difference
 from stoker.reproduce.journals import Compared
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import counted, some
 
 _NOTHING = "–"

@@ -12,7 +12,7 @@ from stoker import storage
 from stoker.errors import BadInput
 from stoker.report import assets
 from stoker.report.markup import Html, join, number, table, tag
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import counted
 
 _POOR = 0.8
@@ -83,7 +83,7 @@ def measured(views: Sequence[RunView]) -> list[dict[str, Any]]:
     They are in the folder of the runs' experiment, or of the experiment named after the recipe.
     Raises BadInput if such a file cannot be read.
     """
-    recipes = {(view.record.get("recipe") or {}).get("name") for view in views}
+    recipes = {view.recipe_name for view in views}
     folders = [folder for view in views for folder in _folders(view)]
     files = [folder / NAME for folder in dict.fromkeys(folders) if (folder / NAME).is_file()]
     return [found for found in map(load, files) if found["recipe"] in recipes]
@@ -91,8 +91,7 @@ def measured(views: Sequence[RunView]) -> list[dict[str, Any]]:
 
 def _folders(view: RunView) -> list[Path]:
     experiment = view.directory.path.absolute().parent
-    recipe = str((view.record.get("recipe") or {}).get("name", ""))
-    return [experiment, experiment.parent / (recipe or experiment.name)]
+    return [experiment, experiment.parent / (view.recipe_name or experiment.name)]
 
 
 def check(output: Path) -> None:

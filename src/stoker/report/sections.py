@@ -17,7 +17,7 @@ from stoker.report.facts import Value
 from stoker.report.markup import Html, details, join, number, table, tag
 from stoker.report.plots import Figure
 from stoker.run.series import Summary
-from stoker.run.view import Media, RunView
+from stoker.run.state import Media, RunView
 from stoker.words import counted
 
 _TILES = 7
@@ -35,8 +35,7 @@ def header(views: Sequence[RunView], names: Sequence[str]) -> Html:
         return join([tag("header", title, _damage_hint(views)), _overview(views, names)])
     view = views[0]
     title = tag("div", tag("h1", names[0]), _status(view), class_="title")
-    recipe = (view.record.get("recipe") or {}).get("name")
-    made = [f"{recipe} recipe"] if recipe else []
+    made = [f"{view.recipe_name} recipe"] if view.recipe_name else []
     about = " · ".join([*made, f"started {when(view.started)}", *_hosts(view), facts.code(view)])
     hints = _error(view), _left_out(view), _damage_hint(views)
     return join([

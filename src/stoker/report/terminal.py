@@ -20,10 +20,11 @@ from stoker.progress import clock, short
 from stoker.report import commands, facts, performance
 from stoker.run import finding, query
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FAILED, FINISHED, RUNNING, STOPPED
 
 COLUMNS = ("run", "status", "step", "loss", "val_loss", "started", "time")
-_STYLES = {"finished": "green", "running": "blue", "failed": "red", "damaged": "red"}
+_STYLES = {FINISHED: "green", RUNNING: "blue", FAILED: "red", "damaged": "red"}
 _DROPPED_FIRST = ("time", "started", "val_loss", "loss", "step", "status")
 _GAP = 2
 _UNLIMITED = 10_000
@@ -162,13 +163,13 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
 def next_commands(view: RunView) -> list[str]:
     """The commands to type next, given the status of the run."""
     trial = view.directory.is_trial
-    at = finding.option(view.directory.path.parent.parent)
+    at = finding.option(view.directory.runs)
     run = view.directory.name if trial else view.directory.id  # each sweep has a trial-0000
-    if view.status == "running":
+    if view.status == RUNNING:
         return [f"stoker runs show {run}{at}", f"stoker report {run}{at}"]
-    over = view.status in ("finished", "stopped")
+    over = view.status in (FINISHED, STOPPED)
     first = [f"stoker runs export {run}{at}"] if over else []
-    if not over or (trial and view.status == "stopped"):  # what a search ended early may go on
+    if not over or (trial and view.status == STOPPED):  # what a search ended early may go on
         first.append(f"stoker resume {run}{at}")
     return [*first, f"stoker report {run}{at}", f"stoker ui{at}"]
 
@@ -227,7 +228,7 @@ def _summary(view: RunView) -> list[tuple[str, str]]:
         ("left out", facts.left_out(view)),
         ("started", f"{started}, {clock(view.seconds)} spent"),
         ("where", words.shortest(view.directory.path)),
-        ("recipe", str((view.record.get("recipe") or {}).get("name", ""))),
+        ("recipe", view.recipe_name or ""),
         *zip(("command", *[""] * len(view.attempts)), commands.of(view), strict=False),
         ("layout", facts.layout(view)),
         ("throughput", _throughput(view)),

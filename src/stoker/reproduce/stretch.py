@@ -14,7 +14,8 @@ from typing import Any
 
 from stoker import words
 from stoker.errors import BadInput
-from stoker.run.view import FINISHED, Attempt, RunView
+from stoker.run.state import AttemptView, RunView
+from stoker.status import FINISHED
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def find(view: RunView, after: int | None = None, steps: int | None = None) -> S
     return Stretch(begin, until, _config(view, first), first.world, first.layout, why, by_itself)
 
 
-def _parts(view: RunView) -> list[tuple[int, Attempt]]:
+def _parts(view: RunView) -> list[tuple[int, AttemptView]]:
     """The attempts whose steps are valid, each with the step after which it began."""
-    parts: list[tuple[int, Attempt]] = []
+    parts: list[tuple[int, AttemptView]] = []
     for attempt in view.attempts:
         start = _began_after(view, attempt) if parts else attempt.resumed_from or 0
         parts = [part for part in parts if part[0] < start]
@@ -113,7 +114,7 @@ def _parts(view: RunView) -> list[tuple[int, Attempt]]:
     return parts
 
 
-def _began_after(view: RunView, attempt: Attempt) -> int:
+def _began_after(view: RunView, attempt: AttemptView) -> int:
     """A Trainer records where it resumed; a user's own loop continues after its last point."""
     if attempt.resumed_from is not None or attempt.began is not None:
         return attempt.resumed_from or 0
@@ -121,18 +122,18 @@ def _began_after(view: RunView, attempt: Attempt) -> int:
     return max((int(steps.max()) for steps in before if len(steps)), default=0)
 
 
-def _config(view: RunView, attempt: Attempt) -> dict[str, Any]:
+def _config(view: RunView, attempt: AttemptView) -> dict[str, Any]:
     return {**view.record["config"], **{key: new for key, (_, new) in attempt.drift.items()}}
 
 
-def _device(view: RunView, attempt: Attempt) -> str:
+def _device(view: RunView, attempt: AttemptView) -> str:
     """The kind of device of an attempt; of one that did not record it, that of the nearest that did."""
     known = [(one.number, str(one.layout["device"])) for one in view.attempts if "device" in one.layout]
     before = [device for number, device in known if number <= attempt.number]
     return before[-1] if before else next((device for _, device in known), "")
 
 
-def _changed(view: RunView, before: Attempt, now: Attempt) -> str:
+def _changed(view: RunView, before: AttemptView, now: AttemptView) -> str:
     """What changed between two attempts, as text; empty if nothing did."""
     if before.world != now.world:
         return f"it resumed with {now.world} ranks instead of {before.world}"

@@ -95,9 +95,9 @@ def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:
             for file in storage.files_under(source):
                 target = staged / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _link(store(directory.path.parent.parent), file, target)
+                _link(store(directory.runs), file, target)
         else:
-            _link(store(directory.path.parent.parent), source, staged)
+            _link(store(directory.runs), source, staged)
         _replace(staged, place)
     finally:
         remove(staged)

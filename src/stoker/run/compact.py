@@ -16,7 +16,7 @@ from stoker import storage
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Damage
 from stoker.run.series import Series
-from stoker.run.state import Attempt, LeftOut, Media, RunView, Use
+from stoker.run.state import AttemptView, LeftOut, Media, RunView, Use
 
 FORMAT = 7
 _WORTH_IT = 5_000  # points
@@ -79,7 +79,7 @@ def _restored(
 ) -> RunView:
     view = RunView(directory, record, **groups, **about["view"])
     view.notes = [(time, text) for time, text in view.notes]
-    view.attempts = [Attempt(**a) for a in about["attempts"]]
+    view.attempts = [AttemptView(**a) for a in about["attempts"]]
     view.media = [Media(**m) for m in about["media"]]
     view.used = {u["name"]: Use(**u) for u in about["used"]}
     view.left_out = [LeftOut(**batch) for batch in about["left_out"]]

@@ -64,6 +64,11 @@ class RunDirectory:
         return f"{self.experiment}/{self.id}"
 
     @functools.cached_property
+    def runs(self) -> Path:
+        """The runs folder that it is in."""
+        return self.path.parent.parent
+
+    @functools.cached_property
     def record_file(self) -> Path:
         return self.path / "run.json"
 
@@ -174,7 +179,7 @@ class RunDirectory:
     def remove(self) -> None:
         """Delete the run, and its experiment's folder if that is then empty."""
         shutil.rmtree(self.path, ignore_errors=True)
-        for parent in (self.path.parent, self.path.parent.parent):
+        for parent in (self.path.parent, self.runs):
             try:
                 parent.rmdir()
             except OSError:

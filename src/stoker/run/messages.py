@@ -16,7 +16,7 @@ def write_to(file: Path) -> list[logging.Handler]:
     """Write log messages to the rank's log file, and warnings to standard error if logging is not set up."""
     handler = logging.FileHandler(file, encoding="utf-8", delay=True)
     handler.setFormatter(_WithoutSecrets(_FORMAT))
-    shown = [] if log.hasHandlers() else [_Stderr(logging.WARNING)]
+    shown = [] if log.hasHandlers() else [ToStderr(logging.WARNING)]
     for added in (handler, *shown):
         log.addHandler(added)
     if log.level != logging.DEBUG:  # setting it clears the level caches of all loggers
@@ -38,8 +38,9 @@ class _WithoutSecrets(logging.Formatter):
         return redaction.text(super().format(record))
 
 
-class _Stderr(logging.Handler):
-    """Writes to the current standard error, even if it was replaced."""
+class ToStderr(logging.Handler):
+    """Writes to the current standard error, even if it was replaced, as a progress bar does for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        terminal.say(f"stoker: {record.levelname.lower()}: {record.getMessage()}\n")
+        prefix = "stoker: " if record.levelno < logging.WARNING else f"stoker: {record.levelname.lower()}: "
+        terminal.say(f"{prefix}{record.getMessage()}\n")

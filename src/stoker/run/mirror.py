@@ -152,7 +152,7 @@ class Mirror:
 
     def _move_aside(self) -> None:
         name = f"{self._run.id}-{(_uid(self._run.record_file.read_bytes()) or 'unknown')[:8]}"
-        aside = self._run.path.parent.parent / _ASIDE / self._run.experiment / name
+        aside = self._run.runs / _ASIDE / self._run.experiment / name
         aside.mkdir(parents=True, exist_ok=True)
         files = [file for file in self._run.path.iterdir() if file.name not in _HELD]
         for file in sorted(files, key=lambda file: file.name == "run.json"):  # last, so none is left over
@@ -482,7 +482,7 @@ def of(run: RunDirectory, patience: float | None = None) -> Mirror | None:
     Args:
         patience: seconds to keep trying a request; by default that of `Store`.
     """
-    store = object_store.of(run.path.parent.parent)
+    store = object_store.of(run.runs)
     if store is not None and patience is not None:
         store = dataclasses.replace(store, patience=patience)
     return Mirror(run, store) if store is not None else None

@@ -18,7 +18,7 @@ from typing import Any
 
 from stoker.errors import BadInput, nearest
 from stoker.run.series import Summary
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 Facts = Mapping[str, Any]
 

@@ -75,11 +75,11 @@ def wait_for_others(run: RunDirectory, attempt: int, size: int, timeout: float =
         time.sleep(_INTERVAL)
 
 
-def refuse(run: RunDirectory, opening: str, said: str, timeout: float = _LETS_GO) -> None:
+def refuse(run: RunDirectory, opening: str, said: str) -> None:
     """Say why this rank cannot take part in an attempt, and wait until rank 0 has let go of the run."""
     if run.exists():  # another rank may have refused first
         storage.try_to_write_json(run.path / _REFUSAL, {"opening": opening, "said": said})
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + _LETS_GO
     while run.alive and time.monotonic() < deadline:
         time.sleep(_INTERVAL)
 

@@ -11,22 +11,14 @@ from numpy.typing import NDArray
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Damage, Event
 from stoker.run.series import Goal, Series, Summary, summarise
+from stoker.status import FAILED, KILLED, RUNNING
 
 if TYPE_CHECKING:
     import pyarrow
 
-FINISHED = "finished"
-FAILED = "failed"
-PREEMPTED = "preempted"
-INTERRUPTED = "interrupted"
-PAUSED = "paused"  # by a search, to be resumed later
-STOPPED = "stopped"  # by a search, early and for good
-RUNNING = "running"
-KILLED = "killed"  # its process ended without recording why
-
 
 @dataclass
-class Attempt:
+class AttemptView:
     """One process lifetime of a run."""
 
     number: int
@@ -107,7 +99,7 @@ class RunView:
     """Where the run is: `id`, `experiment`, `path`, and subfolders (`artifacts`, `checkpoints`, `logs`)."""
     record: dict[str, Any]
     """The contents of `run.json`, from the run's start: recipe, config with sources, seed, command, code."""
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[AttemptView] = field(default_factory=list)
     """The processes that trained it, one after another."""
     points: Mapping[str, Series] = field(default_factory=dict)
     """metric -> step -> value, in the order of steps, without the points that a resume made void.
@@ -149,6 +141,16 @@ class RunView:
     def config(self) -> dict[str, Any]:
         """The latest attempt's config by dotted key: the recorded config with the changes since."""
         return {**self.record["config"], **{key: new for key, (_, new) in self.drift.items()}}
+
+    @property
+    def recipe_name(self) -> str | None:
+        """The recipe that it ran; None for a script without one."""
+        return (self.record.get("recipe") or {}).get("name")
+
+    @property
+    def recipe_reference(self) -> str | None:
+        """What `stoker train` loads that recipe by; None for a script without one."""
+        return (self.record.get("recipe") or {}).get("reference")
 
     @property
     def drift(self) -> dict[str, Any]:

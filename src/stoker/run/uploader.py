@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Protocol
 
 from stoker import signals, storage
+from stoker.periodic import backoff
 from stoker.run import messages, mirror, view
 from stoker.run.directory import MANIFEST, RunDirectory
 from stoker.run.mirror import Lost, Mirror
+from stoker.status import KILLED
 
 log = logging.getLogger("stoker")
 
@@ -246,7 +248,7 @@ def upload(run: Source, copy: Copy, *, once: bool = False) -> bool:
             _say(run, State(os.getpid(), copy.newest, True, str(error), failing_since))
             if not alive and time.monotonic() - alone_since > patience:
                 return False
-        _pause(run, min(INTERVAL * 2**failures, LONGEST_BACKOFF), alive)
+        _pause(run, backoff(failures, INTERVAL, LONGEST_BACKOFF), alive)
     return False
 
 
@@ -293,7 +295,7 @@ def main() -> int:
     if lock is None:  # another uploader is running
         return 0
     whole = upload(run, copy, once=arguments.once)
-    if whole and not arguments.once and view.load(run).status == view.KILLED:
+    if whole and not arguments.once and view.load(run).status == KILLED:
         time.sleep(LAST_WORDS)
         whole = upload(run, copy, once=True)
     return 0 if whole else 1

@@ -18,26 +18,8 @@ from stoker.run.directory import RunDirectory
 from stoker.run.journal import Block, Damage, Event
 from stoker.run.reduction import Reduction
 from stoker.run.series import Columns
-from stoker.run.state import (
-    FAILED,
-    FINISHED,
-    INTERRUPTED,
-    KILLED,
-    PAUSED,
-    PREEMPTED,
-    RUNNING,
-    STOPPED,
-    Attempt,
-    LeftOut,
-    Media,
-    RunView,
-    Use,
-)
-
-__all__ = [
-    "FAILED", "FINISHED", "INTERRUPTED", "KILLED", "PAUSED", "PREEMPTED", "RUNNING", "STOPPED",
-    "Attempt", "LeftOut", "Media", "RunView", "Use", "fold", "load",
-]  # fmt: skip
+from stoker.run.state import AttemptView, LeftOut, Media, RunView, Use
+from stoker.status import FAILED, KILLED, STOPPED
 
 
 def load(directory: RunDirectory) -> RunView:
@@ -105,7 +87,7 @@ class _Folding:
     def _begin(self, number: int, time: float) -> None:
         attempts = self._view.attempts
         if not attempts or attempts[-1].number != number:
-            attempts.append(Attempt(number, time))  # its first line may be damaged
+            attempts.append(AttemptView(number, time))  # its first line may be damaged
             self._reduction = Reduction(1)
 
     def _metrics(self, event: Event, rank: int) -> None:
@@ -129,7 +111,7 @@ class _Folding:
         if kind in _FOLDED_ALONE:
             _FOLDED_ALONE[kind](view, event)
         elif kind == "attempt_started":
-            view.attempts[-1] = Attempt(
+            view.attempts[-1] = AttemptView(
                 block.attempt, event["time"], event["host"], event["pid"], event.get("world", 1),
                 machines=event.get("machines", 1), drift=event.get("drift", {}), code=event.get("code", {}),
             )  # fmt: skip

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stoker.periodic import Job, Periodic
+from stoker.periodic import Periodic, Task
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
 from stoker.run.recorder import Recorder
 from stoker.run.uploader import Uploads
-from stoker.tracking import follower
 from stoker.tracking.shipping import Shipping
+from stoker.tracking.sinks import enabled, say_what_is_disabled
 from stoker.tracking.system import SystemSampler
 
 _SYNC_SECONDS = 1.0  # how much a power failure may lose; the death of the process loses nothing
@@ -33,7 +33,7 @@ class Background:
 
     def __init__(self, run: RunDirectory, leads: bool, copy: Mirror | None) -> None:
         self._run, self._leads = run, leads
-        sinks = follower.enabled()
+        sinks = enabled()
         self.shipping = Shipping(run, sinks if leads else ())
         self.uploads = Uploads(run, copy if leads else None)
         self._periodic: Periodic | None = None
@@ -47,15 +47,15 @@ class Background:
             recorder: writes this process's journal.
             step: the step that the machine's samples are recorded at.
         """
-        jobs = [Job(_SYNC_SECONDS, lambda: self._sync(recorder))]
+        jobs = [Task(_SYNC_SECONDS, lambda: self._sync(recorder))]
         if self._leads:
-            follower.say_what_is_disabled()
+            say_what_is_disabled()
             self.shipping.begin()
             self.uploads.begin()
             jobs += [
-                Job(_LOOK_SECONDS, self.shipping.look_after),
-                Job(_SYSTEM_SECONDS, lambda: self.sample(recorder, step())),
-                Job(_LOOK_SECONDS, self.uploads.look_after),
+                Task(_LOOK_SECONDS, self.shipping.look_after),
+                Task(_SYSTEM_SECONDS, lambda: self.sample(recorder, step())),
+                Task(_LOOK_SECONDS, self.uploads.look_after),
             ]
         self._periodic = Periodic(jobs)
 

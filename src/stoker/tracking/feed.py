@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stoker.run import journal, view
+from stoker.run import journal
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Cursor, Event
 from stoker.run.reduction import Reduction
+from stoker.status import FAILED, KILLED, STOPPED
 from stoker.tracking.sink import Batch, Ending, Point
 
 BATCH_POINTS = 1000  # the most that MLflow accepts in one request
@@ -73,12 +74,12 @@ class Feed:
 
     def ending(self) -> Ending:
         """How the run ended, once its process is gone: killed, unless the journal says otherwise."""
-        unsaid = view.FAILED if self._attempt in self._raised else view.KILLED
+        unsaid = FAILED if self._attempt in self._raised else KILLED
         ending = self._ending or Ending(unsaid, self._last_event)
-        if ending.status in (view.FAILED, view.KILLED):
+        if ending.status in (FAILED, KILLED):
             ending = replace(ending, status=self._known.get(self._attempt, ending.status))
         if self._attempt in self._given_up:
-            ending = replace(ending, status=view.STOPPED)
+            ending = replace(ending, status=STOPPED)
         return replace(ending, error=self._errors.get(self._attempt, ending.error))
 
     def _add(self, event: Event, batch: Batch) -> None:

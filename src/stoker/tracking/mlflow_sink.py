@@ -25,8 +25,9 @@ from mlflow.tracking.context.default_context import DefaultRunContext
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 from stoker import storage
 from stoker.errors import StokerError
-from stoker.run import finding, media, view
+from stoker.run import finding, media
 from stoker.run.directory import BEST, SWEEP, RunDirectory
+from stoker.status import FAILED, FINISHED, RUNNING
 from stoker.tracking import identity, store
 from stoker.tracking.sink import Batch, Ending, SinkRun
 
@@ -54,7 +55,7 @@ _MISREAD = re.compile(r"[#?%;\\\x00-\x1f\x7f]")  # in names of files: in request
 _SPELLED = {"@": "__at__", "%": "__percent__"}
 _SPELLINGS = re.compile("|".join(_SPELLED.values()))
 _MEANT = {spelling: character for character, spelling in _SPELLED.items()}
-_STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
+_STATUS = {FINISHED: "FINISHED", FAILED: "FAILED"}  # all others are KILLED
 
 # Without this tag the UI opens an experiment at its GenAI traces instead of its runs.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -100,7 +101,7 @@ class MlflowSink:
         """Store points, media, artifacts, params, tags and notes."""
         if batch.attempt_started:
             self._mlflow.update_run(self._run, status="RUNNING")
-            self._mlflow.set_tag(self._run, _ENDED, view.RUNNING)
+            self._mlflow.set_tag(self._run, _ENDED, RUNNING)
             self._delete_tag(_ERROR)
         for chunk in _chunks(batch.points, _METRICS_PER_REQUEST):
             metrics = [Metric(self._named(p.metric), p.value, int(p.time * 1000), p.step) for p in chunk]
@@ -211,7 +212,7 @@ class MlflowSink:
 
     @property
     def _rebuild(self) -> str:
-        at = finding.option(self._directory.path.parent.parent)
+        at = finding.option(self._directory.runs)
         return f"stoker sync {self._directory.name} --rebuild{at}"
 
     def _sweep(self, experiment: str) -> str | None:
@@ -486,8 +487,7 @@ def key(name: str) -> str:
     if is_accepted and _SPELLINGS.sub(lambda found: _MEANT[found[0]], spelled) == name:
         return spelled
     cleaned = _REFUSED.sub("_", name)
-    mark = hashlib.sha256(name.encode()).hexdigest()[:6]
-    return f"{str(_path(cleaned))[: _LONGEST_KEY - 7]}-{mark}"
+    return identity.marked(str(_path(cleaned))[: _LONGEST_KEY - 7], name)
 
 
 def _cut(text: str, longest: int) -> str:
@@ -536,7 +536,7 @@ def _stored_part(part: str) -> str:
     cleaned = PurePosixPath(_MISREAD.sub("_", part))
     if cleaned.name == part:
         return part
-    return f"{cleaned.stem}-{hashlib.sha256(part.encode()).hexdigest()[:6]}{cleaned.suffix}"
+    return identity.marked(cleaned.stem, part) + cleaned.suffix
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -24,7 +24,7 @@ from stoker import storage
 from stoker.errors import BadInput, StokerError, nearest
 from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.tracking import follower, ledger, store
 from stoker.words import first_line
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from stoker import threads
 from stoker.run import finding
 from stoker.run.directory import RunDirectory
-from stoker.tracking import follower, ledger, store
+from stoker.tracking import follower, ledger, store, sweep_follower
 from stoker.tracking.follower import SinkState
 
 log = logging.getLogger("stoker")
@@ -70,7 +70,7 @@ class Shipping(_Shipping):
     def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
         super().__init__(lambda: follower.spawn(run), sinks)
         self._run = run
-        self._sync = f"stoker sync {run.id}{finding.option(run.path.parent.parent)}"
+        self._sync = f"stoker sync {run.id}{finding.option(run.runs)}"
         self._rest = f"training continues, and `{self._sync}` or the next start ships the rest"
 
     def say_if_unanswered(self) -> None:
@@ -111,7 +111,7 @@ class SweepShipping(_Shipping):
     """
 
     def __init__(self, folder: Path, sinks: Sequence[str]) -> None:
-        super().__init__(lambda: follower.spawn_for_sweep(folder), sinks)
+        super().__init__(lambda: sweep_follower.spawn(folder), sinks)
         self._folder = folder
 
     def wait(self, timeout: float) -> bool:
@@ -124,5 +124,5 @@ class SweepShipping(_Shipping):
     def _look(self, pause: float) -> None:
         super()._look(pause)
         if self._process is not None:
-            for name, error in follower.failing_in(self._folder).items():
+            for name, error in sweep_follower.failing_in(self._folder).items():
                 self._warn_once(name, error, self._rest)

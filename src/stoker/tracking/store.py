@@ -37,6 +37,7 @@ _PLACES = (
 )
 """The tables and columns of MLflow's database that hold the locations of artifacts."""
 _PATIENCE = 30.0  # seconds, for the database while another process writes to it
+_CONNECTS = 1.0  # seconds for a connection to a server
 
 _HOST_AND_PORT = re.compile(r"(?!(databricks|uc)\b)[\w.-]+:\d+(/|$)")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
@@ -123,7 +124,7 @@ def unusable() -> str | None:
     return None
 
 
-def unanswered(timeout: float = 1.0) -> str | None:
+def unanswered() -> str | None:
     """Why the MLflow server that the environment names does not answer, as far as a connection tells."""
     server = urlsplit(server_uri() or "")
     if server.scheme not in ("http", "https") or server.hostname is None:
@@ -132,7 +133,7 @@ def unanswered(timeout: float = 1.0) -> str | None:
         return None
     try:
         port = server.port or (443 if server.scheme == "https" else 80)
-        socket.create_connection((server.hostname, port), timeout).close()
+        socket.create_connection((server.hostname, port), _CONNECTS).close()
     except (OSError, ValueError) as error:
         return f"{without_credentials(server.geturl())} does not answer: {error}"
     return None

@@ -29,8 +29,9 @@ import psutil
 import wandb
 from requests.utils import get_netrc_auth
 from stoker.errors import StokerError
-from stoker.run import media, view
+from stoker.run import media
 from stoker.run.directory import RunDirectory
+from stoker.status import FINISHED, INTERRUPTED, PAUSED, PREEMPTED
 from stoker.tracking import identity, sink, wandb_files
 from stoker.tracking.feed import SYSTEM
 from stoker.tracking.sink import Batch, Ending, Point, SinkRun
@@ -53,7 +54,7 @@ _TAKEN = {*_ITS_OWN, _STEP, _SAMPLE}
 _REFUSED = re.compile(r"[^\w.\-]|^(wandb-|job$)", re.ASCII)  # in names and kinds of artifacts
 _LONGEST_NAME = 80
 _HELD = (bool, int, float, str, date, Decimal)  # types of cells that W&B's tables hold
-_EXIT_CODES = {view.FINISHED: 0}  # all others are 1
+_EXIT_CODES = {FINISHED: 0}  # all others are 1
 
 
 class WandbSink:
@@ -165,7 +166,7 @@ class WandbSink:
     def conclude(self, ending: Ending) -> None:
         """Finish the W&B run; returns when everything is on disk, or uploaded."""
         self._run.summary["stoker/status"] = ending.status
-        if ending.status in (view.PREEMPTED, view.INTERRUPTED, view.PAUSED):
+        if ending.status in (PREEMPTED, INTERRUPTED, PAUSED):
             self._run.mark_preempting()
         run, self._run = self._run, None
         run.finish(exit_code=_EXIT_CODES.get(ending.status, 1))
@@ -268,7 +269,7 @@ def _settings() -> Any:
 def _accepted(name: str) -> str:
     """A name or kind of an artifact as W&B accepts it: with a hash if it is not the same."""
     accepted = _REFUSED.sub("_", name)[:_LONGEST_NAME]
-    return name if accepted == name else f"{accepted}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return name if accepted == name else identity.marked(accepted, name)
 
 
 def _cell(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from stoker.errors import StokerError
-from stoker.run import view
+from stoker.status import FINISHED
 from stoker.tune.plan import Plan
 from stoker.tune.seen import Seen
 from stoker.tune.trial import Ended
@@ -37,7 +37,7 @@ class Failures:
 
     def check(self, ended: Ended) -> None:
         """Raises StokerError if the search should not go on after a trial ended like this."""
-        if ended.status == view.FINISHED:
+        if ended.status == FINISHED:
             self._check_logged(ended)
             self._warn_of_short(self._trials[ended.number])
         self.check_count()

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from stoker import disk, machine, redaction, signals, storage
 from stoker.errors import BadInput, StokerError, Stopped, trace_of
-from stoker.run import view
+from stoker.status import FINISHED, PAUSED, STOPPED
 from stoker.tune.trial import Began, Ended, Job, Link, Report
 
 PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
@@ -36,7 +36,7 @@ _AHEAD = 2
 """Trials queued in a process behind its current one, so that it never waits for the controller."""
 _SHORT = 1.0
 """A trial is queued only behind trials shorter than this many seconds, as it cannot start elsewhere."""
-_GOES_ON = (view.FINISHED, view.STOPPED, view.PAUSED)
+_GOES_ON = (FINISHED, STOPPED, PAUSED)
 """The statuses after which a process may train another trial: after others, it failed or was told to end."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _SCRIPT = threading.Lock()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from stoker import machine, ray_errors, ray_token
 from stoker.errors import BadInput, StokerError
+from stoker.status import PREEMPTED
 from stoker.tune import local
 from stoker.tune.local import Function, Over
 from stoker.tune.trial import Began, Ended, Job, Report
@@ -421,7 +422,7 @@ class Workers:
         try:
             if trial.slot is None:
                 trial.slot = self._place(trial)
-            ended = self._follow(trial, trial.slot) if trial.slot else Ended(number, "preempted")
+            ended = self._follow(trial, trial.slot) if trial.slot else Ended(number, PREEMPTED)
         except RayError as error:
             said = first_line(error)
             ended = Ended(number, "killed", f"its host on the cluster was lost: {said}")

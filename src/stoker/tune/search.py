@@ -20,7 +20,8 @@ from stoker.errors import StokerError
 from stoker.run import additions, finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import pareto_front
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FAILED, FINISHED, INTERRUPTED, KILLED, PAUSED, PREEMPTED, STOPPED
 from stoker.tune import forking, record, seen
 from stoker.tune import study as studies
 from stoker.tune.entries import Entries
@@ -42,9 +43,9 @@ _RESTARTS = 3
 _LOOK = 1.0
 """Seconds between looks for room, if there was none for any trial; or for a checkpoint to fork."""
 _OF_A_RUN: dict[str, State] = {
-    view.FINISHED: "complete", view.STOPPED: "pruned", view.PAUSED: "paused", view.FAILED: "failed"
+    FINISHED: "complete", STOPPED: "pruned", PAUSED: "paused", FAILED: "failed"
 }  # fmt: skip
-_WAITING = (view.PAUSED, view.PREEMPTED, view.INTERRUPTED, view.KILLED)
+_WAITING = (PAUSED, PREEMPTED, INTERRUPTED, KILLED)
 """The statuses of a run that is to be continued."""
 _ANSWERS = {Decision.CONTINUE: "continue", Decision.PAUSE: "paused", Decision.STOP: "stopped"}
 
@@ -431,7 +432,7 @@ class Search:
                 return None
             trial.spent += seen.spent(run)
             values = list(seen.points(run, self.plan.first.metric).values())
-            if run.status != view.FINISHED or not values:
+            if run.status != FINISHED or not values:
                 return run
             trial.values[share] = values[-1]
             trial.others = seen.newest(run, self.plan.objectives)

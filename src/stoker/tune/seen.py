@@ -11,8 +11,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from stoker import duration
 from stoker.checkpoint import manifest
-from stoker.run import view
-from stoker.run.view import RunView
+from stoker.run.state import RunView
+from stoker.status import FINISHED
 from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.promising import NEWEST
 from stoker.tune.schedulers import Known, State
@@ -167,7 +167,7 @@ def trained_since(trial: FrozenTrial, run: RunView, objectives: Sequence[Objecti
     value.
     """
     ended = trial.datetime_complete
-    if run.status != view.FINISHED or ended is None or run.attempts[-1].started < ended.timestamp():
+    if run.status != FINISHED or ended is None or run.attempts[-1].started < ended.timestamp():
         return False
     values = [run.last(one.metric) for one in objectives]
     whole = all(value is not None and math.isfinite(value) for value in values)

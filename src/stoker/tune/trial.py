@@ -15,8 +15,7 @@ from typing import Any
 from stoker import duration
 from stoker.attempt import Attempt
 from stoker.errors import EXIT_FAILED, StokerError
-from stoker.periodic import Job as Timed
-from stoker.periodic import Periodic
+from stoker.periodic import Periodic, Task
 from stoker.supervision import Heart
 from stoker.tune.plan import SHARE
 
@@ -184,7 +183,7 @@ class Reporter:
             link,
             waits,
         )
-        self._sends = None if waits else Periodic([Timed(_HELD, link.send_held)])
+        self._sends = None if waits else Periodic([Task(_HELD, link.send_held)])
         self.logged: set[str] = set()
         """The names of all metrics logged so far."""
         self.values: dict[str, float] = {}

@@ -16,7 +16,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
 from stoker.cli.runs.common import RunsMeant
 from stoker.errors import BadInput
 from stoker.run import reading
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 from stoker.words import counted
 
 if TYPE_CHECKING:

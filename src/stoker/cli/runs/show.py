@@ -11,7 +11,7 @@ from stoker.report import commands, facts, performance, terminal
 from stoker.report.terminal import Listed, Pending
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
-from stoker.run.view import RunView
+from stoker.run.state import RunView
 
 
 def show(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:

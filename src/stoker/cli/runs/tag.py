@@ -58,7 +58,7 @@ def _changes(run: RunDirectory, tags: list[str], remove: list[str]) -> dict[str,
 
 def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) -> None:
     """Add the changes to the run; have them shipped to the sinks."""
-    from stoker.tracking import follower
+    from stoker.tracking import follower, sinks
 
     events: dict[str, dict[str, Any]] = {}
     if changes:
@@ -69,5 +69,5 @@ def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) 
         additions.add(run, events)
     except OSError as error:
         raise BadInput(f"{run.journal} cannot be written: {error.strerror}") from error
-    if follower.enabled() and not run.alive:  # a run in training has its own follower
+    if sinks.enabled() and not run.alive:  # a run in training has its own follower
         follower.spawn(run, once=True)

@@ -42,7 +42,7 @@ class Again:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
-    """How the original run used the devices, see `Attempt.layout`."""
+    """How the original run used the devices, see `AttemptView.layout`."""
     until: int | None = None
     """The last step to train; None if the run ends by itself."""
 
