@@ -348,7 +348,7 @@ class Checkpoints:
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._attempt.directory.path))
-        self._attempt.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
+        self._attempt.checkpoint_made(saved.step, relative, saved.bytes)
         goal = goal_of(self.best, self._attempt.goals)
         best = manifest.best(self._folder, self.best, goal) if goal else None
         # The process may have been suspended since it wrote the checkpoint.

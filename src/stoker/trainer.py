@@ -334,8 +334,8 @@ class Trainer:
         if self._schedule is not None and self.world.rank == 0 and self.steps_done < loop.end:
             warn_of_no_peak(self._schedule, loop.end)
         self._gauge.pace.count(loader.batch_size, loader.tokens_per_sample)
-        self._attempt.event(
-            "plan", **loop.plan(self._at), data_share=self.training.data_share, best=self._checkpoints.best
+        self._attempt.plan_steps(
+            **loop.plan(self._at), data_share=self.training.data_share, best=self._checkpoints.best
         )
         with self._attempt.stop.deferred(), self._progress():
             yield from self._remaining(loop)
@@ -976,7 +976,7 @@ class Trainer:
                 log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
         if self.run.continued:
             self._checkpoints.void_after(self.steps_done)
-            self._attempt.event("resumed", step=self.steps_done, passed_over=passed_over)
+            self._attempt.resumed(self.steps_done, passed_over)
             self.run.step = self.steps_done
         elif found is not None:  # another run's checkpoint, put there for this run to begin from
             self._attempt.event("begun_from", step=self.steps_done)
