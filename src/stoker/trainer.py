@@ -13,7 +13,6 @@ batch was divided.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -129,7 +128,7 @@ class Trainer:
         if self.training.deterministic:
             determinism.require()
         self.device = device.pick(self.world)
-        self._imagination, model, load = imagined.of(self.world, model, load)
+        self._made, model, load = imagined.of(self.world, model, load)
         self.strategy, why = strategies.choose(model, self.training, self.world, self.device)
         distributed.join(self.world, training.backend, alone=self.strategy not in ("single", "pipeline"))
         self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
@@ -146,7 +145,9 @@ class Trainer:
         )  # before a strategy gives them other names
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer or {}, load)
         self.model, self.optimizers = self._step.model, self._step.optimizers
-        self._ema = self._average()
+        decays = self.training.ema.decay is not None
+        self._ema = Ema(self._step.weights(), self.training.ema, self._step.publish) if decays else None
+        self._made.holds(self._step, self._ema, self.training, self.strategy)
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
@@ -186,13 +187,6 @@ class Trainer:
         self._say(why)
         self._restore()
         self._restored_step = self.steps_done
-
-    def _average(self) -> Ema | None:
-        decays = self.training.ema.decay is not None
-        ema = Ema(self._step.weights(), self.training.ema, self._step.publish) if decays else None
-        if self._imagination is not None:
-            self._imagination.holds(self._step, ema, self.training, self.strategy)
-        return ema
 
     def _loss_watch(self) -> bad_loss.LossWatch:
         asks = self.training.on_bad_loss != "stop" or self.training.spike is not None
@@ -350,8 +344,7 @@ class Trainer:
             self._at.behind.add(self._loop.number)
             number = self._loop.number + 1
         loop = loops.begin(number, loader, length, self._at, from_here=from_here)
-        if self._imagination is not None:
-            loop.end = max(loop.end, imagined.STEPS + 1)
+        loop.end = self._made.end(loop.end)
         return loop
 
     @property
@@ -368,7 +361,7 @@ class Trainer:
     @property
     def _only_steps(self) -> bool:
         """Whether the loop is about steps alone: they are timed, or imagined."""
-        return self._attempt.measure is not None or self._imagination is not None
+        return self._attempt.measure is not None or not self._made.is_real
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
         is_past = self.steps_done > self._total
@@ -421,8 +414,8 @@ class Trainer:
         self._at.move(loader.batch_size)
         self._heart.beat(self.steps_done)
         profiler.step(self.steps_done)
-        if self._imagination is not None and self.steps_done == imagined.STEPS:
-            self._write_plan(batch)
+        if found := self._made.result_after(self.steps_done):
+            self._write_plan(batch, found)
             raise Stopped("planned")
         if timing is not None and (timed := timing.step(pace.waited)):
             self._gauge.write_timing(timed, loader)
@@ -454,7 +447,7 @@ class Trainer:
     def _keep_buffers(self) -> None:
         """Copy the buffers as they are between updates, if a pass may turn out not to count."""
         undone = self.training.on_bad_loss == "skip" or self.training.micro_batch == "auto"
-        if undone and self._imagination is None and not self._adding_up:
+        if undone and self._made.is_real and not self._adding_up:
             self._buffers.keep()
 
     @property
@@ -464,23 +457,18 @@ class Trainer:
 
     def _handed_out(self, batch: Any) -> Iterator[Any]:
         """Yield a batch to the loop's body; for a plan, one without values, and follow its allocations."""
-        if self._imagination is None:
-            yield batch
-            return
-        without_values = self._imagination.batch(batch)
-        with self._imagination.step():
-            yield without_values
+        given = self._made.batch(batch)
+        with self._made.step():
+            yield given
 
-    def _write_plan(self, batch: Any) -> None:
+    def _write_plan(self, batch: Any, found: dict[str, Any]) -> None:
         """Write the memory that a step of the planned ranks needs, for `stoker plan`."""
-        assert self._imagination is not None
         share = batches.size(batch, self._cut.share)
         about = {
             "parallel": self.strategy, "precision": self.precision, "ranks": self.world.size,
             "rank": self.world.planned_rank, "memory": self.world.planned, "share": share,
             "micro_batch": self._cut.size or share,
         }  # fmt: skip
-        found = self._imagination.result(offloaded=self.strategy == "fsdp" and self.training.fsdp.offload)
         storage.write_json(self.run.directory.logs / imagined.FILE, {**about, **found})
         imagined.remember(self.run.directory, self.world.size, found["peak"])
 
@@ -658,10 +646,7 @@ class Trainer:
         """This rank's share of a batch on the device, in micro-batches."""
         self._note("computed")
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
-        parts = self._cut.of(on_device)
-        if self._imagination is None or self.strategy == "pipeline":
-            return parts
-        return itertools.islice(parts, imagined.PARTS[self.steps_done])
+        return self._made.parts(self._cut.of(on_device), self.steps_done)
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""
@@ -813,7 +798,7 @@ class Trainer:
         loss = self._setting.loss
         if loss is None:
             raise ValueError("evaluate() needs the Trainer's loss")
-        if self._imagination is not None:
+        if not self._made.is_real:
             return math.nan
         measured = self.measure(
             dataset, lambda output, batch: {"loss": Mean(*loss(output, batch))},
@@ -840,7 +825,7 @@ class Trainer:
                 rank computes at most `micro_batch` of them at once, so its batches are no larger.
             workers: processes that read samples; by default as many as the loader has.
         """
-        if self._imagination is not None:
+        if not self._made.is_real:
             return imagined.Unknown()
         if workers is None:
             workers = self._loop.loader.workers if self._loop is not None else 0
@@ -874,7 +859,7 @@ class Trainer:
         Args:
             wanted: whether to include the tensor of this name; must be the same on every rank.
         """
-        if self._imagination is not None:
+        if not self._made.is_real:
             return {}
         with self.averaged():
             return whole.state_dict(self._step, self.mesh, wanted)
@@ -938,7 +923,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Save now, between steps."""
-        if self._due.saved_step == self.steps_done or self._imagination is not None:
+        if self._due.saved_step == self.steps_done or not self._made.is_real:
             return
         if wrong := self._losses.look():
             raise StokerError(f"by step {self.steps_done} {wrong}; no checkpoint is saved of the result")
