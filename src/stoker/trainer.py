@@ -28,7 +28,6 @@ from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
     arguments,
-    bad_loss,
     batches,
     blocks,
     deepspeed_file,
@@ -49,7 +48,6 @@ from stoker.engine import (
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
-from stoker.engine.buffers import Buffers
 from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
@@ -61,6 +59,7 @@ from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Settin
 from stoker.engine.timing import Timing
 from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
+from stoker.guard import Guard
 from stoker.loops import Loop
 from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
@@ -153,7 +152,7 @@ class Trainer:
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._registered = Registered(self.world, self.device, self.optimizers)
         self._registered.add(stateful.extra(self.model))
-        self._modes, self._buffers = Modes(self.model), Buffers(self.model)
+        self._modes = Modes(self.model)
         self._checkpoints = Checkpoints(
             self._attempt,
             Saved(
@@ -167,7 +166,10 @@ class Trainer:
         self._gauge = Gauge(self._attempt, self._step, self.device, self.training, self.precision)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.strategy, block)
-        self._losses = self._loss_watch()
+        self._guard = Guard(
+            self._attempt, self._step, self._checkpoints, self.training, self._heart,
+            at_once=self.device.type == "cpu",
+        )  # fmt: skip
         self._loss: Weight = 0.0
         self._weight: Weight = 0.0
         self._loop: Loop | None = None
@@ -187,12 +189,6 @@ class Trainer:
         self._say(why)
         self._restore()
         self._restored_step = self.steps_done
-
-    def _loss_watch(self) -> bad_loss.LossWatch:
-        asks = self.training.on_bad_loss != "stop" or self.training.spike is not None
-        several = len(self.optimizers) > 1  # and as many losses, which have no median in common
-        spike = None if several else self.training.spike
-        return bad_loss.LossWatch(spike, at_once=asks or self.device.type == "cpu")
 
     def _say(self, why: str) -> None:
         if self.world.rank == 0:
@@ -445,10 +441,8 @@ class Trainer:
             self._loss = self._weight = 0.0
 
     def _keep_buffers(self) -> None:
-        """Copy the buffers as they are between updates, if a pass may turn out not to count."""
-        undone = self.training.on_bad_loss == "skip" or self.training.micro_batch == "auto"
-        if undone and self._made.is_real and not self._adding_up:
-            self._buffers.keep()
+        if self._made.is_real and not self._adding_up:
+            self._guard.keep_buffers()
 
     @property
     def _adding_up(self) -> bool:
@@ -599,7 +593,7 @@ class Trainer:
                     said = out_of_memory.said(error, self.world.rank)
                     raise OutOfMemory(f"{said} The next start takes {self._cut.size}", less=True) from error
                 self._step.clear()
-                self._buffers.put_back()
+                self._guard.put_buffers_back()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 log.warning("step %d: out of memory; micro_batch=%d now", self.steps_done + 1, self._cut.size)
@@ -611,36 +605,6 @@ class Trainer:
         """
         if rehearsal.works_alone(self._step, self._setting, self.strategy):
             rehearsal.alone(self._step, self._setting, next(self.micro(batch)))
-
-    def _answer_bad_loss(self, wrong: str) -> None:
-        """Do what `on_bad_loss` says; the current step has changed no weights yet. All ranks call it."""
-        step, how = self.steps_done + 1, self.training.on_bad_loss
-        too_many = self._losses.count(step)
-        if how == "stop" or too_many:
-            raise StokerError(bad_loss.explained(step, wrong, self._step.weights(), too_many=too_many))
-        first = self.samples_done
-        last = first + (self._loop.loader.batch_size if self._loop is not None else 1) - 1
-        self._attempt.event("skipped", step=step, samples=[first, last], reason=wrong)
-        if self.world.rank == 0:
-            log.warning("step %d: %s; samples %d to %d are left out", step, wrong, first, last)
-        if how == "rewind":
-            self._rewind(step)
-        else:
-            self._buffers.put_back()
-
-    def _rewind(self, step: int) -> None:
-        """Restore the weights and optimizer state of the newest checkpoint; the data continues.
-
-        Each checkpoint is used once: one that has led to a bad loss before is passed over for an older one.
-        """
-        self._finish_saving()
-        found, _ = self._checkpoints.newest(but=self._losses.rewound_to)
-        if found is None:
-            raise StokerError(f"step {step}: there is no checkpoint left to rewind to; all were tried")
-        self._losses.rewind(found.step, self._checkpoints.restore(found).position)
-        self._attempt.event("rewound", step=step, to=found.step)
-        if self.world.rank == 0:
-            log.warning("rewound the weights to those of step %d", found.step)
 
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
@@ -686,13 +650,13 @@ class Trainer:
     ) -> torch.Tensor:
         """Step an optimizer unless the loss or a gradient is bad; returns the mean loss."""
         loss = loss_sum / gradients.divisor(weight)
-        wrong = self._losses.see(loss)
+        wrong = self._guard.see(loss)
         if wrong:
             self._step.clear()
         elif not self._update(optimizer, weight) and not self._scale.enabled:
             wrong = "a gradient is not finite"
         if wrong:
-            self._answer_bad_loss(wrong)
+            self._guard.answer(wrong, self._at, self._loop.loader.batch_size if self._loop is not None else 1)
         self._note("trained on")
         return loss
 
@@ -925,7 +889,7 @@ class Trainer:
         """Save now, between steps."""
         if self._due.saved_step == self.steps_done or not self._made.is_real:
             return
-        if wrong := self._losses.look():
+        if wrong := self._guard.look():
             raise StokerError(f"by step {self.steps_done} {wrong}; no checkpoint is saved of the result")
         if self._adding_up and self.world.rank == 0:
             log.warning(
@@ -937,7 +901,7 @@ class Trainer:
         self._checkpoints.agree_on_metrics()
         with self._gauge.spending("checkpointing"):
             self._finish_saving()
-            self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._due.keeps_best)
+            self._checkpoints.save({**self._at.written(), **self._guard.state()}, exact=self._due.keeps_best)
         self._due.saved(self.steps_done)
 
     def _finish_saving(self) -> None:
@@ -954,7 +918,7 @@ class Trainer:
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()
                 self._at.left.clear()
-            self._losses.restore(saved)
+            self._guard.restore(saved)
             self._due.saved(self.steps_done)
             self._heart.saved(self.steps_done)
             if self.world.rank == 0:
