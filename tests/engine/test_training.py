@@ -564,7 +564,7 @@ def test_micro_batches_of_a_pipeline_suit_its_schedule() -> None:
 def test_what_needs_an_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'stoker\[deepspeed\]'"):
-        options.check(Training(parallel="deepspeed"), ranks=2, gpus=0)
+        options.check(deepspeed_file.completed(Training(parallel="deepspeed")), ranks=2, gpus=0)
     with pytest.raises(BadInput, match=r"pip install 'stoker\[quantisation\]'"):
         optimizers.factory("adamw8bit", lr=1e-3)
 
@@ -584,7 +584,7 @@ def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
     )  # fmt: skip
     found = deepspeed_file.completed(Training(parallel="deepspeed", deepspeed=chosen))
     assert (found.micro_batch, found.clip_norm, found.precision) == (2, 0.7, "bf16")
-    assert deepspeed_file.stage(chosen) == 1
+    assert found.deepspeed.stage == 1
 
 
 @pytest.mark.parametrize(
@@ -665,7 +665,8 @@ def test_a_deepspeed_file_sets_the_precision_or_leaves_it(
 def test_what_its_stage_or_no_checkpoint_reaches_is_refused_in_a_deepspeed_file_too(
     content: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, zero_optimization=content))
+    given = Training(parallel="deepspeed", deepspeed=_file(tmp_path, zero_optimization=content))
+    training = deepspeed_file.completed(given)
     with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
         options.check(training, ranks=2, gpus=0)
 
@@ -742,7 +743,9 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_deepspeed_file_with_another_stage_or_batch_is_refused(tmp_path: Path) -> None:
     chosen = _file(tmp_path, zero_optimization={"stage": 3}, train_batch_size=64)
     with pytest.raises(BadInput, match=r"the ZeRO stage is set twice: deepspeed.stage=2, but 3"):
-        deepspeed_file.stage(dataclasses.replace(chosen, stage=2))
+        deepspeed_file.completed(
+            Training(parallel="deepspeed", deepspeed=dataclasses.replace(chosen, stage=2))
+        )
     training = Training(parallel="deepspeed", deepspeed=chosen)
     with pytest.raises(BadInput, match="sets train_batch_size to 64, but the run uses 32"):
         deepspeed_file.check_batch(training, batch_size=32, ranks=2, parts=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 from stoker import words
-from stoker.engine import blocks, deepspeed_file
+from stoker.engine import blocks
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.step import Step
@@ -133,7 +133,7 @@ def needed(
     """
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stage = deepspeed_file.stage(training.deepspeed) if strategy == "deepspeed" else 0
+    stage = training.deepspeed.stage or 0 if strategy == "deepspeed" else 0
     whole = {"fsdp": 3, "pipeline": 3, "deepspeed": stage}.get(strategy, 0)
     by = [ranks if whole >= least else 1 for least in (3, 2, 1)]  # weights, gradients, optimizer state
     largest = blocks.largest(found)

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from stoker import distributed, words
-from stoker.engine import activation, blocks, deepspeed_file, device, memory, precision
+from stoker.engine import activation, blocks, device, memory, precision
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
@@ -141,7 +141,7 @@ def deepspeed(given: Layout) -> Step:
     _check_real(given.model, "DeepSpeed")
     check_file(given.training, given.setting, given.model)
     originals: Originals = {}
-    if deepspeed_file.stage(given.training.deepspeed) == 3:
+    if given.training.deepspeed.stage == 3:
         partition(given.model, given.blocks, given.training, given.setting, given.load, originals)
     given.load(given.model, given.setting.mesh.device, "")
     return DeepSpeedStep(given.model, given.training, given.setting, given.make, originals)

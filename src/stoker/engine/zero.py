@@ -69,7 +69,8 @@ class DeepSpeedStep:
         _quieten()
         import deepspeed
 
-        self.stage = deepspeed_file.stage(training.deepspeed)
+        assert training.deepspeed.stage is not None, "see deepspeed_file.completed"
+        self.stage = training.deepspeed.stage
         if setting.precision == "fp16" and self.stage > 0 and setting.mesh.device.type == "cpu":
             raise BadInput("parallel=deepspeed supports precision=fp16 on GPUs only: use bf16 or fp32")
         self._setting = setting
@@ -384,7 +385,7 @@ def partition(
 
 def _casts(model: nn.Module, training: Training, setting: Setting) -> bool:
     """Whether the weights of the forward pass have the run's precision. If not, autocast does the casting."""
-    halved = setting.precision != "fp32" and deepspeed_file.stage(training.deepspeed) > 0
+    halved = setting.precision != "fp32" and training.deepspeed.stage != 0
     return halved and not blocks.has_batch_norm(model)
 
 
@@ -454,7 +455,7 @@ def config(training: Training, setting: Setting, model: nn.Module) -> dict[str, 
     bucket = min(_BUCKET, sum(_shape(p).numel() for p in model.parameters() if p.requires_grad))
     halved = setting.precision if _casts(model, training, setting) else "fp32"
     chosen = training.deepspeed
-    zero: dict[str, Any] = {"stage": deepspeed_file.stage(chosen), "reduce_bucket_size": bucket}
+    zero: dict[str, Any] = {"stage": chosen.stage, "reduce_bucket_size": bucket}
     if chosen.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if chosen.offload_parameters:
