@@ -11,8 +11,8 @@ import logging
 from stoker.attempt import Attempt
 from stoker.engine import bad_loss
 from stoker.engine.buffers import Buffers
-from stoker.engine.options import Training
 from stoker.engine.position import Position
+from stoker.engine.settings import Training
 from stoker.engine.step import Step
 from stoker.errors import StokerError
 from stoker.saving import Checkpoints

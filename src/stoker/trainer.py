@@ -52,10 +52,10 @@ from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
-from stoker.engine.options import Training
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule, warn_of_no_peak
-from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
+from stoker.engine.settings import Training
+from stoker.engine.step import Load, LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timing
 from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
@@ -117,7 +117,7 @@ class Trainer:
         schedule: Schedule | None = None,
         training: Training = Training(),  # noqa: B008 (frozen)
         best: str = "val_loss",
-        load: strategies.Load = lambda model, device, prefix: None,
+        load: Load = lambda model, device, prefix: None,
     ) -> None:
         self.run, self._attempt = run, run.attempt
         self.world = run.world

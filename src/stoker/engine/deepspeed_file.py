@@ -11,12 +11,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from stoker.engine.settings import DeepSpeed, Precision, Training
 from stoker.errors import BadInput, nearest
-
-if TYPE_CHECKING:
-    from stoker.engine.options import DeepSpeed, Precision, Training
 
 
 def check(training: Training) -> None:

@@ -23,9 +23,8 @@ from stoker import storage
 from stoker.engine import batches, gradients
 from stoker.engine.allocations import Allocations, Key
 from stoker.engine.ema import Ema
-from stoker.engine.options import Training
-from stoker.engine.step import Step
-from stoker.engine.strategies import Load
+from stoker.engine.settings import Training
+from stoker.engine.step import Load, Step
 from stoker.run.directory import RunDirectory
 from stoker.tensors import like, local
 from stoker.world import World

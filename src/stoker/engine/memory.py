@@ -11,7 +11,7 @@ import torch
 from stoker import words
 from stoker.engine import blocks
 from stoker.engine.mesh import Mesh
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.engine.step import Step
 from stoker.errors import BadInput
 from stoker.world import World

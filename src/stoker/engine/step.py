@@ -25,6 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 LossFunction = Callable[[Any, Any], tuple[torch.Tensor, Weight]]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Optimizers = Mapping[str, torch.optim.Optimizer]
+Load = Callable[[nn.Module, torch.device, str], None]
+"""Allocates and fills what is on the meta device of a model, below a dotted prefix (all: "")."""
+Blocks = Sequence[tuple[str, nn.Module]]
+"""The repeated blocks of a model, with their names."""
 
 
 class Step(Protocol):

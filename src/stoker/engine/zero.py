@@ -12,7 +12,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from stoker import words
 from stoker.engine import blocks, deepspeed_file, gradients, quiet
 from stoker.engine.agreement import Agreement, Weight
-from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
+from stoker.engine.settings import Training
 from stoker.engine.step import (
+    Blocks,
+    Load,
     OptimizerFactory,
     Setting,
     apply,
@@ -354,10 +356,10 @@ class DeepSpeedStep:
 
 def partition(
     model: nn.Module,
-    blocks: Sequence[tuple[str, nn.Module]],
+    blocks: Blocks,
     training: Training,
     setting: Setting,
-    load: Callable[[nn.Module, torch.device, str], None],
+    load: Load,
     originals: Originals,
 ) -> None:
     """Partition a model on the meta device among the ranks as it is loaded, block by block (stage 3).
