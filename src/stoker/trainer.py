@@ -139,9 +139,8 @@ class Trainer:
             guarded=self.training.on_bad_loss != "stop",
         )  # fmt: skip
         model.train()
-        block = blocks.largest(
-            blocks.find(model, self.training.blocks)
-        )  # before a strategy gives them other names
+        # Before a strategy gives them other names.
+        block = blocks.largest(blocks.find(model, self.training.blocks))
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer or {}, load)
         self.model, self.optimizers = self._step.model, self._step.optimizers
         decays = self.training.ema.decay is not None

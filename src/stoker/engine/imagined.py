@@ -128,9 +128,8 @@ def of(world: World, model: nn.Module, load: Load) -> tuple[Reality | Imaginatio
 
 def _replace(model: nn.Module, prefix: str, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace parameters and buffers below a dotted prefix; shared ones stay shared."""
-    known: dict[
-        int, tuple[torch.Tensor, torch.Tensor]
-    ] = {}  # keeps the old one too, so that its id is not reused
+    # The old one is kept too, so that its id is not reused.
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in model.named_modules():
         held = (module._parameters, module._buffers) if f"{name}.".startswith(prefix) else ()
         for tensors in held:

@@ -71,9 +71,8 @@ def by_kind(step: Step, device: torch.device, training: Training) -> dict[str, i
     """
     together = max if training.optimizer_in_backward else sum
     own = list(step.weights().values())
-    states = [
-        getattr(o, "optimizer", o).state.values() for o in step.optimizers.values()
-    ]  # DeepSpeed wraps the optimizer
+    # DeepSpeed wraps the optimizer.
+    states = [getattr(o, "optimizer", o).state.values() for o in step.optimizers.values()]
     kept = (t for state in states for of in state for t in of.values() if isinstance(t, torch.Tensor))
     return {
         "weights": held([*step.model.parameters(), *step.model.buffers(), *own]),

@@ -155,9 +155,8 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
         nn.SyncBatchNorm.convert_sync_batchnorm(model, group)  # type: ignore[no-untyped-call]
     for name, p in model.named_parameters():
         if p.requires_grad and precision.wide(p.dtype) != p.dtype:
-            p.data = p.data.to(
-                precision.wide(p.dtype)
-            )  # master weights: an update can be far below the resolution of bf16
+            # Master weights: an update can be far below the resolution of bf16.
+            p.data = p.data.to(precision.wide(p.dtype))
         if p.requires_grad and p.dtype == torch.complex128:  # not supported by safetensors
             raise BadInput(f"{name} is complex128, which checkpoints do not support: use complex64")
     if strategy != "pipeline":

@@ -78,9 +78,8 @@ class DeepSpeedStep:
         self._setting = setting
         made = build_optimizers(model, make)["main"]
         _check_optimizer(made)
-        made.param_groups = [
-            group for group in made.param_groups if group["params"]
-        ]  # DeepSpeed flattens each group
+        # DeepSpeed flattens each group.
+        made.param_groups = [group for group in made.param_groups if group["params"]]
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
         self._casts, self._originals = _casts(model, training, setting), originals
