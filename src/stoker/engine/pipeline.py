@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from stoker import distributed
+from stoker import distributed, tensors
 from stoker.engine import batches, blocks, device, gradients, imagined, modes, parallel, stages
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.settings import Training
@@ -92,6 +92,10 @@ class PipelineStep:
 
     def publish(self) -> None:
         """See `Step`: the forward pass uses the weights themselves."""
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Step`."""
+        return tensors.whole(tensor.detach())
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`. Raises BadInput if the micro-batches differ in shape."""

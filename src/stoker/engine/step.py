@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from stoker import tensors
 from stoker.engine import arguments, gradients
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.in_backward import InBackward
@@ -62,6 +63,10 @@ class Step(Protocol):
 
     def publish(self) -> None:
         """Make the forward pass use what was written to the weights; all ranks call it."""
+        ...
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A full parameter or buffer of this rank's part of the model. Ranks that share the part call it."""
         ...
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
@@ -217,6 +222,10 @@ class PlainStep:
 
     def publish(self) -> None:
         """See `Step`: the forward pass uses the weights themselves."""
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Step`."""
+        return tensors.whole(tensor.detach())
 
     @property
     def adding_up(self) -> bool:

@@ -179,7 +179,7 @@ class DeepSpeedStep:
                 self.use(self.model.get_parameter(name), value)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A full parameter or buffer on the CPU; float32 if it is trained. All ranks call it.
+        """See `Step`: on the CPU, and in float32 if it is trained. All ranks call it.
 
         On rank 0 a frozen parameter is the original one.
         """
