@@ -45,6 +45,7 @@ FLOORS = (
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},
     {"attempt"},
     {"user_run", "saving", "evaluation", "exports", "gauge", "loops"},
+    {"guard"},
     {"trainer"},
     {"language", "preloaded"},
     {"recipes", "report", "launch", "tune"},

@@ -126,7 +126,7 @@ def test_the_latest_value_is_the_first_of_the_newest_step_as_in_the_journal(open
         assert run.latest == {"a": 3.0, "b": 3.0, "c": 1.0, "late": 1.0}
         assert run.latest == {metric: summary.last for metric, summary in run.summary.items()}
     with open_run() as run:
-        run.attempt.event("resumed", step=2, passed_over=[])
+        run.attempt.resumed(2)
         run.log(a=2.0, step=2)
         run.log(a=7.0, step=3)
         run.log(a=8.0, late=5.0, step=3)
@@ -613,7 +613,7 @@ def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(
             run.text("said", f"step {step}")
         _wait_for_the_machine(run)
     with open_run() as run:
-        run.attempt.event("resumed", step=2, passed_over=[])
+        run.attempt.resumed(2)
         assert run.latest == {"loss": 2.0}
         run.log(loss=30.0, step=3)
         _wait_for_the_machine(run)

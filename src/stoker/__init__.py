@@ -13,7 +13,7 @@ from stoker.errors import BadInput, StokerError
 
 if TYPE_CHECKING:
     from stoker.duration import Duration
-    from stoker.engine.options import Training
+    from stoker.engine.settings import Training
     from stoker.integrations.sweeping import sweep
     from stoker.run.reading import runs
     from stoker.trainer import Trainer
@@ -23,7 +23,7 @@ __all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "Training", 
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
-    "Run": "user_run", "Trainer": "trainer", "Training": "engine.options", "Duration": "duration",
+    "Run": "user_run", "Trainer": "trainer", "Training": "engine.settings", "Duration": "duration",
     "sweep": "integrations.sweeping", "runs": "run.reading",
 }  # fmt: skip
 

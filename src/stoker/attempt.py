@@ -85,7 +85,7 @@ class Attempt:
     samples_per_epoch: int | None = None
     """Samples per epoch in the previous attempt, if it used the same share of the data."""
     plan: Mapping[str, Any] = types.MappingProxyType({})
-    """What a Trainer says of the steps it is going to make: `total_steps`, `samples_per_step`, ..."""
+    """What a Trainer says of the steps it is going to make; see `plan_steps`."""
     profile: tuple[int, int] | None = None
     """First and last step that a Trainer profiles."""
     measure: int | None = None
@@ -417,25 +417,26 @@ class Attempt:
             )  # fmt: skip
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        """Append an event; what a Trainer's events mean for this attempt follows from them."""
+        """Append an event."""
         self.recorder.event(kind, **fields)
-        if kind in ("artifact", "media") and self.world.rank == 0:
+
+    def medium(self, kind: str, name: str, step: int, **fields: Any) -> None:
+        """Record something to look at, such as an image."""
+        self.event("media", kind=kind, name=name, step=step, **fields)
+        self._keep()
+
+    def artifact(self, name: str, kind: str, path: str, files: list[dict[str, Any]]) -> None:
+        """Record an artifact, which replaces the one of the same name."""
+        event = {"name": name, "kind": kind, "path": path, "files": files}
+        self.event("artifact", **event)
+        self._keep()
+        self.recorded[name] = event
+        self.made.add(kind)
+
+    def _keep(self) -> None:
+        """The run has something to keep, even if it never logs a metric."""
+        if self.world.rank == 0:
             self.recorder.begin()
-        if kind == "artifact":
-            self.recorded[fields["name"]] = fields
-        if kind == "plan":
-            self.plan = fields
-        if kind == "checkpoint":
-            self._saved |= {fields["step"]}
-            self._background.uploads.begin()
-        if kind == "resumed":
-            step = self.begun_at = fields["step"]
-            self._has_resumed = True
-            self._saved = frozenset(saved for saved in self._saved if saved <= step)
-            points = self._before.points if self._before is not None else {}
-            newest = {name: s.newest(step) for name, s in points.items() if s.x[0] <= step}
-            self.recorder.go_on_from(step, newest)
-            self._before = None
 
     def note(self, text: str) -> None:
         """Add a note, unless the run has it already."""
@@ -487,6 +488,37 @@ class Attempt:
         self._finish, self._conclude, self._trained = finish, conclude, trained
         threads.at_end_of_script(self._conclude_script)
         self.heart = heart
+
+    def plan_steps(self, **plan: Any) -> None:
+        """A Trainer says which steps it is going to make: `total_steps`, `samples_per_step`, ..."""
+        self.event("plan", **plan)
+        self.plan = plan
+
+    def checkpoint_made(self, step: int, path: str, size: int) -> None:
+        """A checkpoint is on disk.
+
+        Args:
+            path: its folder in the run's directory.
+            size: its bytes.
+        """
+        self.event("checkpoint", step=step, path=path, bytes=size)
+        self._saved |= {step}
+        self._background.uploads.begin()
+
+    def resumed(self, step: int, passed_over: Sequence[str] = ()) -> None:
+        """The run goes on from a step, and what it had logged beyond is void.
+
+        Args:
+            passed_over: the newer checkpoints that are not valid, each with the reason.
+        """
+        self.event("resumed", step=step, passed_over=passed_over)
+        self.begun_at = step
+        self._has_resumed = True
+        self._saved = frozenset(saved for saved in self._saved if saved <= step)
+        points = self._before.points if self._before is not None else {}
+        newest = {name: s.newest(step) for name, s in points.items() if s.x[0] <= step}
+        self.recorder.go_on_from(step, newest)
+        self._before = None
 
     def newest_checkpoint(self, but: Set[int] = frozenset()) -> Newest:
         """The checkpoint to resume from.

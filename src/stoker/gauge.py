@@ -17,9 +17,9 @@ from stoker.attempt import Attempt
 from stoker.data.loader import Loader
 from stoker.engine import flops as operations
 from stoker.engine import imagined, memory
-from stoker.engine.options import Training
 from stoker.engine.pace import Pace
 from stoker.engine.precision import Resolved
+from stoker.engine.settings import Training
 from stoker.engine.step import Step
 from stoker.engine.timing import Timed
 from stoker.progress import short

@@ -24,7 +24,7 @@ from stoker.checkpoint.stateful import Registered
 from stoker.checkpoint.store import Tensors
 from stoker.data.loader import Loader
 from stoker.duration import Duration
-from stoker.engine import counting, random_state, strategies
+from stoker.engine import counting, parallel, random_state
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.mesh import Mesh
@@ -73,7 +73,7 @@ class Saved:
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the joined values of all ranks. All ranks call it."""
-        strategies.gather_no_more(self.step.model)
+        parallel.gather_no_more(self.step.model)
         self.frozen.check(position["step"])
         kept, part = self.frozen.kept(), self._part()
         parameters = dict(self.step.model.named_parameters())
@@ -348,7 +348,7 @@ class Checkpoints:
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._attempt.directory.path))
-        self._attempt.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
+        self._attempt.checkpoint_made(saved.step, relative, saved.bytes)
         goal = goal_of(self.best, self._attempt.goals)
         best = manifest.best(self._folder, self.best, goal) if goal else None
         # The process may have been suspended since it wrote the checkpoint.

@@ -13,7 +13,6 @@ batch was divided.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,6 @@ from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
     arguments,
-    bad_loss,
     batches,
     blocks,
     deepspeed_file,
@@ -50,18 +48,18 @@ from stoker.engine import (
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
-from stoker.engine.buffers import Buffers
 from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
-from stoker.engine.options import Training
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule, warn_of_no_peak
-from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
+from stoker.engine.settings import Training
+from stoker.engine.step import Load, LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timing
 from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
+from stoker.guard import Guard
 from stoker.loops import Loop
 from stoker.progress import ProgressDisplay, Reading
 from stoker.run.series import goal_of
@@ -119,7 +117,7 @@ class Trainer:
         schedule: Schedule | None = None,
         training: Training = Training(),  # noqa: B008 (frozen)
         best: str = "val_loss",
-        load: strategies.Load = lambda model, device, prefix: None,
+        load: Load = lambda model, device, prefix: None,
     ) -> None:
         self.run, self._attempt = run, run.attempt
         self.world = run.world
@@ -129,7 +127,7 @@ class Trainer:
         if self.training.deterministic:
             determinism.require()
         self.device = device.pick(self.world)
-        self._imagination, model, load = imagined.of(self.world, model, load)
+        self._made, model, load = imagined.of(self.world, model, load)
         self.strategy, why = strategies.choose(model, self.training, self.world, self.device)
         distributed.join(self.world, training.backend, alone=self.strategy not in ("single", "pipeline"))
         self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
@@ -141,18 +139,19 @@ class Trainer:
             guarded=self.training.on_bad_loss != "stop",
         )  # fmt: skip
         model.train()
-        block = blocks.largest(
-            blocks.find(model, self.training.blocks)
-        )  # before a strategy gives them other names
+        # Before a strategy gives them other names.
+        block = blocks.largest(blocks.find(model, self.training.blocks))
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer or {}, load)
         self.model, self.optimizers = self._step.model, self._step.optimizers
-        self._ema = self._average()
+        decays = self.training.ema.decay is not None
+        self._ema = Ema(self._step.weights(), self.training.ema, self._step.publish) if decays else None
+        self._made.holds(self._step, self._ema, self.training, self.strategy)
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._registered = Registered(self.world, self.device, self.optimizers)
         self._registered.add(stateful.extra(self.model))
-        self._modes, self._buffers = Modes(self.model), Buffers(self.model)
+        self._modes = Modes(self.model)
         self._checkpoints = Checkpoints(
             self._attempt,
             Saved(
@@ -166,7 +165,10 @@ class Trainer:
         self._gauge = Gauge(self._attempt, self._step, self.device, self.training, self.precision)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.strategy, block)
-        self._losses = self._loss_watch()
+        self._guard = Guard(
+            self._attempt, self._step, self._checkpoints, self.training, self._heart,
+            at_once=self.device.type == "cpu",
+        )  # fmt: skip
         self._loss: Weight = 0.0
         self._weight: Weight = 0.0
         self._loop: Loop | None = None
@@ -186,19 +188,6 @@ class Trainer:
         self._say(why)
         self._restore()
         self._restored_step = self.steps_done
-
-    def _average(self) -> Ema | None:
-        decays = self.training.ema.decay is not None
-        ema = Ema(self._step.weights(), self.training.ema, self._step.publish) if decays else None
-        if self._imagination is not None:
-            self._imagination.holds(self._step, ema, self.training, self.strategy)
-        return ema
-
-    def _loss_watch(self) -> bad_loss.LossWatch:
-        asks = self.training.on_bad_loss != "stop" or self.training.spike is not None
-        several = len(self.optimizers) > 1  # and as many losses, which have no median in common
-        spike = None if several else self.training.spike
-        return bad_loss.LossWatch(spike, at_once=asks or self.device.type == "cpu")
 
     def _say(self, why: str) -> None:
         if self.world.rank == 0:
@@ -334,8 +323,8 @@ class Trainer:
         if self._schedule is not None and self.world.rank == 0 and self.steps_done < loop.end:
             warn_of_no_peak(self._schedule, loop.end)
         self._gauge.pace.count(loader.batch_size, loader.tokens_per_sample)
-        self._attempt.event(
-            "plan", **loop.plan(self._at), data_share=self.training.data_share, best=self._checkpoints.best
+        self._attempt.plan_steps(
+            **loop.plan(self._at), data_share=self.training.data_share, best=self._checkpoints.best
         )
         with self._attempt.stop.deferred(), self._progress():
             yield from self._remaining(loop)
@@ -350,8 +339,7 @@ class Trainer:
             self._at.behind.add(self._loop.number)
             number = self._loop.number + 1
         loop = loops.begin(number, loader, length, self._at, from_here=from_here)
-        if self._imagination is not None:
-            loop.end = max(loop.end, imagined.STEPS + 1)
+        loop.end = self._made.end(loop.end)
         return loop
 
     @property
@@ -368,7 +356,7 @@ class Trainer:
     @property
     def _only_steps(self) -> bool:
         """Whether the loop is about steps alone: they are timed, or imagined."""
-        return self._attempt.measure is not None or self._imagination is not None
+        return self._attempt.measure is not None or not self._made.is_real
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
         is_past = self.steps_done > self._total
@@ -421,8 +409,8 @@ class Trainer:
         self._at.move(loader.batch_size)
         self._heart.beat(self.steps_done)
         profiler.step(self.steps_done)
-        if self._imagination is not None and self.steps_done == imagined.STEPS:
-            self._write_plan(batch)
+        if found := self._made.result_after(self.steps_done):
+            self._write_plan(batch, found)
             raise Stopped("planned")
         if timing is not None and (timed := timing.step(pace.waited)):
             self._gauge.write_timing(timed, loader)
@@ -452,10 +440,8 @@ class Trainer:
             self._loss = self._weight = 0.0
 
     def _keep_buffers(self) -> None:
-        """Copy the buffers as they are between updates, if a pass may turn out not to count."""
-        undone = self.training.on_bad_loss == "skip" or self.training.micro_batch == "auto"
-        if undone and self._imagination is None and not self._adding_up:
-            self._buffers.keep()
+        if self._made.is_real and not self._adding_up:
+            self._guard.keep_buffers()
 
     @property
     def _adding_up(self) -> bool:
@@ -464,23 +450,18 @@ class Trainer:
 
     def _handed_out(self, batch: Any) -> Iterator[Any]:
         """Yield a batch to the loop's body; for a plan, one without values, and follow its allocations."""
-        if self._imagination is None:
-            yield batch
-            return
-        without_values = self._imagination.batch(batch)
-        with self._imagination.step():
-            yield without_values
+        given = self._made.batch(batch)
+        with self._made.step():
+            yield given
 
-    def _write_plan(self, batch: Any) -> None:
+    def _write_plan(self, batch: Any, found: dict[str, Any]) -> None:
         """Write the memory that a step of the planned ranks needs, for `stoker plan`."""
-        assert self._imagination is not None
         share = batches.size(batch, self._cut.share)
         about = {
             "parallel": self.strategy, "precision": self.precision, "ranks": self.world.size,
             "rank": self.world.planned_rank, "memory": self.world.planned, "share": share,
             "micro_batch": self._cut.size or share,
         }  # fmt: skip
-        found = self._imagination.result(offloaded=self.strategy == "fsdp" and self.training.fsdp.offload)
         storage.write_json(self.run.directory.logs / imagined.FILE, {**about, **found})
         imagined.remember(self.run.directory, self.world.size, found["peak"])
 
@@ -611,7 +592,7 @@ class Trainer:
                     said = out_of_memory.said(error, self.world.rank)
                     raise OutOfMemory(f"{said} The next start takes {self._cut.size}", less=True) from error
                 self._step.clear()
-                self._buffers.put_back()
+                self._guard.put_buffers_back()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 log.warning("step %d: out of memory; micro_batch=%d now", self.steps_done + 1, self._cut.size)
@@ -624,44 +605,11 @@ class Trainer:
         if rehearsal.works_alone(self._step, self._setting, self.strategy):
             rehearsal.alone(self._step, self._setting, next(self.micro(batch)))
 
-    def _answer_bad_loss(self, wrong: str) -> None:
-        """Do what `on_bad_loss` says; the current step has changed no weights yet. All ranks call it."""
-        step, how = self.steps_done + 1, self.training.on_bad_loss
-        too_many = self._losses.count(step)
-        if how == "stop" or too_many:
-            raise StokerError(bad_loss.explained(step, wrong, self._step.weights(), too_many=too_many))
-        first = self.samples_done
-        last = first + (self._loop.loader.batch_size if self._loop is not None else 1) - 1
-        self._attempt.event("skipped", step=step, samples=[first, last], reason=wrong)
-        if self.world.rank == 0:
-            log.warning("step %d: %s; samples %d to %d are left out", step, wrong, first, last)
-        if how == "rewind":
-            self._rewind(step)
-        else:
-            self._buffers.put_back()
-
-    def _rewind(self, step: int) -> None:
-        """Restore the weights and optimizer state of the newest checkpoint; the data continues.
-
-        Each checkpoint is used once: one that has led to a bad loss before is passed over for an older one.
-        """
-        self._finish_saving()
-        found, _ = self._checkpoints.newest(but=self._losses.rewound_to)
-        if found is None:
-            raise StokerError(f"step {step}: there is no checkpoint left to rewind to; all were tried")
-        self._losses.rewind(found.step, self._checkpoints.restore(found).position)
-        self._attempt.event("rewound", step=step, to=found.step)
-        if self.world.rank == 0:
-            log.warning("rewound the weights to those of step %d", found.step)
-
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
         self._note("computed")
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
-        parts = self._cut.of(on_device)
-        if self._imagination is None or self.strategy == "pipeline":
-            return parts
-        return itertools.islice(parts, imagined.PARTS[self.steps_done])
+        return self._made.parts(self._cut.of(on_device), self.steps_done)
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""
@@ -701,13 +649,13 @@ class Trainer:
     ) -> torch.Tensor:
         """Step an optimizer unless the loss or a gradient is bad; returns the mean loss."""
         loss = loss_sum / gradients.divisor(weight)
-        wrong = self._losses.see(loss)
+        wrong = self._guard.see(loss)
         if wrong:
             self._step.clear()
         elif not self._update(optimizer, weight) and not self._scale.enabled:
             wrong = "a gradient is not finite"
         if wrong:
-            self._answer_bad_loss(wrong)
+            self._guard.answer(wrong, self._at, self._loop.loader.batch_size if self._loop is not None else 1)
         self._note("trained on")
         return loss
 
@@ -813,7 +761,7 @@ class Trainer:
         loss = self._setting.loss
         if loss is None:
             raise ValueError("evaluate() needs the Trainer's loss")
-        if self._imagination is not None:
+        if not self._made.is_real:
             return math.nan
         measured = self.measure(
             dataset, lambda output, batch: {"loss": Mean(*loss(output, batch))},
@@ -840,7 +788,7 @@ class Trainer:
                 rank computes at most `micro_batch` of them at once, so its batches are no larger.
             workers: processes that read samples; by default as many as the loader has.
         """
-        if self._imagination is not None:
+        if not self._made.is_real:
             return imagined.Unknown()
         if workers is None:
             workers = self._loop.loader.workers if self._loop is not None else 0
@@ -874,7 +822,7 @@ class Trainer:
         Args:
             wanted: whether to include the tensor of this name; must be the same on every rank.
         """
-        if self._imagination is not None:
+        if not self._made.is_real:
             return {}
         with self.averaged():
             return whole.state_dict(self._step, self.mesh, wanted)
@@ -938,9 +886,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Save now, between steps."""
-        if self._due.saved_step == self.steps_done or self._imagination is not None:
+        if self._due.saved_step == self.steps_done or not self._made.is_real:
             return
-        if wrong := self._losses.look():
+        if wrong := self._guard.look():
             raise StokerError(f"by step {self.steps_done} {wrong}; no checkpoint is saved of the result")
         if self._adding_up and self.world.rank == 0:
             log.warning(
@@ -952,7 +900,7 @@ class Trainer:
         self._checkpoints.agree_on_metrics()
         with self._gauge.spending("checkpointing"):
             self._finish_saving()
-            self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._due.keeps_best)
+            self._checkpoints.save({**self._at.written(), **self._guard.state()}, exact=self._due.keeps_best)
         self._due.saved(self.steps_done)
 
     def _finish_saving(self) -> None:
@@ -969,14 +917,14 @@ class Trainer:
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()
                 self._at.left.clear()
-            self._losses.restore(saved)
+            self._guard.restore(saved)
             self._due.saved(self.steps_done)
             self._heart.saved(self.steps_done)
             if self.world.rank == 0:
                 log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
         if self.run.continued:
             self._checkpoints.void_after(self.steps_done)
-            self._attempt.event("resumed", step=self.steps_done, passed_over=passed_over)
+            self._attempt.resumed(self.steps_done, passed_over)
             self.run.step = self.steps_done
         elif found is not None:  # another run's checkpoint, put there for this run to begin from
             self._attempt.event("begun_from", step=self.steps_done)

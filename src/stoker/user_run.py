@@ -226,9 +226,7 @@ class Run:
         from stoker.run import media
 
         about, step = media.histogram(values, bins), self.attempt.step
-        self.attempt.held.do(
-            lambda: self.attempt.event("media", kind="histogram", name=name, step=step, about=about)
-        )
+        self.attempt.held.do(lambda: self.attempt.medium("histogram", name, step, about=about))
 
     def _media(self, kind: str, name: str, encode: Callable[[], Any]) -> None:
         """Write a file to look at, and its event."""
@@ -240,7 +238,7 @@ class Run:
 
         def write() -> None:
             file = media.write(self.directory, kind, name, step, encoded)
-            self.attempt.event("media", kind=kind, name=name, step=step, file=file, about=encoded.about)
+            self.attempt.medium(kind, name, step, file=file, about=encoded.about)
 
         self.attempt.held.do(write)
 
@@ -266,8 +264,7 @@ class Run:
             source = artifacts.bring_in(self.directory, source, name)
         files = artifacts.describe(self.directory, source)
         relative = str(source.resolve().relative_to(self.directory.path.resolve()))
-        self.attempt.event("artifact", name=name, kind=kind, path=relative, files=files)
-        self.attempt.made.add(kind)
+        self.attempt.artifact(name, kind, relative, files)
         return source
 
     def _taken(self, name: str) -> dict[str, str]:

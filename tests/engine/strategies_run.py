@@ -15,9 +15,10 @@ import torch
 from stoker import Run, Trainer, Training
 from stoker.duration import Duration
 from stoker.engine import memory as measured
-from stoker.engine import optimizers, options
+from stoker.engine import optimizers
 from stoker.engine.metrics import Max, Mean, Metric, Perplexity, Sum
 from stoker.engine.random_state import seed_everything
+from stoker.engine.settings import Ddp, DeepSpeed, Ema, Fsdp, Pipeline
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -290,8 +291,8 @@ def with_a_late_weight(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 def built(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with their groups as dataclasses, and durations."""
-    groups = {"ddp": options.Ddp, "fsdp": options.Fsdp, "pipeline": options.Pipeline,
-              "deepspeed": options.DeepSpeed, "ema": options.Ema}  # fmt: skip
+    groups = {"ddp": Ddp, "fsdp": Fsdp, "pipeline": Pipeline,
+              "deepspeed": DeepSpeed, "ema": Ema}  # fmt: skip
     made = {k: groups[k](**v) if k in groups else v for k, v in settings.items()}
     return {k: Duration.parse(v) if k == "checkpoint_every" else v for k, v in made.items()}
 
@@ -574,7 +575,7 @@ def complex_weights(
         trainer = Trainer(
             run, Fourier(), optimizer=lambda p: torch.optim.Adam(p, lr=0.1), loss=squares,
             training=Training(
-                precision="fp32", clip_norm=1.0, ema=options.Ema(decay=0.5, warmup=False), **settings
+                precision="fp32", clip_norm=1.0, ema=Ema(decay=0.5, warmup=False), **settings
             ),
         )  # fmt: skip
         for batch in trainer.steps(trainer.loader(shifted(), batch_size=32), max_steps=steps):

@@ -13,7 +13,7 @@ import pytest
 import stoker
 import torch
 from stoker.engine.allocations import Allocations
-from stoker.engine.options import Pipeline
+from stoker.engine.settings import Pipeline
 from stoker.errors import Stopped
 from torch import nn
 from torch.distributed.tensor import DTensor

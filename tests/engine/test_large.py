@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from stoker import Training
-from stoker.engine import blocks, memory, mesh, strategies
+from stoker.engine import blocks, memory, mesh, parallel
 from stoker.engine.loss_scale import LossScale
-from stoker.engine.options import DeepSpeed
+from stoker.engine.settings import DeepSpeed
 from stoker.engine.step import Setting
 from stoker.world import World
 from torch.distributed.tensor import DTensor
@@ -38,7 +38,7 @@ def shares(world: int) -> list[tuple[int, int, int]]:
         placed = mesh.build(World(rank=rank, size=world), CPU, training, "fsdp")
         model = llama_7b()
         setting = Setting(placed, lambda batch: batch, None, "fp32", LossScale(False), None)
-        strategies.shard(model, blocks.find(model), training, setting)
+        parallel.shard(model, blocks.find(model), training, setting)
         held = [p for p in model.parameters() if isinstance(p, DTensor)]
         whole = len(list(model.parameters())) - len(held)
         whole += sum(p.to_local().numel() == p.numel() for p in held)

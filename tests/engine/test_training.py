@@ -28,6 +28,7 @@ from stoker.engine import (
     strategies,
 )
 from stoker.engine.loss_scale import LossScale
+from stoker.engine.settings import DeepSpeed, Ema, Fsdp, Pipeline
 from stoker.errors import StokerError
 from stoker.world import World
 from strategies_run import Images, Rows, image_loss, inputs, llama, resnet, token_loss
@@ -230,7 +231,7 @@ def test_a_scale_is_doubled_after_enough_good_steps_and_comes_back_from_its_stat
 
 def test_an_average_follows_the_weights_and_is_what_is_evaluated(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
-        trainer = _trainer(run, ema=options.Ema(decay=0.5, warmup=False))
+        trainer = _trainer(run, ema=Ema(decay=0.5, warmup=False))
         expected = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=3):
             trainer.step(batch)
@@ -254,7 +255,7 @@ def test_an_average_that_is_switched_on_later_begins_with_the_weights_of_then(
     with open_run() as run:
         _losses(_trainer(run), 3)
     with open_run() as run:
-        trainer = _trainer(run, ema=options.Ema(decay=0.9999))
+        trainer = _trainer(run, ema=Ema(decay=0.9999))
         assert trainer.steps_done == 3
         for name, p in trainer.model.named_parameters():
             assert torch.equal(trainer._ema.values[name], p), name  # type: ignore[union-attr]
@@ -267,7 +268,7 @@ def test_an_average_moves_once_a_step_of_its_weights_optimizer(open_run: Callabl
     with open_run() as run:
         trainer = Trainer(
             run, model, optimizer={"0": sgd, "1": sgd}, inputs=lambda b: (b[0],),
-            training=Training(precision="fp32", ema=options.Ema(decay=0.5, warmup=False)),
+            training=Training(precision="fp32", ema=Ema(decay=0.5, warmup=False)),
         )  # fmt: skip
         data = torch.utils.data.TensorDataset(torch.ones(8, 2))
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -548,7 +549,7 @@ def test_micro_batches_of_a_pipeline_suit_its_schedule() -> None:
     assert options.pipeline_micro_batches("interleaved", 10, 2) == [1, 5, 10]
 
     def check(schedule: Any, batch_size: int, micro: int | None) -> None:
-        pipeline = options.Pipeline(schedule=schedule, ranks=2)
+        pipeline = Pipeline(schedule=schedule, ranks=2)
         training = Training(parallel="pipeline", pipeline=pipeline, micro_batch=micro)
         options.check(training, ranks=4, gpus=0, batch_size=batch_size)
 
@@ -564,7 +565,7 @@ def test_micro_batches_of_a_pipeline_suit_its_schedule() -> None:
 def test_what_needs_an_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'stoker\[deepspeed\]'"):
-        options.check(Training(parallel="deepspeed"), ranks=2, gpus=0)
+        options.check(deepspeed_file.completed(Training(parallel="deepspeed")), ranks=2, gpus=0)
     with pytest.raises(BadInput, match=r"pip install 'stoker\[quantisation\]'"):
         optimizers.factory("adamw8bit", lr=1e-3)
 
@@ -572,9 +573,9 @@ def test_what_needs_an_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- an existing DeepSpeed file -------------------------------------------------------------
 
 
-def _file(tmp_path: Path, **content: Any) -> options.DeepSpeed:
+def _file(tmp_path: Path, **content: Any) -> DeepSpeed:
     (tmp_path / "ds.json").write_text(json.dumps(content))
-    return options.DeepSpeed(config=tmp_path / "ds.json")
+    return DeepSpeed(config=tmp_path / "ds.json")
 
 
 def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -584,7 +585,7 @@ def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
     )  # fmt: skip
     found = deepspeed_file.completed(Training(parallel="deepspeed", deepspeed=chosen))
     assert (found.micro_batch, found.clip_norm, found.precision) == (2, 0.7, "bf16")
-    assert deepspeed_file.stage(chosen) == 1
+    assert found.deepspeed.stage == 1
 
 
 @pytest.mark.parametrize(
@@ -665,7 +666,8 @@ def test_a_deepspeed_file_sets_the_precision_or_leaves_it(
 def test_what_its_stage_or_no_checkpoint_reaches_is_refused_in_a_deepspeed_file_too(
     content: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, zero_optimization=content))
+    given = Training(parallel="deepspeed", deepspeed=_file(tmp_path, zero_optimization=content))
+    training = deepspeed_file.completed(given)
     with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
         options.check(training, ranks=2, gpus=0)
 
@@ -706,7 +708,7 @@ def test_on_a_cpu_zero_keeps_a_frozen_weight_without_copying_it(open_run: Callab
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))
     frozen = model[0].weight.requires_grad_(False)
     values, place = frozen.detach().clone(), frozen.data_ptr()
-    training = Training(parallel="deepspeed", precision="bf16", deepspeed=options.DeepSpeed(stage=2))
+    training = Training(parallel="deepspeed", precision="bf16", deepspeed=DeepSpeed(stage=2))
     with open_run() as run:
         trainer = Trainer(run, model, optimizer=torch.optim.SGD, training=training)
         kept = trainer._step.whole(frozen)
@@ -722,7 +724,7 @@ def test_a_deepspeed_file_may_switch_clipping_off(tmp_path: Path) -> None:
 
 
 def test_settings_of_another_strategy_are_noticed() -> None:
-    training = Training(fsdp=options.Fsdp(shard=2), deepspeed=options.DeepSpeed(stage=3))
+    training = Training(fsdp=Fsdp(shard=2), deepspeed=DeepSpeed(stage=3))
     assert options.unused(training, "ddp") == ["fsdp", "deepspeed"]
     assert options.unused(training, "fsdp") == ["deepspeed"]
     assert options.unused(training, "single") == []
@@ -742,7 +744,9 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_deepspeed_file_with_another_stage_or_batch_is_refused(tmp_path: Path) -> None:
     chosen = _file(tmp_path, zero_optimization={"stage": 3}, train_batch_size=64)
     with pytest.raises(BadInput, match=r"the ZeRO stage is set twice: deepspeed.stage=2, but 3"):
-        deepspeed_file.stage(dataclasses.replace(chosen, stage=2))
+        deepspeed_file.completed(
+            Training(parallel="deepspeed", deepspeed=dataclasses.replace(chosen, stage=2))
+        )
     training = Training(parallel="deepspeed", deepspeed=chosen)
     with pytest.raises(BadInput, match="sets train_batch_size to 64, but the run uses 32"):
         deepspeed_file.check_batch(training, batch_size=32, ranks=2, parts=1)

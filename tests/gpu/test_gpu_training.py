@@ -13,7 +13,7 @@ import pytest
 import torch
 from stoker import Run, Trainer, Training
 from stoker.engine import micro_batch
-from stoker.engine.options import DeepSpeed, Fsdp
+from stoker.engine.settings import DeepSpeed, Fsdp
 from stoker.errors import OutOfMemory
 from stoker.run.deferred import Deferred
 from torch import nn

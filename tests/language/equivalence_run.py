@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from stoker import Run, Training
 from stoker.duration import Duration
-from stoker.engine import blocks, memory, mesh, strategies
+from stoker.engine import blocks, memory, mesh, parallel
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.step import Setting
 from stoker.language import adapters, building
@@ -124,7 +124,7 @@ def shares_of_7b(worlds: Sequence[int]) -> list[tuple[int, int, int]]:
         formula = memory.needed(model, blocks_of, "fsdp", training, world)
         placed = mesh.build(World(rank=rank, size=world), cpu, training, "fsdp")
         setting = Setting(placed, lambda batch: batch, None, "bf16", LossScale(False), None)
-        strategies.shard(model, blocks_of, training, setting)
+        parallel.shard(model, blocks_of, training, setting)
         parameters = list(model.parameters())
         held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         whole = sum(h.numel() == p.numel() for h, p in zip(held, parameters, strict=True))

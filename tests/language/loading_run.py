@@ -12,9 +12,9 @@ import torch
 from stoker import Run, Trainer, Training
 from stoker.duration import Duration
 from stoker.engine import memory
-from stoker.engine.options import DeepSpeed, Fsdp, Pipeline
 from stoker.engine.precision import DTYPES
 from stoker.engine.random_state import seed_everything
+from stoker.engine.settings import DeepSpeed, Fsdp, Pipeline
 from stoker.language import adapters, building, loading, objective, quantised, targets
 from stoker.language.loading import bare_name
 from stoker.language.lora import Lora

@@ -15,7 +15,7 @@ from stoker.checkpoint import manifest, store
 from stoker.data import sources, tokens
 from stoker.data.loader import Loader
 from stoker.duration import Duration
-from stoker.engine.options import DeepSpeed
+from stoker.engine.settings import DeepSpeed
 from stoker.language import building, data
 from stoker.language.data import Rows
 from stoker.language.lora import Lora

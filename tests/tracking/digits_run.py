@@ -35,7 +35,7 @@ def main() -> None:
         os.environ.get("EXPERIMENT", "digits"), "a", config={"lr": 0.1, "layers": [1, 2], "name": "ä=b"}
     ) as run:
         if asked.resume is not None:
-            run.attempt.event("resumed", step=asked.resume, passed_over=[])
+            run.attempt.resumed(asked.resume)
         for step in itertools.count(asked.first):
             if step > asked.last and (asked.until is None or asked.until.exists()):
                 break

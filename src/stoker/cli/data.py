@@ -24,8 +24,8 @@ from stoker.words import counted
 
 if TYPE_CHECKING:
     from stoker.data.sources import Source
-    from stoker.language.data import Rows
     from stoker.language.inspection import Numbers, Sample, Token
+    from stoker.language.rows import Rows
     from stoker.recipes.llm import Config
 
 app = typer.Typer(

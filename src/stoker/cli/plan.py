@@ -24,7 +24,7 @@ from stoker.cli import training
 from stoker.cli.options import ConfigFile, Overrides
 from stoker.cli.output import Json, console, print_json, show_messages
 from stoker.config import Resolved
-from stoker.engine import options
+from stoker.engine.settings import Training
 from stoker.errors import EXIT_DIFFERS, BadInput, line_of
 from stoker.recipes import Recipe
 from stoker.user_run import Run
@@ -176,7 +176,7 @@ class Asked:
 
     def _candidates(self, made: Plan) -> Iterator[tuple[Changes, int]]:
         config = self.resolved.config
-        if not isinstance(config, options.Training):
+        if not isinstance(config, Training):
             return
         smallest = made.micro_batch > 1 or config.micro_batch == "auto"
         small: Changes = ("micro_batch=1",) if smallest else ()
@@ -248,7 +248,7 @@ def _is_automatic(resolved: Resolved[Any]) -> bool:
 
 def _check(config: Any) -> None:
     """Raises BadInput for a strategy that cannot run without tensor values."""
-    parallel = config.parallel if isinstance(config, options.Training) else ""
+    parallel = config.parallel if isinstance(config, Training) else ""
     if parallel == "deepspeed":
         raise BadInput(
             "parallel=deepspeed cannot be planned: DeepSpeed's engine needs tensor values. Plan with "
@@ -259,7 +259,7 @@ def _check(config: Any) -> None:
 
 def _unlike(config: Any, ranks: int) -> range:
     """Ranks that represent all others: the first of each pipeline stage, otherwise rank 0."""
-    if not isinstance(config, options.Training) or config.parallel != "pipeline":
+    if not isinstance(config, Training) or config.parallel != "pipeline":
         return range(1)
     return range(0, ranks, ranks // (config.pipeline.ranks or ranks))
 

@@ -14,7 +14,7 @@ from stoker import exports, object_store, storage, store_urls
 from stoker.errors import BadInput
 from stoker.exports import Exported
 from stoker.language.shape import SIZES
-from stoker.recipes import image, text_shape
+from stoker.recipes import image_shape, text_shape
 from stoker.report import card
 from stoker.run import artifacts
 from stoker.run.state import RunView
@@ -155,7 +155,7 @@ def _base(adapter: Path, given: str | None) -> str | None:
 def _trained_from(seen: RunView) -> str | None:
     """The model that a run fine-tuned in full; None if it trained from scratch."""
     model = seen.config.get("model")
-    sizes = {"llm": set(SIZES), "text": set(text_shape.SIZES), "image": set(image.SIZES)}
+    sizes = {"llm": set(SIZES), "text": set(text_shape.SIZES), "image": set(image_shape.SIZES)}
     new = sizes.get(seen.recipe_name or "")
     return str(model) if new is not None and model not in new else None
 

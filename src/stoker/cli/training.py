@@ -15,7 +15,7 @@ from stoker.cli import outcome
 from stoker.cli.output import say_error, show_messages
 from stoker.config import Resolved
 from stoker.engine import deepspeed_file, options, random_state
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, Stopped, stops_as_raised
 from stoker.launch import alone, ranks
 from stoker.recipes import Recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from stoker import storage
 from stoker.errors import BadInput
 
 _LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is making the same
+
+
+def name(*parts: object) -> str:
+    """The name in the cache of what is made from these; another for parts that differ in their `repr`."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def once(target: Path, fill: Callable[[Path], None], lock: Path | None = None) -> Path:

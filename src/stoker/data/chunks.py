@@ -209,7 +209,7 @@ def _count(store: Store, key: str, size: int) -> int:
 
 def _unpacked(store: Store, file: File, where: str) -> tuple[Store, File]:
     """A file that can only be read from its beginning, as a file of lines in the cache. Raises BadInput."""
-    named = hashlib.sha256(repr((store.url, file.key, file.size, file.tag)).encode()).hexdigest()[:32]
+    named = cached.name(store.url, file.key, file.size, file.tag)
     target = storage.cache_folder() / "unpacked" / named
 
     def fill(made: Path) -> None:

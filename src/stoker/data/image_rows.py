@@ -8,7 +8,6 @@ anew is copied anew, also if its size and its modification time are the same.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -81,8 +80,7 @@ def read(files: Sequence[Path], columns: Columns, others: Sequence[Path]) -> Sou
         BadInput: a column does not exist, a row has no image or no label, or a file cannot be read.
     """
     splits = labelled.splits_of(files)
-    named = hashlib.sha256(repr((FORMAT, columns, splits, _state(files))).encode()).hexdigest()[:32]
-    folder = storage.cache_folder() / "images" / named
+    folder = storage.cache_folder() / "images" / cached.name(FORMAT, columns, splits, _state(files))
     copy = cached.once(folder, lambda made: _copy(files, splits, columns, made, folder)) / "rows.arrow"
     table = _mapped(copy)
     about = json.loads(table.schema.metadata[b"stoker"])

@@ -11,7 +11,6 @@ and runs share them, and only the newest ones of a dataset are kept.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import threading
@@ -91,7 +90,7 @@ class Stream:
             "sequence_length": sequence_length, "packing": packing,
         }  # fmt: skip
         parts = (tokens.FORMAT, held_out, pad_id, vocab_size, sequence_length, packing, *fingerprint)
-        self._cache = cache / f"stream-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+        self._cache = cache / f"stream-{cached.name(*parts)}"
         self._sampled = list(sampled)
         self._opened: dict[int, PackedDataset] = {}
         self._first, self._begin = 0, 0  # a group, and the number of rows before it

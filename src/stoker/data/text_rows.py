@@ -8,7 +8,6 @@ batches are shuffled. Like the shuffle itself (see `order`), this is computed fr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +164,7 @@ def tokenise(
     of_all = (FORMAT, texts.fingerprint, tuple(classes), fingerprint, max_length)
 
     def of(name: str, part: Sequence[Text]) -> TextRows:
-        named = hashlib.sha256(repr((*of_all, name)).encode()).hexdigest()[:32]
-        folder = storage.cache_folder() / "texts" / named
+        folder = storage.cache_folder() / "texts" / cached.name(*of_all, name)
 
         def fill(made: Path) -> None:
             _write(made, _arrays(part, classes, tokenizer, max_length))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -224,7 +223,7 @@ def tokenise(
             f"sequence_length={sequence_length}: must be at least 2, since each token predicts the next"
         )
     parts = (FORMAT, sequence_length, pad_id, vocab_size, packing, *fingerprint)
-    folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    folder = cache / cached.name(*parts)
 
     def fill(made: Path) -> None:
         write(

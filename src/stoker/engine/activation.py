@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # registers its operation
-from stoker.engine import options
+from stoker.engine.settings import checkpointing
 from stoker.errors import BadInput
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,7 +38,7 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], how: str) -> None:
     Raises:
         BadInput: there are no blocks to recompute.
     """
-    kind, every = options.checkpointing(how)
+    kind, every = checkpointing(how)
     if kind == "none":
         return
     if not blocks:

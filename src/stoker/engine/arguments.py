@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.errors import BadInput, StokerError
 from stoker.words import some
 from torch import nn

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from stoker import distributed
 from stoker.engine import batches, blocks, fitting, micro_batch, options, out_of_memory, rehearsal
-from stoker.engine.options import Training
+from stoker.engine.settings import Training, of_memory
 from stoker.engine.step import Setting, Step
 from stoker.words import counted
 
@@ -97,4 +97,4 @@ class MicroBatches:
         return batches.size(batch, self.share)
 
     def _about(self) -> dict[str, Any]:
-        return {"strategy": self._strategy, **options.of_memory(self._training)}
+        return {"strategy": self._strategy, **of_memory(self._training)}

@@ -11,22 +11,25 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from stoker.engine.settings import DeepSpeed, Precision, Training
 from stoker.errors import BadInput, nearest
-
-if TYPE_CHECKING:
-    from stoker.engine.options import DeepSpeed, Precision, Training
 
 
 def check(training: Training) -> None:
-    """Raises BadInput for settings of `parallel=deepspeed` that cannot work on any number of ranks."""
+    """Raises BadInput for settings of `parallel=deepspeed` that cannot work on any number of ranks.
+
+    Args:
+        training: as `completed` returned it.
+    """
     if training.micro_batch == "auto":
         raise BadInput("micro_batch=auto does not work with parallel=deepspeed: set a number")
     if importlib.util.find_spec("deepspeed") is None:
         raise BadInput("parallel=deepspeed needs deepspeed: pip install 'stoker[deepspeed]'")
     chosen = training.deepspeed
-    zero_stage = stage(chosen)
+    zero_stage = chosen.stage
+    assert zero_stage is not None
     given = read(chosen.config)
     if zero_stage < 2 and given.get("data_types", {}).get("grad_accum_dtype", "auto") not in (None, "auto"):
         raise BadInput(
@@ -57,9 +60,9 @@ def _device(zero: Mapping[str, Any], section: str) -> str | None:
     return held.get("device") if isinstance(held, dict) else None
 
 
-def stage(chosen: DeepSpeed) -> int:
+def _stage(chosen: DeepSpeed, file: Mapping[str, Any]) -> int:
     """The ZeRO stage: from the key, else from the file, else 2. Raises BadInput if key and file differ."""
-    given = read(chosen.config).get("zero_optimization", {}).get("stage", "auto")
+    given = file.get("zero_optimization", {}).get("stage", "auto")
     if chosen.stage is not None and given not in ("auto", chosen.stage):
         raise BadInput(
             f"the ZeRO stage is set twice: deepspeed.stage={chosen.stage}, but {given} in {chosen.config}"
@@ -147,14 +150,21 @@ _OF_DEEPSPEED: dict[str, tuple[Callable[[Any], bool], str]] = {  # sections befo
 
 
 def completed(training: Training) -> Training:
-    """The settings, completed with the clipping, micro-batch and precision of a DeepSpeed JSON file.
+    """The settings of `parallel=deepspeed` with its stage, and with what a DeepSpeed JSON file sets.
+
+    That is the clipping, the micro-batch and the precision. Other settings are returned as they are.
 
     Raises BadInput if the file and the run set the same value differently.
     """
-    if training.parallel != "deepspeed" or training.deepspeed.config is None:
+    if training.parallel != "deepspeed":
         return training
     file = training.deepspeed.config
     given = read(file)
+    training = replace(
+        training, deepspeed=replace(training.deepspeed, stage=_stage(training.deepspeed, given))
+    )
+    if file is None:
+        return training
     for section in ("optimizer", "scheduler"):
         if section in given:
             raise BadInput(

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from stoker.engine import options
+from stoker.engine import settings
 from stoker.engine.precision import wide
 from stoker.tensors import local
 
@@ -22,11 +22,11 @@ class Ema:
     def __init__(
         self,
         weights: Mapping[str, torch.Tensor],
-        settings: options.Ema,
+        asked: settings.Ema,
         publish: Callable[[], None] = lambda: None,
     ) -> None:
-        assert settings.decay is not None
-        self._decay, self._warmup = settings.decay, settings.warmup
+        assert asked.decay is not None
+        self._decay, self._warmup = asked.decay, asked.warmup
         self._weights, self._publish = dict(weights), publish
         self.values = {n: w.detach().clone().to(wide(w.dtype)) for n, w in self._weights.items()}
         """By name; saved with a checkpoint."""

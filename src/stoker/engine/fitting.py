@@ -26,7 +26,7 @@ from stoker.engine import (
     out_of_memory,
     rehearsal,
 )
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.engine.step import PlainStep, Setting, Step
 from stoker.errors import BadInput
 

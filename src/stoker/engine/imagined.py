@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import unittest.mock
 from collections.abc import Callable, Iterable, Iterator
@@ -22,9 +23,8 @@ from stoker import storage
 from stoker.engine import batches, gradients
 from stoker.engine.allocations import Allocations, Key
 from stoker.engine.ema import Ema
-from stoker.engine.options import Training
-from stoker.engine.step import Step
-from stoker.engine.strategies import Load
+from stoker.engine.settings import Training
+from stoker.engine.step import Load, Step
 from stoker.run.directory import RunDirectory
 from stoker.tensors import like, local
 from stoker.world import World
@@ -87,10 +87,40 @@ class Unknown(dict[str, float]):
         return math.nan
 
 
-def of(world: World, model: nn.Module, load: Load) -> tuple[Imagination | None, nn.Module, Load]:
+class Reality:
+    """What an `Imagination` is to ranks that exist: their steps are what they are."""
+
+    is_real = True
+    """Whether tensors have values, and steps have effects."""
+
+    def holds(self, step: Step, ema: Ema | None, training: Training, strategy: str) -> None:
+        """Nothing is tracked."""
+
+    def end(self, end: int) -> int:
+        """The step with which a loop ends, from the one that its length says."""
+        return end
+
+    def batch(self, given: Any) -> Any:
+        """The batch itself."""
+        return given
+
+    def step(self) -> contextlib.AbstractContextManager[None]:
+        """The context of a step."""
+        return contextlib.nullcontext()
+
+    def parts(self, parts: Iterator[Any], step: int) -> Iterator[Any]:
+        """Those micro-batches of a batch that are computed."""
+        return parts
+
+    def result_after(self, step: int) -> dict[str, Any] | None:
+        """What was found out, if all steps were made that it takes."""
+        return None
+
+
+def of(world: World, model: nn.Module, load: Load) -> tuple[Reality | Imagination, nn.Module, Load]:
     """For imaginary ranks: the Imagination, the model on the meta device, and a function that fills it."""
     if not world.planned:
-        return None, model, load
+        return Reality(), model, load
     made = Imagination()
     _replace(model, "", lambda tensor: tensor if tensor.is_meta else tensor.to("meta"))
     return made, model, made.load
@@ -98,9 +128,8 @@ def of(world: World, model: nn.Module, load: Load) -> tuple[Imagination | None, 
 
 def _replace(model: nn.Module, prefix: str, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace parameters and buffers below a dotted prefix; shared ones stay shared."""
-    known: dict[
-        int, tuple[torch.Tensor, torch.Tensor]
-    ] = {}  # keeps the old one too, so that its id is not reused
+    # The old one is kept too, so that its id is not reused.
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in model.named_modules():
         held = (module._parameters, module._buffers) if f"{name}.".startswith(prefix) else ()
         for tensors in held:
@@ -115,7 +144,9 @@ def _replace(model: nn.Module, prefix: str, made: Callable[[torch.Tensor], torch
 
 
 class Imagination:
-    """Simulates tensors without values and tracks the memory that they would take."""
+    """Simulates tensors without values and tracks the memory that they would take. See also `Reality`."""
+
+    is_real = False
 
     def __init__(self) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -126,6 +157,7 @@ class Imagination:
         self._weights: set[Key] = set()
         self._gradients: set[Key] = set()
         self._buckets: list[torch.Tensor] = []
+        self._is_pipeline = self._is_offloaded = False
 
     def load(self, model: nn.Module, device: torch.device, prefix: str) -> None:
         """Allocate what is on the meta device of a model, below a dotted prefix, on a device."""
@@ -138,6 +170,8 @@ class Imagination:
         """Track the weights of a step, their averages, and DDP's gradient buckets."""
         self._held = [*(ema.values.values() if ema is not None else ())]
         self._model = step.model
+        self._is_pipeline = strategy == "pipeline"
+        self._is_offloaded = strategy == "fsdp" and training.fsdp.offload
         self._follow_weights()
         if strategy == "ddp":
             self._hold_buckets(step.weights().values(), training.ddp.gradient_as_bucket_view)
@@ -162,6 +196,10 @@ class Imagination:
                 put: Any = parameter.register_post_accumulate_grad_hook
                 put(functools.partial(_put_into, bucket))
 
+    def end(self, end: int) -> int:
+        """The end of a loop that is long enough."""
+        return max(end, STEPS + 1)
+
     def batch(self, given: Any) -> Any:
         """The batch without values."""
         return batches.map_tensors(self._fake.from_tensor, given)
@@ -183,11 +221,18 @@ class Imagination:
             for hook in hooks:
                 hook.remove()
 
-    def result(self, *, offloaded: bool = False) -> dict[str, Any]:
+    def parts(self, parts: Iterator[Any], step: int) -> Iterator[Any]:
+        """As many micro-batches as the peak takes; a pipeline's depends on them all."""
+        return parts if self._is_pipeline else itertools.islice(parts, PARTS[step])
+
+    def result_after(self, step: int) -> dict[str, Any] | None:
+        """The `result`, if this was the last simulated step."""
+        return self.result() if step == STEPS else None
+
+    def result(self) -> dict[str, Any]:
         """The peak of the last step in bytes, when it occurred, and what it was used for (see KINDS).
 
-        Args:
-            offloaded: weights, gradients and optimizer state are in host memory and do not count.
+        Offloaded weights, gradients and optimizer state are in host memory and do not count.
         """
         state = (t for o in self._optimizers.values() for of in o.state.values() for t in tree_leaves(of))
         known = {
@@ -195,7 +240,7 @@ class Imagination:
             "optimizer": self._allocations.follow(t for t in state if isinstance(t, torch.Tensor)),
             "gradients": self._gradients,
         }
-        peak = self._allocations.peak(but=set().union(*known.values()) if offloaded else set())
+        peak = self._allocations.peak(but=set().union(*known.values()) if self._is_offloaded else set())
         known["gathered"] = self._allocations.resized
         by_kind = dict.fromkeys(KINDS, 0)
         for key, size in peak.held.items():

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 from stoker import words
-from stoker.engine import blocks, deepspeed_file
+from stoker.engine import blocks
 from stoker.engine.mesh import Mesh
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.engine.step import Step
 from stoker.errors import BadInput
 from stoker.world import World
@@ -71,9 +71,8 @@ def by_kind(step: Step, device: torch.device, training: Training) -> dict[str, i
     """
     together = max if training.optimizer_in_backward else sum
     own = list(step.weights().values())
-    states = [
-        getattr(o, "optimizer", o).state.values() for o in step.optimizers.values()
-    ]  # DeepSpeed wraps the optimizer
+    # DeepSpeed wraps the optimizer.
+    states = [getattr(o, "optimizer", o).state.values() for o in step.optimizers.values()]
     kept = (t for state in states for of in state for t in of.values() if isinstance(t, torch.Tensor))
     return {
         "weights": held([*step.model.parameters(), *step.model.buffers(), *own]),
@@ -133,7 +132,7 @@ def needed(
     """
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stage = deepspeed_file.stage(training.deepspeed) if strategy == "deepspeed" else 0
+    stage = training.deepspeed.stage or 0 if strategy == "deepspeed" else 0
     whole = {"fsdp": 3, "pipeline": 3, "deepspeed": stage}.get(strategy, 0)
     by = [ranks if whole >= least else 1 for least in (3, 2, 1)]  # weights, gradients, optimizer state
     largest = blocks.largest(found)

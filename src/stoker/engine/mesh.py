@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.world import World
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

@@ -7,13 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
+_WINDOW = 20  # steps
+
 
 class Rate:
     """Steps per second over the last steps, excluding time spent on anything else."""
 
-    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._seconds: list[float] = []
-        self._window, self._clock = window, clock
+        self._clock = clock
         self._mark = clock()
 
     def restart(self) -> None:
@@ -27,7 +29,7 @@ class Rate:
     def step(self) -> None:
         """Record that a step has finished."""
         now = self._clock()
-        self._seconds = [*self._seconds[-self._window + 1 :], now - self._mark]
+        self._seconds = [*self._seconds[-_WINDOW + 1 :], now - self._mark]
         self._mark = now
 
     @property

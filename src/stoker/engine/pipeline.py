@@ -8,16 +8,17 @@ the numbers of micro-batches, and each stage looks up what it needs of a micro-b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from stoker import distributed
-from stoker.engine import batches, blocks, device, gradients, modes, stages
+from stoker import distributed, tensors
+from stoker.engine import batches, blocks, device, gradients, imagined, modes, parallel, stages
 from stoker.engine.agreement import Agreement, Weight
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.engine.step import (
+    Load,
     OptimizerFactory,
     Setting,
     apply,
@@ -46,7 +47,7 @@ class PipelineStep:
         training: Training,
         setting: Setting,
         make: OptimizerFactory | Mapping[str, OptimizerFactory],
-        load: Callable[[nn.Module, torch.device, str], None],
+        load: Load,
     ) -> None:
         if isinstance(make, Mapping):
             raise BadInput("parallel=pipeline takes one optimizer for the model, not one per submodule")
@@ -91,6 +92,10 @@ class PipelineStep:
 
     def publish(self) -> None:
         """See `Step`: the forward pass uses the weights themselves."""
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Step`."""
+        return tensors.whole(tensor.detach())
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`. Raises BadInput if the micro-batches differ in shape."""
@@ -172,8 +177,6 @@ class PipelineStep:
     @torch.no_grad()
     def _imagine(self) -> None:
         """Like `forward`, in a plan: runs the stages of the imaginary ranks, which send nothing."""
-        from stoker.engine import imagined
-
         received = None
         with imagined.unfollowed():  # their weights are not this rank's, and must not be tracked
             for stage in self._imagined:
@@ -196,11 +199,9 @@ class PipelineStep:
     def _data_parallel(self, stage: _Stage, training: Training) -> nn.Module:
         if self._mesh.data.size == 1:
             return stage
-        from stoker.engine import strategies
-
         if training.pipeline.data == "ddp":
-            return strategies.data_parallel(stage, training, self._mesh)
-        stage.casts = strategies.shard(stage, blocks.find(stage, training.blocks), training, self._setting)
+            return parallel.data_parallel(stage, training, self._mesh)
+        stage.casts = parallel.shard(stage, blocks.find(stage, training.blocks), training, self._setting)
         return stage
 
     def _send(self, tensor: torch.Tensor, stage: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from stoker import storage
 from stoker.engine import device as devices
-from stoker.engine.options import Precision
+from stoker.engine.settings import Precision
 
 log = logging.getLogger("stoker")
 

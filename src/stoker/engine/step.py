@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from stoker import tensors
 from stoker.engine import arguments, gradients
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.in_backward import InBackward
@@ -25,6 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 LossFunction = Callable[[Any, Any], tuple[torch.Tensor, Weight]]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Optimizers = Mapping[str, torch.optim.Optimizer]
+Load = Callable[[nn.Module, torch.device, str], None]
+"""Allocates and fills what is on the meta device of a model, below a dotted prefix (all: "")."""
+Blocks = Sequence[tuple[str, nn.Module]]
+"""The repeated blocks of a model, with their names."""
 
 
 class Step(Protocol):
@@ -58,6 +63,10 @@ class Step(Protocol):
 
     def publish(self) -> None:
         """Make the forward pass use what was written to the weights; all ranks call it."""
+        ...
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A full parameter or buffer of this rank's part of the model. Ranks that share the part call it."""
         ...
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
@@ -213,6 +222,10 @@ class PlainStep:
 
     def publish(self) -> None:
         """See `Step`: the forward pass uses the weights themselves."""
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Step`."""
+        return tensors.whole(tensor.detach())
 
     @property
     def adding_up(self) -> bool:

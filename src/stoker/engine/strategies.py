@@ -6,35 +6,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from stoker import distributed, words
-from stoker.engine import activation, blocks, deepspeed_file, device, memory, precision
+from stoker.engine import activation, blocks, device, memory, precision
 from stoker.engine.mesh import Mesh
-from stoker.engine.options import Training
-from stoker.engine.precision import DTYPES
-from stoker.engine.step import OptimizerFactory, PlainStep, Setting, Step, build_optimizers
+from stoker.engine.parallel import check_real, data_parallel, shard
+from stoker.engine.settings import Training
+from stoker.engine.step import Blocks, Load, OptimizerFactory, PlainStep, Setting, Step, build_optimizers
 from stoker.errors import BadInput
 from stoker.world import World
 from torch import nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.nn.parallel import DistributedDataParallel
 
 log = logging.getLogger("stoker")
 
 Factories = OptimizerFactory | Mapping[str, OptimizerFactory]
-Load = Callable[[nn.Module, torch.device, str], None]
-"""Allocates and fills what is on the meta device of a model, below a dotted prefix (all: "")."""
-Blocks = Sequence[tuple[str, nn.Module]]
 
 _ROOM = 0.6  # of a device's memory for weights, gradients and optimizer state; the rest is for activations
 
@@ -138,10 +126,10 @@ def deepspeed(given: Layout) -> Step:
     """DeepSpeed's ZeRO."""
     from stoker.engine.zero import DeepSpeedStep, Originals, check_file, partition
 
-    _check_real(given.model, "DeepSpeed")
+    check_real(given.model, "DeepSpeed")
     check_file(given.training, given.setting, given.model)
     originals: Originals = {}
-    if deepspeed_file.stage(given.training.deepspeed) == 3:
+    if given.training.deepspeed.stage == 3:
         partition(given.model, given.blocks, given.training, given.setting, given.load, originals)
     given.load(given.model, given.setting.mesh.device, "")
     return DeepSpeedStep(given.model, given.training, given.setting, given.make, originals)
@@ -150,69 +138,6 @@ def deepspeed(given: Layout) -> Step:
 _STRATEGIES: dict[str, Callable[[Layout], Step]] = {
     "single": single, "ddp": ddp, "fsdp": fsdp, "pipeline": pipeline, "deepspeed": deepspeed,
 }  # fmt: skip
-
-
-def data_parallel(model: nn.Module, training: Training, mesh: Mesh) -> DistributedDataParallel:
-    """DDP over the ranks that hold copies of the model."""
-    options = training.ddp
-    return DistributedDataParallel(
-        model,
-        process_group=mesh.group("replicate"),
-        bucket_cap_mb=options.bucket_mb,
-        gradient_as_bucket_view=options.gradient_as_bucket_view,
-        static_graph=options.static_graph,
-        find_unused_parameters=options.find_unused_parameters,
-        forward_sync_buffers=False,  # BatchNorm's statistics are averaged with every update
-        init_sync=False,  # already copied from rank 0
-    )
-
-
-def shard(
-    model: nn.Module, found: Blocks, training: Training, setting: Setting, roots: Sequence[nn.Module] = ()
-) -> bool:
-    """FSDP2 by block, then the rest of each root (default: the model). Returns whether FSDP casts."""
-    mesh = setting.mesh
-    _check_real(model, "FSDP")
-    # BatchNorm needs its parameters and statistics in one dtype: then autocast does the casting.
-    casts = setting.precision != "fp32" and not blocks.has_batch_norm(model)
-    dtype = DTYPES[setting.precision] if casts else None
-    options: dict[str, Any] = {
-        "mesh": mesh.data_axes,
-        "reshard_after_forward": training.fsdp.reshard_after_forward,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-    }
-    if training.fsdp.offload:
-        options["offload_policy"] = CPUOffloadPolicy()
-    for _, block in found:
-        fully_shard(block, **options)
-    if training.fsdp.reshard_after_forward:
-        options["reshard_after_forward"] = None  # torch's default: keep what the backward pass starts with
-    for root in [*roots, model]:
-        fully_shard(root, **options)
-        root.register_forward_hook(_shard_again)
-        if hasattr(root, "generate"):  # it calls inner modules, bypassing the root's hooks
-            register_fsdp_forward_method(root, "generate")
-    return casts
-
-
-def _check_real(model: nn.Module, by: str) -> None:
-    """Raises BadInput if a weight is complex: sums in float32 would keep only its real part."""
-    found = [name for name, p in model.named_parameters() if p.is_complex()]
-    if found:
-        raise BadInput(f"{found[0]} is complex, but {by} needs real weights: use parallel=single or ddp")
-
-
-def _shard_again(root: nn.Module, inputs: Any, output: Any) -> None:
-    """Without a backward pass to reshard them, reshard here: parameters are read and written as shards."""
-    if not torch.is_grad_enabled():
-        cast(FSDPModule, root).reshard()
-
-
-def gather_no_more(model: nn.Module) -> None:
-    """Free what FSDP keeps gathered, for example after a generation: parameters are shards again."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def compile_blocks(model: nn.Module, found: Blocks) -> None:
@@ -230,9 +155,8 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
         nn.SyncBatchNorm.convert_sync_batchnorm(model, group)  # type: ignore[no-untyped-call]
     for name, p in model.named_parameters():
         if p.requires_grad and precision.wide(p.dtype) != p.dtype:
-            p.data = p.data.to(
-                precision.wide(p.dtype)
-            )  # master weights: an update can be far below the resolution of bf16
+            # Master weights: an update can be far below the resolution of bf16.
+            p.data = p.data.to(precision.wide(p.dtype))
         if p.requires_grad and p.dtype == torch.complex128:  # not supported by safetensors
             raise BadInput(f"{name} is complex128, which checkpoints do not support: use complex64")
     if strategy != "pipeline":

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from stoker import distributed, tensors
+from stoker import distributed
 from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
 
@@ -24,18 +24,10 @@ def state_dict(step: Step, mesh: Mesh, wanted: Callable[[str], bool] = lambda na
     held = {}
     for name, tensor in named:
         if name in saved and wanted(name):
-            whole = _whole(step, name, tensor)
+            whole = step.whole(tensor)
             if mesh.data.rank == 0:  # the others only help to gather it
                 held[name] = whole.cpu().clone()
     return _from_stages(held, mesh) if mesh.size("stage") > 1 else held
-
-
-def _whole(step: Step, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    gather = getattr(step, "whole", None)
-    if gather is not None:  # DeepSpeed's own way
-        found: torch.Tensor = gather(tensor)
-        return found
-    return tensors.whole(tensor.detach())
 
 
 def _from_stages(held: Tensors, mesh: Mesh) -> Tensors:

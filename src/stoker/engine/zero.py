@@ -12,7 +12,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from stoker import words
 from stoker.engine import blocks, deepspeed_file, gradients, quiet
 from stoker.engine.agreement import Agreement, Weight
-from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
+from stoker.engine.settings import Training
 from stoker.engine.step import (
+    Blocks,
+    Load,
     OptimizerFactory,
     Setting,
     apply,
@@ -69,15 +71,15 @@ class DeepSpeedStep:
         _quieten()
         import deepspeed
 
-        self.stage = deepspeed_file.stage(training.deepspeed)
+        assert training.deepspeed.stage is not None, "see deepspeed_file.completed"
+        self.stage = training.deepspeed.stage
         if setting.precision == "fp16" and self.stage > 0 and setting.mesh.device.type == "cpu":
             raise BadInput("parallel=deepspeed supports precision=fp16 on GPUs only: use bf16 or fp32")
         self._setting = setting
         made = build_optimizers(model, make)["main"]
         _check_optimizer(made)
-        made.param_groups = [
-            group for group in made.param_groups if group["params"]
-        ]  # DeepSpeed flattens each group
+        # DeepSpeed flattens each group.
+        made.param_groups = [group for group in made.param_groups if group["params"]]
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
         self._casts, self._originals = _casts(model, training, setting), originals
@@ -177,7 +179,7 @@ class DeepSpeedStep:
                 self.use(self.model.get_parameter(name), value)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A full parameter or buffer on the CPU; float32 if it is trained. All ranks call it.
+        """See `Step`: on the CPU, and in float32 if it is trained. All ranks call it.
 
         On rank 0 a frozen parameter is the original one.
         """
@@ -353,10 +355,10 @@ class DeepSpeedStep:
 
 def partition(
     model: nn.Module,
-    blocks: Sequence[tuple[str, nn.Module]],
+    blocks: Blocks,
     training: Training,
     setting: Setting,
-    load: Callable[[nn.Module, torch.device, str], None],
+    load: Load,
     originals: Originals,
 ) -> None:
     """Partition a model on the meta device among the ranks as it is loaded, block by block (stage 3).
@@ -384,7 +386,7 @@ def partition(
 
 def _casts(model: nn.Module, training: Training, setting: Setting) -> bool:
     """Whether the weights of the forward pass have the run's precision. If not, autocast does the casting."""
-    halved = setting.precision != "fp32" and deepspeed_file.stage(training.deepspeed) > 0
+    halved = setting.precision != "fp32" and training.deepspeed.stage != 0
     return halved and not blocks.has_batch_norm(model)
 
 
@@ -454,7 +456,7 @@ def config(training: Training, setting: Setting, model: nn.Module) -> dict[str, 
     bucket = min(_BUCKET, sum(_shape(p).numel() for p in model.parameters() if p.requires_grad))
     halved = setting.precision if _casts(model, training, setting) else "fp32"
     chosen = training.deepspeed
-    zero: dict[str, Any] = {"stage": deepspeed_file.stage(chosen), "reduce_bucket_size": bucket}
+    zero: dict[str, Any] = {"stage": chosen.stage, "reduce_bucket_size": bucket}
     if chosen.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if chosen.offload_parameters:

@@ -11,7 +11,6 @@ import copy
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from stoker import storage
@@ -25,6 +24,7 @@ from stoker.errors import BadInput
 from stoker.language import conversation, data_messages
 from stoker.language.conversation import NO_VALUES, Chat
 from stoker.language.encoder import Encoder, LossOn, plainly_asked
+from stoker.language.rows import Rows
 
 log = logging.getLogger("stoker")
 
@@ -38,18 +38,6 @@ _PROMPT_AS_TEMPLATE = """\
 {{ message.content + '\n\n' }}
 {%- endif -%}
 {%- endfor -%}"""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of tokens for each split."""
-
-    train: PackedDataset | Stream | Mixture
-    validation: dict[str, PackedDataset]
-    """By source name."""
-    test: dict[str, PackedDataset]
-    encoding: str
-    """The fingerprint of the tokenisation."""
 
 
 def pack(

@@ -7,18 +7,16 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stoker.data import hub_datasets, sources
 from stoker.data.mixture import Mixture
 from stoker.data.sources import Source
 from stoker.data.tokens import PackedDataset
 from stoker.language import chat_template, conversation
+from stoker.language.rows import Rows
 from stoker.user_run import Run
 from stoker.words import counted
-
-if TYPE_CHECKING:
-    from stoker.language.data import Rows
 
 log = logging.getLogger("stoker")
 

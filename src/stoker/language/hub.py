@@ -152,7 +152,7 @@ def _of_checkpoint(seen: RunView, folder: Path) -> Path:
     except manifest.InvalidCheckpoint as error:
         raise BadInput(f"checkpoint {folder} cannot be used: {error}") from error
     form = exports.exported(seen, None) or {}
-    named = hashlib.sha256(repr((sorted(weights.items()), form.get("files"))).encode()).hexdigest()[:32]
+    named = cached.name(sorted(weights.items()), form.get("files"))
 
     def export(target: Path) -> None:
         target.mkdir()
@@ -247,7 +247,7 @@ def _from_store(url: str, what: str) -> Path:
         raise BadInput(f"{what} {url} is empty: give the folder that contains the model's files")
     if "run.json" in found:
         raise BadInput(f"{what} {url} is a run: {_below(url.rstrip('/'), found)}")
-    named = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()[:32]
+    named = cached.name(url, sorted(found.items()))
 
     def download(target: Path) -> None:
         for key in found:

@@ -16,7 +16,7 @@ from stoker.data import order
 from stoker.data.mixture import Mixture
 from stoker.data.stream import Stream
 from stoker.data.tokens import NO_LOSS, PackedDataset
-from stoker.language.data import Rows
+from stoker.language.rows import Rows
 from tokenizers.decoders import DecodeStream
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

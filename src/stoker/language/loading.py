@@ -86,9 +86,8 @@ class Weights:
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         expected = skeleton.state_dict()
         self._grown = _of_tokens(skeleton) if tokens is not None else frozenset()
-        self._found: dict[
-            str, list[tuple[str, Path]]
-        ] = {}  # what each tensor of the model is made of, by name
+        # What each tensor of the model is made of, by name.
+        self._found: dict[str, list[tuple[str, Path]]] = {}
         self._fused: dict[str, tuple[str, ...]] = {}
         for key, file in sorted(keys, key=lambda pair: dot_natural_key(pair[0])):
             name, pattern = rename_source_key(

@@ -41,9 +41,8 @@ def form_of_calls(template: str, special: str) -> Form | None:
     """
     for form in (Form(), Form(as_text=True)):
         text = _tried(template, special, "", form, calls=1)
-        if (
-            text.count(MARK) >= len(("name", "argument")) and f"'a': '{MARK}'" not in text
-        ):  # as JSON, not Python's form
+        # As JSON, not Python's form.
+        if text.count(MARK) >= len(("name", "argument")) and f"'a': '{MARK}'" not in text:
             beside = _tried(template, special, "d", form, calls=1).count(MARK) >= len(("name", "argument"))
             several = _tried(template, special, "", form, calls=2).count(MARK) > text.count(MARK)
             return form._replace(beside_words=beside, several=several)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from stoker.data.called import VALUES, check_values
 from stoker.engine.keys import Names
-from stoker.engine.options import Fsdp, Training
+from stoker.engine.settings import Fsdp, Training
 from stoker.errors import BadInput
 from stoker.language.lora import Lora
 from stoker.user_run import Run

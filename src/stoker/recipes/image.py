@@ -14,8 +14,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
 from stoker.engine import keys
 from stoker.engine.keys import Betas, Length, Warmup
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.errors import BadInput
+from stoker.recipes.image_shape import SIZES
 from stoker.user_run import Run
 
 log = logging.getLogger("stoker")
@@ -26,20 +27,6 @@ PRELOAD = (
 )  # fmt: skip
 
 BEST_METRIC = "val_accuracy"
-
-_DEEP = [256, 512, 1024, 2048]
-_WIDE = [64, 128, 256, 512]
-
-# Widths, depths and layer type as in He et al. 2016, table 1; the tiny one is for images of 32 pixels.
-SIZES: dict[str, dict[str, Any]] = {
-    "resnet-tiny": {
-        "embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic",
-    },
-    "resnet-18": {"hidden_sizes": _WIDE, "depths": [2, 2, 2, 2], "layer_type": "basic"},
-    "resnet-34": {"hidden_sizes": _WIDE, "depths": [3, 4, 6, 3], "layer_type": "basic"},
-    "resnet-50": {"hidden_sizes": _DEEP, "depths": [3, 4, 6, 3], "layer_type": "bottleneck"},
-    "resnet-101": {"hidden_sizes": _DEEP, "depths": [3, 4, 23, 3], "layer_type": "bottleneck"},
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

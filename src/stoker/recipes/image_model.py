@@ -16,8 +16,8 @@ from stoker.engine.metrics import Mean, Metric
 from stoker.errors import BadInput
 from stoker.language import hub
 from stoker.recipes import classifiers, image_processor
-from stoker.recipes.image import SIZES
 from stoker.recipes.image_processor import Processor
+from stoker.recipes.image_shape import SIZES
 from stoker.words import first_line
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification

@@ -18,7 +18,7 @@ from stoker.data.called import VALUES, check_values
 from stoker.duration import Duration
 from stoker.engine import keys
 from stoker.engine.keys import Betas, Length, Names, Patterns, Warmup, Weighted
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.errors import BadInput
 from stoker.language.lora import Lora
 from stoker.language.rope import RopeScaling
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from stoker.data import sources
     from stoker.language.building import Language
-    from stoker.language.data import Rows
     from stoker.language.objective import Objective
+    from stoker.language.rows import Rows
 
 PRELOAD = (
     "stoker.engine.quiet",

@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
 from stoker.engine import keys
 from stoker.engine.keys import Betas, Length, Warmup
-from stoker.engine.options import Training
+from stoker.engine.settings import Training
 from stoker.errors import BadInput, nearest
 from stoker.recipes.text_shape import SIZES, Shape, shape
 from stoker.user_run import Run

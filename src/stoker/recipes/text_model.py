@@ -190,9 +190,8 @@ def size(made: Classifier, max_length: int) -> dict[str, float]:
 def forward_flops(made: Classifier, tokens: int) -> int:
     """Operations of one forward pass of one text; see `flops.of_forward`."""
     chosen = made.model.config._attn_implementation
-    made.model.set_attn_implementation(
-        "eager"
-    )  # as matrix products, which are counted; fused kernels are not counted on CPUs
+    # As matrix products, which are counted; fused kernels are not counted on CPUs.
+    made.model.set_attn_implementation("eager")
     ids = torch.full((1, tokens), made.tokenizer.cls_token_id or 0, device=made.model.device)
     found = flops.of_forward(made.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     made.model.set_attn_implementation(chosen)
