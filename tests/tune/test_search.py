@@ -28,7 +28,7 @@ from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
-from stoker.tune.space import parse
+from stoker.tune.space_reading import parse
 from stoker.tune.trial import Began, Ended, Job, Report
 from test_study import SPACE, Searched
 

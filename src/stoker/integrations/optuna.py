@@ -25,7 +25,7 @@ from stoker.integrations import training
 from stoker.integrations.training import Training
 from stoker.run import finding, view
 from stoker.tune.seen import points
-from stoker.tune.space import parse_mapping
+from stoker.tune.space_reading import parse_mapping
 from stoker.tune.trial import Ended, Job
 
 _RESTARTS = 3
