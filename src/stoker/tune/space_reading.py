@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def _spelled(value: Any) -> Any:
     from optuna.distributions import BaseDistribution
 
     if isinstance(value, range) and value:
-        return f"int({min(value)}, {max(value)}, step={abs(value.step)})" if len(value) > 1 else value[0]
+        ends = min(value), max(value)
+        return str(Number(*ends, integer=True, step=abs(value.step))) if len(value) > 1 else value[0]
     if isinstance(value, BaseDistribution):
         return _of_optuna(value)
     return _listed(value)
@@ -82,10 +83,8 @@ def _of_optuna(given: Any) -> Any:
 
     if isinstance(given, CategoricalDistribution):
         return list(given.choices)
-    integer, step = isinstance(given, IntDistribution), "" if given.step is None else f", step={given.step}"
-    if given.log:
-        return f"int({given.low}, {given.high}, log)" if integer else f"log({given.low}, {given.high})"
-    return f"{'int' if integer else 'uniform'}({given.low}, {given.high}{step})"
+    integer, step = isinstance(given, IntDistribution), None if given.log else given.step
+    return str(Number(given.low, given.high, integer, given.log, step))
 
 
 def _listed(value: Any) -> Any:
@@ -199,7 +198,7 @@ def _fixed(config: type, key: str, entry: _Entry) -> Any:
         kinds = configs.kinds(config, key)
         is_number = kinds & {int, float} and not kinds & {tuple, list}
         if isinstance(entry.value, str) and is_number and _SEVERAL_NUMBERS.fullmatch(entry.value):
-            forms = "'uniform(a, b)', 'log(a, b)'" if float in kinds else "'int(a, b)'"
+            forms = ", ".join(_range_forms(kinds, "a, b"))
             raise BadInput(f"{error}; to search it, write {key}={forms} or '[a, b]'") from error
         if entry.value is None or isinstance(entry.value, str | int | float | list | Mapping):
             raise
@@ -263,12 +262,16 @@ def _check_unlike_range(config: type, entry: _Entry) -> None:
     if not numbers or len(value) != 2 or not kinds & {int, float, Duration}:
         return
     ends = f"{text(value[0])}, {text(value[1])}"
-    forms = ("uniform", "log") if float in kinds else ("int",)
-    ranges = " or ".join(f"'{form}({ends})'" for form in forms)
+    ranges = " or ".join(_range_forms(kinds, ends))
     raise ValueError(
         f"a tuple of two numbers can mean a range or two choices: write {ranges} for a range, [{ends}] for "
         "choices"
     )
+
+
+def _range_forms(kinds: Collection[type], ends: str) -> list[str]:
+    """How a range with these ends can be written for a key that takes values of these kinds."""
+    return [f"'{form}({ends})'" for form in (("uniform", "log") if float in kinds else ("int",))]
 
 
 def _check_range(config: type, entry: _Entry, numbers: Number) -> None:
