@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from stoker import machine, signals, supervision
+from stoker import machine, signals
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, Stopped
-from stoker.launch import nodes, ranks
+from stoker.launch import nodes, pulses, ranks
 from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.rounds import NO_WORK, ONE, Machines, Work
 from stoker.launch.watch import Watch, watching
@@ -179,7 +179,7 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     early = watch.told and place.seat is not None and not _begun(folder)
     if watch.abandoned and not early:
         return max(end.code or 0 for end in ends.values())
-    if said := supervision.refused(folder):
+    if said := pulses.refused(folder):
         raise BadInput(said)
     try:
         _raise_first(ends, failed, watch)
@@ -216,7 +216,7 @@ def _tell_run(folder: Path, error: str, *, raised: bool = False) -> None:
 
 def _newest_attempt(folder: Path) -> tuple[Path, int] | None:
     """The journal of a launch's run, and its newest attempt; None before there is one."""
-    run = supervision.run_of(folder)
+    run = pulses.run_of(folder)
     newest = run and journal.newest_attempt(RunDirectory(run).journal)
     return (RunDirectory(run).journal, newest[0]) if run and newest else None
 
@@ -245,13 +245,13 @@ def _loss_recorded(attempt: tuple[Path, int] | None, seat: nodes.Seat) -> Iterat
 
 def _progress(folder: Path) -> tuple[int, int]:
     """Steps done, and the step of the newest checkpoint; -1 for none."""
-    pulses = supervision.read(folder).values()
-    return max((p.step for p in pulses), default=-1), max((p.saved for p in pulses), default=-1)
+    beats = pulses.read(folder).values()
+    return max((p.step for p in beats), default=-1), max((p.saved for p in beats), default=-1)
 
 
 def _begun(folder: Path) -> bool:
     """Whether a rank has done a step in this launch."""
-    return any(pulse.begun for pulse in supervision.read(folder).values())
+    return any(pulse.begun for pulse in pulses.read(folder).values())
 
 
 def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
