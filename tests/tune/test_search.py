@@ -281,8 +281,6 @@ class Script:
         begun: the trials that finish as soon as they are begun, after all that is written down.
     """
 
-    takes_ahead = False
-
     def __init__(self, events: list[Report | Ended], room: int = 4, begun: Sequence[int] = (4,)) -> None:
         self._events, self._room, self._begun = events, room, begun
         self.running: list[int] = []

@@ -163,8 +163,6 @@ def test_controllers_that_could_write_no_heartbeat_are_not_dead(
 class Waiting:
     """A trial that waits for an answer to its first report when the database goes away, and then saves."""
 
-    takes_ahead = False
-
     def __init__(self, leaves: contextlib.ExitStack, url: str) -> None:
         self._leaves, self._url = leaves, url
         self.running: list[int] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from stoker.tune.trial import Began, Ended, Job, Report
 
@@ -28,15 +28,6 @@ class Executor(Protocol):
         """Start a trial."""
         ...
 
-    @property
-    def takes_ahead(self) -> bool:
-        """Whether `ahead` accepts one more trial."""
-        ...
-
-    def ahead(self, job: Job) -> None:
-        """Queue a trial to start as soon as there is room; `wait` then returns its `Began`."""
-        ...
-
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
         """What has happened; waits until something does, or for `timeout` seconds."""
         ...
@@ -55,4 +46,19 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release whatever is held while no trial runs."""
+        ...
+
+
+@runtime_checkable
+class TakesAhead(Protocol):
+    """What an executor also has if it can queue trials: where they are short, their processes then never
+    wait for the controller."""
+
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether `ahead` accepts one more trial."""
+        ...
+
+    def ahead(self, job: Job) -> None:
+        """Queue a trial to start as soon as there is room; `wait` then returns its `Began`."""
         ...

@@ -165,12 +165,6 @@ class Workers:
         trial.thread = threading.Thread(target=self._train, args=(trial,), name=name, daemon=True)
         trial.thread.start()
 
-    takes_ahead = False
-
-    def ahead(self, job: Job) -> None:
-        """Not supported, see `takes_ahead`."""
-        raise NotImplementedError
-
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
         """Wait for events, at most 10 or `timeout` seconds; returns those that happened, perhaps none.
 
