@@ -267,9 +267,8 @@ class Workers:
         except BaseException:
             _give_back(_Slot(group, hosts))
             raise
-        order = sorted(
-            range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle])
-        )  # grouped by machine
+        # Grouped by machine.
+        order = sorted(range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle]))
         return _Slot(group, [hosts[bundle] for bundle in order])
 
     def _node_of(self, group: PlacementGroup, bundle: int, answer: Any) -> str:

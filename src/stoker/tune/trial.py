@@ -203,9 +203,8 @@ class Reporter:
                 self.values[metric] = value
         if self._metrics[0] not in values or self._unit == SHARE:  # for a share, the last value counts
             return
-        if (
-            self._attempt.heart is not self._heart and not self._attempt.plan
-        ):  # a Trainer's loop has not started
+        # A Trainer's loop has not started.
+        if self._attempt.heart is not self._heart and not self._attempt.plan:
             return
         report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
         if not self._waits:
