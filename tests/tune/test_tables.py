@@ -21,7 +21,7 @@ from stoker.tune.peers import Peers
 from stoker.tune.plan import Objective, Plan
 from stoker.tune.search import Search
 from stoker.tune.tables import DatabaseAway
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Ended, Report, TrialJob
 from test_study import SPACE
 
 import servers
@@ -175,7 +175,7 @@ class Waiting:
 
     close = prepare
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         self.running.append(job.number)
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended]:

@@ -103,7 +103,7 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class Place:
+class Seating:
     """This machine's place in a launch; by default it is the only one."""
 
     number: int = 0
@@ -120,7 +120,7 @@ def _alone(job: _Job, budget: Budget) -> int:
     while True:
         with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
             try:
-                return _attempt(job, Place(), Path(folder))
+                return _attempt(job, Seating(), Path(folder))
             except RankFailed as failure:
                 budget.spend(failure)
                 log.warning("%s\nstarting again; restarts left: %d", failure, budget.left)
@@ -138,7 +138,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
         attempt = None
         if begun.ended:
             return begun.code
-        place = Place(begun.number, begun.machines, host, begun.port, begun.id, seat)
+        place = Seating(begun.number, begun.machines, host, begun.port, begun.id, seat)
         with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
             try:
                 code = seat.finished(_attempt(job, place, Path(folder)))
@@ -154,7 +154,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
                     return code
 
 
-def _attempt(job: _Job, place: Place, folder: Path) -> int:
+def _attempt(job: _Job, place: Seating, folder: Path) -> int:
     """One launch. Raises the error of the first rank that failed."""
 
     def outside() -> str:
@@ -254,7 +254,7 @@ def _begun(folder: Path) -> bool:
     return any(pulse.begun for pulse in pulses.read(folder).values())
 
 
-def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
+def _launch(job: _Job, place: Seating, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those seen to fail first."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([*job.preload, *PRELOAD])
     signals.start_forkserver()  # it imports torch at the same time as this process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from stoker.tune.trial import Began, Ended, Job, Report
+from stoker.tune.trial import Began, Ended, Report, TrialJob
 
 
 class Executor(Protocol):
@@ -24,7 +24,7 @@ class Executor(Protocol):
         """The numbers of the running trials."""
         ...
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         """Start a trial."""
         ...
 
@@ -59,6 +59,6 @@ class TakesAhead(Protocol):
         """Whether `ahead` accepts one more trial."""
         ...
 
-    def ahead(self, job: Job) -> None:
+    def ahead(self, job: TrialJob) -> None:
         """Queue a trial to start as soon as there is room; `wait` then returns its `Began`."""
         ...

@@ -24,8 +24,8 @@ from stoker import ray_cluster
 from stoker.errors import BadInput, StokerError
 from stoker.tune import local
 from stoker.tune.local import Function, Over
-from stoker.tune.ray_host import Host, Place
-from stoker.tune.trial import Began, Ended, Job, Report
+from stoker.tune.ray_host import Host, HostPlace
+from stoker.tune.trial import Began, Ended, Report, TrialJob
 from stoker.words import first_line
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class _Slot:
     hosts: Sequence[Any]
 
 
-def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
+def _environments(places: Sequence[HostPlace]) -> list[dict[str, str]]:
     """The variables for each rank of a trial, as torchrun sets them."""
     if len(places) == 1:
         return [{}]
@@ -101,7 +101,7 @@ def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
 
 @dataclass
 class _Trial:
-    job: Job
+    job: TrialJob
     slot: _Slot | None = None
     thread: threading.Thread | None = None
     signals: list[signal.Signals] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Workers:
         """The numbers of the trials that run."""
         return list(self._trials)
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         """Start a trial as soon as there is room for it on the cluster."""
         self._trials[job.number] = trial = _Trial(job)
         if self._idle:
@@ -293,7 +293,7 @@ class Workers:
         """Start the processes of a trial, forward their reports and wait for their end."""
         import ray
 
-        places: list[Place] = ray.get([host.place.remote() for host in slot.hosts])
+        places: list[HostPlace] = ray.get([host.place.remote() for host in slot.hosts])
         shares = self._per_node()
         ray.get([
             host.start.remote(self._function, trial.job, environment, shares)

@@ -19,14 +19,14 @@ from pathlib import Path
 from stoker import machine
 from stoker.tune import local
 from stoker.tune.local import Function, Over
-from stoker.tune.trial import Job, Report
+from stoker.tune.trial import Report, TrialJob
 
 _BEAT = 1.0  # seconds after which a host answers even if its process has sent nothing
 _FORGOTTEN = 20.0  # seconds without a call after which a host ends its process and itself
 
 
 @dataclass(frozen=True)
-class Place:
+class HostPlace:
     """The location of a host."""
 
     node: str
@@ -57,14 +57,14 @@ class Host:
         self._asked = time.monotonic()
         threading.Thread(target=self._end_when_forgotten, name="end-when-forgotten", daemon=True).start()
 
-    def place(self) -> Place:
+    def place(self) -> HostPlace:
         import ray
 
         context = ray.get_runtime_context()
         gpus = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), machine.free_port(), gpus)
+        return HostPlace(context.get_node_id(), ray.util.get_node_ip_address(), machine.free_port(), gpus)
 
-    def start(self, function: Function, job: Job, environment: Mapping[str, str], shares: int) -> None:
+    def start(self, function: Function, job: TrialJob, environment: Mapping[str, str], shares: int) -> None:
         """Start the process; the previous one has ended."""
         self._asked = time.monotonic()
         self._rank = local.Rank(function, job, environment, shares, f"trial-{job.number}")

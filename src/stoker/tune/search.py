@@ -33,7 +33,7 @@ from stoker.tune.seen import Seen
 from stoker.tune.space import Space
 from stoker.tune.stores import Kept
 from stoker.tune.tables import DatabaseAway
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Ended, Report, TrialJob
 
 log = logging.getLogger("stoker")
 
@@ -539,10 +539,10 @@ class Search:
         self._is_over(trial, state)
         self._entries.tell(trial)
 
-    def _job(self, trial: Seen) -> Job:
+    def _job(self, trial: Seen) -> TrialJob:
         share = [f"data_share={trial.share / 100}"] if trial.share is not None else []
         resolved: Any = configs.resolve(self.plan.config, self._space.overrides(trial.params) + share)
-        return Job(
+        return TrialJob(
             trial.number, self.plan.recipe, resolved.values, resolved.sources, self.plan.folder.parent,
             self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
             self.plan.unit, self.plan.provenance, waits=self._waits,

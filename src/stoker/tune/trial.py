@@ -22,7 +22,7 @@ from stoker.tune.plan import SHARE
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """Everything that the processes of a trial need to know."""
 
     number: int
@@ -155,7 +155,7 @@ class Reporter:
     """Listens to a run, reports the values of the first metric and carries out the decisions about them.
 
     Args:
-        waits: as in `Job`.
+        waits: as in `TrialJob`.
         hang_limit: seconds without a logged value after which a loop without a Trainer counts as hanging; by
             default 20 times its longest pause so far, but at least half an hour.
 
