@@ -211,7 +211,7 @@ def controller(trials: int) -> dict[str, float]:
     """Milliseconds of the controller a trial of 20 reports, the last 20 of so many; without processes."""
     from dataclasses import dataclass
 
-    from stoker.tune import samplers, schedulers, space, stores, study
+    from stoker.tune import samplers, schedulers, space_reading, stores, study
     from stoker.tune.plan import Objective, Plan
     from stoker.tune.search import Executor, Search
     from stoker.tune.trial import Ended, Report
@@ -248,7 +248,7 @@ def controller(trials: int) -> dict[str, float]:
             said, self._said = self._said, []
             return said
 
-    searched = space.parse(
+    searched = space_reading.parse(
         ["lr=log(1e-5, 1e-1)", "width=int(4, 64, log)", "dropout=uniform(0, 0.5)", "kind=[a, b, c]"], Config
     )
     folder = Path("runs/sweep")

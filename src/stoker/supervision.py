@@ -1,9 +1,9 @@
-"""Communication between ranks and the process that started them, through small files in the launch's folder.
+"""What ranks tell the process that started them, through small files in the launch's folder.
 
 Each rank writes its progress, and when it last made some, to a memory-mapped file. The supervisor reads these
-files, detects a rank that hangs, and makes all ranks write their stacks, which works even if a rank is stuck
-in C code (see `faulthandler`). Without a supervisor, a thread of the process itself does this: see
-`launch/alone.py`.
+files (`launch/pulses.py`), detects a rank that hangs, and makes all ranks write their stacks, which works
+even if a rank is stuck in C code (see `faulthandler`). Without a supervisor, a thread of the process itself
+does this: see `launch/alone.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import contextlib
 import faulthandler
 import mmap
 import os
-import re
 import signal
 import struct
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,8 @@ REFUSED = "refused"
 STACKS = signal.SIGUSR2
 """The signal that makes a rank write the stacks of its threads."""
 
-_LAYOUT = struct.Struct("<qqddd?")
+LAYOUT = struct.Struct("<qqddd?")
+"""The content of the file of a rank's pulse."""
 _FIRST = 1800.0  # seconds that the first step may take, which may compile and fill caches
 _AT_LEAST = 300.0  # seconds without progress before a rank counts as hanging, by default
 _TIMES = 20.0  # the same, as a multiple of the longest pause so far
@@ -121,9 +120,12 @@ def joining(yes: bool) -> None:
         _put(memory, Pulse(at=now, joining=now if yes else 0.0))
 
 
+_open: list[object] = []
+
+
 def write_stacks_to(file: Path) -> None:
     """Write the stacks of all threads to a file at the signal STACKS; without a supervisor, do nothing."""
-    if os.environ.get(FOLDER) is None:
+    if _folder() is None:
         return
     opened = file.open("w", encoding="utf-8")  # stays open: faulthandler writes to its descriptor
     faulthandler.register(STACKS, file=opened, all_threads=True)
@@ -132,99 +134,47 @@ def write_stacks_to(file: Path) -> None:
 
 def say_where(run: Path) -> None:
     """Tell the supervisor the path of the run."""
-    folder = os.environ.get(FOLDER)
-    if folder is not None:
-        (Path(folder) / RUN).write_text(str(run), encoding="utf-8")
-
-
-def tell_twice(folder: Path) -> None:
-    """Let the ranks of a launch know that they are told to stop for the second time."""
-    with contextlib.suppress(OSError):  # of a full disk, for example: they will be ended anyway
-        (folder / TWICE).touch()
+    _say(RUN, str(run))
 
 
 def say_refused(said: str) -> None:
     """Tell the supervisor that this rank ends because another one cannot take part, and why."""
-    folder = os.environ.get(FOLDER)
-    if folder is not None:
-        with contextlib.suppress(OSError):
-            (Path(folder) / REFUSED).write_text(said, encoding="utf-8")
-
-
-def refused(folder: Path) -> str:
-    """Why a rank cannot take part, if that has ended the ranks of a launch; else empty."""
-    file = folder / REFUSED
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    with contextlib.suppress(OSError):
+        _say(REFUSED, said)
 
 
 def told_twice() -> bool | None:
     """Whether the supervisor was told twice to stop; None without one."""
+    folder = _folder()
+    return None if folder is None else (folder / TWICE).exists()
+
+
+def _folder() -> Path | None:
+    """The launch's folder; None without a supervisor."""
     folder = os.environ.get(FOLDER)
-    return None if folder is None else (Path(folder) / TWICE).exists()
+    return None if folder is None else Path(folder)
 
 
-def run_of(folder: Path) -> Path | None:
-    """The path of a launch's run; None until a rank has written it."""
-    file = folder / RUN
-    return Path(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-_open: list[object] = []
-
-
-def read(folder: Path) -> dict[int, Pulse]:
-    """The pulses of a launch, by rank."""
-    found = {}
-    for file in folder.glob("rank-*.pulse"):
-        content = file.read_bytes()
-        if len(content) == _LAYOUT.size:
-            found[int(file.stem.removeprefix("rank-"))] = Pulse(*_LAYOUT.unpack(content))
-    return found
-
-
-def place(stacks: str) -> str:
-    """Where a process is, from the stacks of `write_stacks_to`: `train.py:31 (in evaluate)`.
-
-    This is the innermost line of the main thread that belongs neither to a library nor to stoker, and the
-    function that it called. Empty if there is no such line.
-    """
-    main = stacks.rpartition("(most recent call first):")[2]  # the main thread comes last
-    called = ""
-    for file, line, name in _FRAME.findall(main):
-        if not file.startswith(_LIBRARIES):
-            return f"{Path(file).name}:{line}{called}"
-        called = f" (in {name})"
-    return ""
-
-
-_FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
-_LIBRARIES = (
-    *{sysconfig.get_path(kind) for kind in ("stdlib", "platlib", "purelib")},
-    str(Path(__file__).parent),
-    "<frozen",
-)
-
-
-def stacks_folder(logs: Path) -> Path:
-    """Create a folder for stacks in a run's logs, named after the current time."""
-    folder = logs / time.strftime("stacks-%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _say(name: str, text: str) -> None:
+    """Write a file of the launch's folder, if there is one."""
+    folder = _folder()
+    if folder is not None:
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _put(memory: mmap.mmap, pulse: Pulse) -> None:
     p = pulse
-    _LAYOUT.pack_into(memory, 0, p.step, p.saved, p.at, p.limit, p.joining, p.begun)
+    LAYOUT.pack_into(memory, 0, p.step, p.saved, p.at, p.limit, p.joining, p.begun)
 
 
 def _memory_of_this_rank() -> mmap.mmap | None:
     """The file of this rank's pulse; None without a supervisor."""
-    folder = os.environ.get(FOLDER)
+    folder = _folder()
     if folder is None:
         return None
-    file = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.pulse"
+    file = folder / f"rank-{os.environ.get('RANK', '0')}.pulse"
     with file.open("a+b") as opened:
-        if opened.seek(0, os.SEEK_END) < _LAYOUT.size:
-            opened.write(_LAYOUT.pack(-1, -1, time.monotonic(), 0.0, 0.0, False))
+        if opened.seek(0, os.SEEK_END) < LAYOUT.size:
+            opened.write(LAYOUT.pack(-1, -1, time.monotonic(), 0.0, 0.0, False))
             opened.flush()
-        return mmap.mmap(opened.fileno(), _LAYOUT.size)
+        return mmap.mmap(opened.fileno(), LAYOUT.size)

@@ -11,7 +11,8 @@ from stoker import recipes
 from stoker.cli import searching
 from stoker.cli.searching import Asked, Prepared
 from stoker.errors import BadInput
-from stoker.tune import record, space
+from stoker.tune import record
+from stoker.tune.space_reading import parse
 
 RECIPE = Path(__file__).parent / "searched.py"
 
@@ -19,7 +20,7 @@ RECIPE = Path(__file__).parent / "searched.py"
 def _prepared(folder: Path, *given: str, recipe: Path | str = RECIPE, **asked: Any) -> Prepared:
     found = recipes.load(str(recipe))
     return searching.prepare(
-        Asked(recipe=found, space=space.parse(given, found.config), runs=folder, name="s", **asked)
+        Asked(recipe=found, space=parse(given, found.config), runs=folder, name="s", **asked)
     )
 
 
@@ -81,6 +82,6 @@ def test_a_key_whose_condition_never_holds_is_named(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     caplog.set_level(logging.INFO)
-    found = space.parse(["x=uniform(0, 1) if kind == far", "kind=near"], recipes.load(str(RECIPE)).config)
+    found = parse(["x=uniform(0, 1) if kind == far", "kind=near"], recipes.load(str(RECIPE)).config)
     assert not found.parameters
     assert "x is not searched: drawn only if kind == far, and kind is fixed at near" in caplog.text

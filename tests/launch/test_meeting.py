@@ -448,9 +448,9 @@ def test_a_lost_machine_leaves_its_place_to_another_while_the_rest_goes_on(
                 answers[name] = host.hear(report)
 
     pass_by(30, "host", "lost")
-    assert host.machines == 2
+    assert host.now.size == 2
     pass_by(30, "host")
-    assert (host.machines, host.running) == (1, True)
+    assert (host.now.size, host.now.running) == (1, True)
     pass_by(30, "host", "new")
     assert not answers["new"].ended
-    assert (host.machines, answers["new"].number) == (2, 1)
+    assert (host.now.size, answers["new"].number) == (2, 1)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from stoker import supervision
-from stoker.launch import watch
+from stoker.launch import pulses, watch
 
 from support import until
 
@@ -105,7 +105,7 @@ def test_ranks_that_were_stopped_with_their_launcher_do_not_hang(
     try:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == b"watches\n"
-        while not any(pulse.begun for pulse in supervision.read(tmp_path).values()):
+        while not any(pulse.begun for pulse in pulses.read(tmp_path).values()):
             time.sleep(0.05)
         for process in (launcher, works):
             _suspend(process)
@@ -133,8 +133,8 @@ def _suspend(process: subprocess.Popen[bytes]) -> None:
 
 def _limit(file: Path, seconds: float) -> None:
     """Shorten the time without progress that the rank of a pulse may take."""
-    step, saved, at, _, joining, begun = supervision._LAYOUT.unpack(file.read_bytes())
-    file.write_bytes(supervision._LAYOUT.pack(step, saved, at, seconds, joining, begun))
+    step, saved, at, _, joining, begun = supervision.LAYOUT.unpack(file.read_bytes())
+    file.write_bytes(supervision.LAYOUT.pack(step, saved, at, seconds, joining, begun))
 
 
 def test_ranks_that_hang_are_ended_where_their_stacks_cannot_be_kept(
@@ -195,4 +195,4 @@ LIBRARY = Path(supervision.__file__).parent
 )
 def test_a_place_is_the_innermost_line_of_the_users(frames: list[str], said: str, tmp_path: Path) -> None:
     lines = "".join(f"  File {frame}\n" for frame in frames)
-    assert supervision.place(STACKS.format(here=tmp_path, frames=lines)) == said
+    assert pulses.place(STACKS.format(here=tmp_path, frames=lines)) == said

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from stoker.tune import bandit, space
+from stoker.tune import bandit, space_reading
 from stoker.tune.bandit import Gain
 from stoker.tune.schedulers import PopulationBased
 
@@ -22,7 +22,7 @@ class Config:
 
 
 TURN = PopulationBased(every=10, population=8).turn
-SPACE = space.parse(["lr=log(1e-5, 1e-1)", "x=uniform(0, 1) if kind != c", "kind=[a, b, c]"], Config)
+SPACE = space_reading.parse(["lr=log(1e-5, 1e-1)", "x=uniform(0, 1) if kind != c", "kind=[a, b, c]"], Config)
 
 
 def _seen(best: Callable[[int], float], seed: int) -> list[Gain]:

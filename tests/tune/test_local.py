@@ -17,7 +17,7 @@ import pytest
 from stoker.errors import BadInput
 from stoker.tune import local
 from stoker.tune.local import Over, Workers, outcome
-from stoker.tune.trial import Began, Ended, Job, Link, Report
+from stoker.tune.trial import Began, Ended, Link, Report, TrialJob
 
 from support import LONG, until
 
@@ -28,13 +28,13 @@ def all_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "_SHORT", LONG)
 
 
-def job(number: int) -> Job:
-    return Job(
+def job(number: int) -> TrialJob:
+    return TrialJob(
         number, "none", {}, {}, Path("runs"), "sweep", f"trial-{number}", ("val_loss",), "step", Path()
     )
 
 
-def sees(job: Job, link: Link) -> dict[str, Any]:
+def sees(job: TrialJob, link: Link) -> dict[str, Any]:
     """Says which GPUs it may use, and what it is told."""
     link.hold(step=1, value=float(job.number), per_step=1.0)
     answer = link.ask("reports")
@@ -42,7 +42,7 @@ def sees(job: Job, link: Link) -> dict[str, Any]:
     return {"status": "finished", "logged": [os.environ.get("CUDA_VISIBLE_DEVICES", ""), answer["decision"]]}
 
 
-def one_of_two_fails(job: Job, link: Link) -> dict[str, Any]:
+def one_of_two_fails(job: TrialJob, link: Link) -> dict[str, Any]:
     """Rank 1 fails while rank 0 waits for it."""
     if os.environ["RANK"] == "1":
         raise RuntimeError("rank 1 cannot do it")
@@ -50,7 +50,7 @@ def one_of_two_fails(job: Job, link: Link) -> dict[str, Any]:
     return {"status": "finished"}
 
 
-def allocates(job: Job, link: Link) -> dict[str, Any]:
+def allocates(job: TrialJob, link: Link) -> dict[str, Any]:
     raise MemoryError("no room")
 
 
@@ -108,7 +108,7 @@ def test_a_full_disk_is_what_a_trial_says_whichever_rank_it_stopped() -> None:
     assert outcome(0, first, [first, second]).error == error
 
 
-def no_disk_to_begin_on(job: Job, link: Link) -> dict[str, Any]:
+def no_disk_to_begin_on(job: TrialJob, link: Link) -> dict[str, Any]:
     try:
         raise OSError(errno.EROFS, "Read-only file system", "runs")
     except OSError as error:
@@ -127,7 +127,7 @@ def test_memory_that_runs_out_is_one_failure(parallel: int) -> None:
     assert "MemoryError: no room" in ended[0].error
 
 
-def says_who(job: Job, link: Link) -> dict[str, Any]:
+def says_who(job: TrialJob, link: Link) -> dict[str, Any]:
     """Says who it is; the third trial holds on to 200 MB, the fifth fails, the seventh is killed."""
     if job.number == 2:
         HELD.append(b"x" * 200_000_000)
@@ -193,7 +193,7 @@ def test_a_process_goes_on_with_the_trial_in_its_hands_and_another_one_does_wher
     workers.close()
 
 
-def goes_with_the_third(job: Job, link: Link) -> dict[str, Any]:
+def goes_with_the_third(job: TrialJob, link: Link) -> dict[str, Any]:
     """Trains three at once, of which the last one fails, and notes each."""
     with (job.runs / "begun").open("a") as file:
         file.write(f"{job.number}\n")
@@ -225,7 +225,7 @@ def test_what_a_process_had_done_when_it_ended_is_heard_and_not_done_again(tmp_p
     workers.close()
 
 
-def reports_late(job: Job, link: Link) -> dict[str, Any]:
+def reports_late(job: TrialJob, link: Link) -> dict[str, Any]:
     """What it says last goes with the word that it is over, and the next one begins at once."""
     link.hold(step=1, value=float(job.number), per_step=1.0)
     return {"status": "finished"}
@@ -251,7 +251,7 @@ def test_what_a_trial_reports_is_never_taken_for_the_next_ones() -> None:
     workers.close()
 
 
-def waits_for_its_end(job: Job, link: Link) -> dict[str, Any]:
+def waits_for_its_end(job: TrialJob, link: Link) -> dict[str, Any]:
     """Ends as a run does that is told to stop; but the first one at once."""
     if job.number == 0:
         return {"status": "finished"}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from stoker.tune.on_ray import Place, _environments
+from stoker.tune.on_ray import _environments
+from stoker.tune.ray_host import HostPlace
 
 
 def test_ranks_of_a_machine_share_its_gpus_and_count_by_themselves() -> None:
     places = [
-        Place("a", "10.0.0.1", 4000, ("2",)), Place("a", "10.0.0.1", 4001, ("0",)),
-        Place("b", "10.0.0.2", 4000, ("5",)),
+        HostPlace("a", "10.0.0.1", 4000, ("2",)), HostPlace("a", "10.0.0.1", 4001, ("0",)),
+        HostPlace("b", "10.0.0.2", 4000, ("5",)),
     ]  # fmt: skip
     told = _environments(places)
     assert [t["RANK"] for t in told] == ["0", "1", "2"]
@@ -21,4 +22,4 @@ def test_ranks_of_a_machine_share_its_gpus_and_count_by_themselves() -> None:
 
 
 def test_a_single_rank_is_told_nothing() -> None:
-    assert _environments([Place("a", "10.0.0.1", 4000, ("1",))]) == [{}]
+    assert _environments([HostPlace("a", "10.0.0.1", 4000, ("1",))]) == [{}]

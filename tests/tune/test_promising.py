@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 from stoker.tune import promising, samplers, stores
 from stoker.tune import study as studies
-from stoker.tune.space import parse
+from stoker.tune.space_reading import parse
 
 from support import SOAK
 

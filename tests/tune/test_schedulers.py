@@ -596,7 +596,7 @@ def test_the_order_of_the_table_changes_nothing(
 def test_makes_each_by_its_name() -> None:
     assert make("staged", most=27, population=40) == Staged(Asha(1, 27), 2, 40)
     assert make("none") == Full()
-    assert make("median", least=3, warmup_trials=2) == Median(warmup=3, warmup_trials=2)
+    assert make("median", least=3) == Median(warmup=3)
     assert make("asha", least=1, most=9) == Asha(1, 9, 3)
     assert make("asha", most=54, factor=3) == Asha(2, 54, 3)
     assert make("asha-stop", least=1, most=9, factor=2) == Asha(1, 9, 2, promotes=False)
@@ -620,7 +620,6 @@ def test_makes_each_by_its_name() -> None:
         ("asha", {"most": math.nan}, "nan"),
         ("asha", {"most": 9, "factor": 1}, "--factor 1"),
         ("asha", {"most": 9, "factor": 0}, "--factor 0"),
-        ("median", {"warmup_trials": 0}, "warmup_trials=0"),
         ("pbt", {"least": 0}, "--least 0"),
         ("pbt", {"least": 5, "quantile": 0.6}, "--quantile 0.6"),
         ("pbt", {"least": 5, "population": 3}, "give 4 trials or more"),

@@ -28,8 +28,8 @@ from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
-from stoker.tune.space import parse
-from stoker.tune.trial import Began, Ended, Job, Report
+from stoker.tune.space_reading import parse
+from stoker.tune.trial import Began, Ended, Report, TrialJob
 from test_study import SPACE, Searched
 
 
@@ -41,9 +41,9 @@ class Cluster:
 
     def __init__(self, rooms: list[bool], ends: dict[int, list[str]], *, ahead: bool = False) -> None:
         self._rooms, self._ends, self._takes_ahead = rooms, ends, ahead
-        self._following: Job | None = None
+        self._following: TrialJob | None = None
         self._stopped = False
-        self._job: Job | None = None
+        self._job: TrialJob | None = None
         self.started: list[int] = []
         self.at_start: Callable[[], None] = lambda: None
         self.at_wait: Callable[[], None] = lambda: None
@@ -59,7 +59,7 @@ class Cluster:
     def running(self) -> list[int]:
         return [] if self._job is None else [self._job.number]
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         self._job = job
         self.started.append(job.number)
         self.at_start()
@@ -68,7 +68,7 @@ class Cluster:
     def takes_ahead(self) -> bool:
         return self._takes_ahead and self._following is None
 
-    def ahead(self, job: Job) -> None:
+    def ahead(self, job: TrialJob) -> None:
         self._following = job
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
@@ -281,8 +281,6 @@ class Script:
         begun: the trials that finish as soon as they are begun, after all that is written down.
     """
 
-    takes_ahead = False
-
     def __init__(self, events: list[Report | Ended], room: int = 4, begun: Sequence[int] = (4,)) -> None:
         self._events, self._room, self._begun = events, room, begun
         self.running: list[int] = []
@@ -292,7 +290,7 @@ class Script:
     def prepare(self) -> None:
         pass
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         self.running.append(job.number)
         if job.number in self._begun:  # in another's place
             self._events += [Report(job.number, 40, 1.0), Ended(job.number, "finished", logged=("val_loss",))]

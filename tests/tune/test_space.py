@@ -17,7 +17,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from stoker import config as configs
 from stoker.duration import Duration
 from stoker.errors import BadInput
-from stoker.tune.space import Choice, Condition, Number, Parameter, Space, parse, parse_mapping, parse_tries
+from stoker.tune.domains import Choice, Number
+from stoker.tune.space import Condition, Parameter, Space
+from stoker.tune.space_reading import parse, parse_mapping, parse_tries
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

@@ -19,7 +19,7 @@ from stoker.tune import study as studies
 from stoker.tune.entries import Entries
 from stoker.tune.peers import Peers
 from stoker.tune.plan import SHARE, Objective
-from stoker.tune.space import parse
+from stoker.tune.space_reading import parse
 
 
 def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[stores.JournalFile, optuna.Study]:

@@ -21,7 +21,7 @@ from stoker.tune.peers import Peers
 from stoker.tune.plan import Objective, Plan
 from stoker.tune.search import Search
 from stoker.tune.tables import DatabaseAway
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Ended, Report, TrialJob
 from test_study import SPACE
 
 import servers
@@ -163,8 +163,6 @@ def test_controllers_that_could_write_no_heartbeat_are_not_dead(
 class Waiting:
     """A trial that waits for an answer to its first report when the database goes away, and then saves."""
 
-    takes_ahead = False
-
     def __init__(self, leaves: contextlib.ExitStack, url: str) -> None:
         self._leaves, self._url = leaves, url
         self.running: list[int] = []
@@ -177,7 +175,7 @@ class Waiting:
 
     close = prepare
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         self.running.append(job.number)
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended]:

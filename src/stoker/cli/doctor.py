@@ -40,9 +40,8 @@ def doctor(
 
     This takes about half a minute and leaves nothing behind.
     """
-    logging.getLogger().addHandler(
-        logging.NullHandler()
-    )  # a finding reports whatever matters of what libraries log
+    # A finding reports whatever matters of what libraries log.
+    logging.getLogger().addHandler(logging.NullHandler())
     terminal = console()
     found: list[dict[str, str]] = []
     with signals.raised(), _nothing_left():

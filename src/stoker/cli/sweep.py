@@ -166,7 +166,7 @@ def _space(
     recipe: Recipe, given: Sequence[str], config: Path | None, first: Sequence[str]
 ) -> tuple[Space, tuple[Mapping[str, Any], ...]]:
     """The search space, and the values to try first. Raises BadInput."""
-    from stoker.tune.space import parse, parse_tries
+    from stoker.tune.space_reading import parse, parse_tries
 
     searched = parse(given, recipe.config, recipes.config_file(config))
     return searched, tuple(searched.params(parse_tries(text)) for text in first)

@@ -16,13 +16,13 @@ from stoker.recipes import Recipe
 from stoker.run import finding
 from stoker.run.directory import RunDirectory
 from stoker.tune.plan import SHARE
-from stoker.tune.trial import Job, Link, Reporter
+from stoker.tune.trial import Link, Reporter, TrialJob
 from stoker.world import World
 
 _FREE_TIMEOUT = 120.0  # NFS servers release the locks of a lost machine after 90 s by default
 
 
-def train_trial(job: Job, link: Link) -> dict[str, Any]:
+def train_trial(job: TrialJob, link: Link) -> dict[str, Any]:
     """Train the trial's run; returns the result in the form of `tune.local.Function`."""
     recipe = loaded(job.recipe)
     resolved: Any = configs.restore(recipe.config, job.values, job.sources)

@@ -26,8 +26,8 @@ from stoker.integrations.training import DrivenRun
 from stoker.run import finding, view
 from stoker.status import FINISHED, STOPPED
 from stoker.tune.seen import points
-from stoker.tune.space import parse_mapping
-from stoker.tune.trial import Ended, Job
+from stoker.tune.space_reading import parse_mapping
+from stoker.tune.trial import Ended, TrialJob
 
 _RESTARTS = 3
 """How often a training whose process was killed is restarted without having made progress."""
@@ -90,7 +90,7 @@ def objective(
     return train
 
 
-def _trained(trial: optuna.Trial, job: Job, start: Callable[[], DrivenRun]) -> float:
+def _trained(trial: optuna.Trial, job: TrialJob, start: Callable[[], DrivenRun]) -> float:
     """Train to the end, or until the trial is pruned; a training whose process is killed is restarted."""
     seen: dict[float, float] = {}
     for left in reversed(range(_RESTARTS + 1)):
@@ -110,7 +110,7 @@ def _trained(trial: optuna.Trial, job: Job, start: Callable[[], DrivenRun]) -> f
     return known[max(known)]
 
 
-def _logged(job: Job) -> dict[float, float]:
+def _logged(job: TrialJob) -> dict[float, float]:
     """The values by step that a run has logged, also in a process that was killed before the run's end."""
     return points(view.load(finding.locate(job.runs, job.sweep, job.run)), job.metrics[0])
 

@@ -21,7 +21,7 @@ from stoker.signals import STATUS
 from stoker.tune import plan
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
-from stoker.tune.space import parse_mapping
+from stoker.tune.space_reading import parse_mapping
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stoker.errors import BadInput
 from stoker.recipes import Recipe
 from stoker.run import finding
 from stoker.tune import local
-from stoker.tune.trial import Began, Ended, Job, Report
+from stoker.tune.trial import Began, Ended, Report, TrialJob
 
 _KEPT_WAITING = 60.0  # seconds that a training has for its checkpoint after it is told to stop
 
@@ -29,7 +29,7 @@ def job_of(
     run: Path,
     ranks: int,
     tags: Mapping[str, str],
-) -> Job:
+) -> TrialJob:
     """The settings that the processes of a run need. Raises BadInput for what cannot be trained.
 
     Args:
@@ -41,7 +41,7 @@ def job_of(
     """
     resolved: Any = configs.resolve(found.config, overrides)
     training.check(found, resolved.config, ranks)
-    return Job(
+    return TrialJob(
         0, found.reference, resolved.values, resolved.sources, run.parent.parent, run.parent.name, run.name,
         (metric,), "step", None, tags,
     )  # fmt: skip
@@ -78,7 +78,7 @@ class DrivenRun:
         gpus: one per rank, as CUDA_VISIBLE_DEVICES names them; by default all that this process sees.
     """
 
-    def __init__(self, job: Job, *, ranks: int = 1, beside: int = 1, gpus: Sequence[str] = ()) -> None:
+    def __init__(self, job: TrialJob, *, ranks: int = 1, beside: int = 1, gpus: Sequence[str] = ()) -> None:
         self._workers = local.Workers(train_trial, parallel=beside, ranks=ranks, gpus=gpus)
         self._happened: collections.deque[Report | Ended] = collections.deque()
         self._workers.start(job)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from stoker import supervision
 from stoker.attempt import Attempt
 from stoker.errors import EXIT_FAILED
+from stoker.launch import pulses
 from stoker.periodic import Periodic, Task
 from stoker.run import journal
 from stoker.supervision import Pulse
@@ -78,11 +79,11 @@ class _Watch:
 
 def _stacks(attempt: Attempt) -> str:
     """Write the stacks of all threads; returns where the process is, and where they are, as text."""
-    folder = supervision.stacks_folder(attempt.directory.logs)
+    folder = pulses.stacks_folder(attempt.directory.logs)
     file = folder / f"rank-{attempt.world.rank}.txt"
     with file.open("w", encoding="utf-8") as opened:
         faulthandler.dump_traceback(opened, all_threads=True)
-    place = supervision.place(file.read_text(encoding="utf-8", errors="replace"))
+    place = pulses.place(file.read_text(encoding="utf-8", errors="replace"))
     return f"{f'it is at {place}; ' if place else ''}the stacks of all threads are in {folder}"
 
 

@@ -78,9 +78,8 @@ class InStore:
 
     def push(self) -> None:
         """Upload what is new. Raises Unreachable."""
-        copies = [
-            self._copy(log) for log in written(self._folder)
-        ]  # the file that says that the job ended is read first, ...
+        # The file that says that the job ended is read first, ...
+        copies = [self._copy(log) for log in written(self._folder)]
         if self._there is None:
             found = self._store.objects(self._base)
             self._there = {key.removeprefix(f"{self._base}/"): stored for key, stored in found.items()}

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from stoker import machine, signals, supervision
+from stoker import machine, signals
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, Stopped
-from stoker.launch import nodes, ranks
+from stoker.launch import nodes, pulses, ranks
 from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.rounds import NO_WORK, ONE, Machines, Work
 from stoker.launch.watch import Watch, watching
@@ -104,7 +104,7 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class Place:
+class Seating:
     """This machine's place in a launch; by default it is the only one."""
 
     number: int = 0
@@ -121,7 +121,7 @@ def _alone(job: _Job, budget: Budget) -> int:
     while True:
         with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
             try:
-                return _attempt(job, Place(), Path(folder))
+                return _attempt(job, Seating(), Path(folder))
             except RankFailed as failure:
                 budget.spend(failure)
                 log.warning("%s\nstarting again; restarts left: %d", failure, budget.left)
@@ -139,7 +139,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
         attempt = None
         if begun.ended:
             return begun.code
-        place = Place(begun.number, begun.machines, host, begun.port, begun.id, seat)
+        place = Seating(begun.number, begun.machines, host, begun.port, begun.id, seat)
         with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
             try:
                 code = seat.finished(_attempt(job, place, Path(folder)))
@@ -155,7 +155,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
                     return code
 
 
-def _attempt(job: _Job, place: Place, folder: Path) -> int:
+def _attempt(job: _Job, place: Seating, folder: Path) -> int:
     """One launch. Raises the error of the first rank that failed."""
 
     def outside() -> str:
@@ -180,7 +180,7 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     early = watch.told and place.seat is not None and not _begun(folder)
     if watch.abandoned and not early:
         return max(end.code or 0 for end in ends.values())
-    if said := supervision.refused(folder):
+    if said := pulses.refused(folder):
         raise BadInput(said)
     try:
         _raise_first(ends, failed, watch)
@@ -217,7 +217,7 @@ def _tell_run(folder: Path, error: str, *, raised: bool = False) -> None:
 
 def _newest_attempt(folder: Path) -> tuple[Path, int] | None:
     """The journal of a launch's run, and its newest attempt; None before there is one."""
-    run = supervision.run_of(folder)
+    run = pulses.run_of(folder)
     newest = run and journal.newest_attempt(RunDirectory(run).journal)
     return (RunDirectory(run).journal, newest[0]) if run and newest else None
 
@@ -246,16 +246,16 @@ def _loss_recorded(attempt: tuple[Path, int] | None, seat: nodes.Seat) -> Iterat
 
 def _progress(folder: Path) -> tuple[int, int]:
     """Steps done, and the step of the newest checkpoint; -1 for none."""
-    pulses = supervision.read(folder).values()
-    return max((p.step for p in pulses), default=-1), max((p.saved for p in pulses), default=-1)
+    beats = pulses.read(folder).values()
+    return max((p.step for p in beats), default=-1), max((p.saved for p in beats), default=-1)
 
 
 def _begun(folder: Path) -> bool:
     """Whether a rank has done a step in this launch."""
-    return any(pulse.begun for pulse in supervision.read(folder).values())
+    return any(pulse.begun for pulse in pulses.read(folder).values())
 
 
-def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
+def _launch(job: _Job, place: Seating, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those seen to fail first."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([*job.preload, *PRELOAD])
     signals.start_forkserver()  # it imports torch at the same time as this process

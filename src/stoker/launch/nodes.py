@@ -117,7 +117,7 @@ class Seat:
 
     @property
     def lost(self) -> str:
-        """What happened to machines because of which the newest round that is over failed."""
+        """Which machines made the last round fail that is over, and how."""
         return self._answer.lost
 
     def next_round(self) -> Answer:
@@ -393,8 +393,8 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
                 report = Report(**json.loads(message))
             except (TypeError, ValueError):
                 self.send_error(400)
-                if message and (sender := self.client_address[0]) not in host.refused:
-                    host.refused.add(sender)
+                if message and (sender := self.client_address[0]) not in host.strangers:
+                    host.strangers.add(sender)
                     log.warning("a launcher of another version of stoker was refused, at %s", sender)
                 return
             with host.lock:

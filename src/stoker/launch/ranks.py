@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 from stoker import machine, redaction, signals, storage, supervision, terminal
 from stoker.errors import StokerError, Stopped, stops_as_raised, trace_of
+from stoker.launch import pulses
 from stoker.supervision import Pulse
 from stoker.world import World
 
@@ -115,7 +116,7 @@ def failed(folder: Path) -> bool:
 def _leaves_others_waiting(rank: int, folder: Path) -> bool:
     """Whether ranks of other machines may still wait for this one to start, which has done no step."""
     world = World.current()
-    return world.size > world.local_size and not supervision.read(folder).get(rank, Pulse()).begun
+    return world.size > world.local_size and not pulses.read(folder).get(rank, Pulse()).begun
 
 
 def _has_failed(said: Path, pid: int) -> bool:

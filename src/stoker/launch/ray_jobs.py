@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import object_store, ray_token
+from stoker import object_store, ray_cluster
 from stoker.errors import BadInput, StokerError, nearest
 from stoker.launch import arguments, job_uploader, jobs, jobspec, tail
 from stoker.launch.jobs import Job
@@ -279,8 +278,7 @@ def _check_runs(spec: JobSpec) -> None:
 
 def _client(spec: JobSpec) -> JobSubmissionClient:
     """Raises BadInput if Ray is not installed, or nothing answers there."""
-    if importlib.util.find_spec("ray") is None:
-        raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
+    ray_cluster.require()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -289,7 +287,7 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(spec.options.get("address"))
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-        if (asked := ray_token.asked_for(error)) is not None:
+        if (asked := ray_cluster.asked_for(error)) is not None:
             raise asked from error
         first = str(error).strip().partition("\n")[0]
         raise BadInput(

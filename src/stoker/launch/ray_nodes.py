@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import machine, ray_errors
+from stoker import machine, ray_cluster
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch import job_uploader, jobs
 from stoker.reproduce import shipped
@@ -39,7 +39,6 @@ MEETING = "{rendezvous}"
 """As a separate word of a command: the HOST:PORT where the launchers meet."""
 
 _LOOK = 0.2  # seconds between two looks at the launchers
-_PATIENCE = 30.0  # seconds after which it reports that Ray has no room yet
 _PARTING = 5.0  # seconds for the other launchers to end by themselves after one has refused its input
 _ENDING = 30.0  # seconds for the remaining launchers to end
 _QUIET = 1.0  # seconds without a line of theirs, after which there are no more
@@ -158,7 +157,9 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
         [needs.bundle] * needs.nodes, strategy="STRICT_SPREAD" if needs.nodes > 1 else "PACK"
     )
     try:
-        if not _ready(group, needs, told):
+        room = f"{counted(needs.nodes, 'node')} with {needs.bundle} each"
+        waits = f"waiting for the cluster to have room for {room}"
+        if not ray_cluster.wait_for_room(group, told, lambda: _say(waits)):
             return EXIT_PREEMPTED
         _check(group, needs, command[0], folder)
         actor = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus)(Node)
@@ -191,23 +192,6 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
         remove_placement_group(group)
 
 
-def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
-    """Wait until Ray has room; False if it is told to stop in the meantime."""
-    import ray
-
-    ready, begun, said = group.ready(), time.monotonic(), False
-    while not ray.wait([ready], timeout=_LOOK)[0]:
-        if told:
-            return False
-        if not said and time.monotonic() - begun > _PATIENCE:
-            said = True
-            _say(
-                f"waiting for the cluster to have room for {counted(needs.nodes, 'node')} "
-                f"with {needs.bundle} each"
-            )
-    return True
-
-
 def _check(group: Any, needs: Needs, program: str, folder: str) -> None:
     """Raises BadInput if a node lacks what a launcher needs, which does not get better by starting again.
 
@@ -233,7 +217,7 @@ def _check(group: Any, needs: Needs, program: str, folder: str) -> None:
         except ray.exceptions.RayError as error:
             failed = _failure(error)
         if failed is not None:
-            node = ray_errors.shown(ray_errors.node_of(group, number))
+            node = ray_cluster.shown(ray_cluster.node_of(group, number))
             raise type(failed)(f"node {number}, {node}: {failed}")
 
 
@@ -246,9 +230,9 @@ def _failure(error: Exception) -> StokerError:
     from ray.exceptions import RayTaskError, RuntimeEnvSetupError
 
     if isinstance(error, RayTaskError) and isinstance(error.cause, ImportError):
-        return BadInput(f"stoker cannot be run there: {ray_errors.cause(error)}")
+        return BadInput(f"stoker cannot be run there: {ray_cluster.cause(error)}")
     has_trace = isinstance(error, RayTaskError | RuntimeEnvSetupError)
-    return StokerError(ray_errors.cause(error) if has_trace else first_line(error))
+    return StokerError(ray_cluster.cause(error) if has_trace else first_line(error))
 
 
 def _lacking(program: str, folder: str) -> str:

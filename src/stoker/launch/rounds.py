@@ -18,7 +18,6 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, TypeAlias
@@ -174,7 +173,7 @@ class Answer:
     id: str = ""
     """The id of the round."""
     lost: str = ""
-    """What happened to machines because of which the round before failed."""
+    """Which machines made the round before fail, and how: `a does not respond, b was told to stop`."""
     ended: bool = False
     """Whether everything is over."""
     error: str = ""
@@ -190,6 +189,43 @@ class _Member:
 
 
 @dataclass
+class Round:
+    """One round: what is known of it, and nothing of those before."""
+
+    number: int = 0
+    size: int = 0
+    """Machines in it."""
+    port: int = 0
+    id: str = ""
+    running: bool = True
+    over: str = ""
+    """Why it is over, if it is."""
+    left: list[str] = field(default_factory=list)
+    """Its machines that were told to stop and have ended."""
+    changes: str = ""
+    """Why it will be ended after a checkpoint, if it will."""
+    failed_at: float | None = None
+    failure: RankFailed | None = None
+    final: bool = False
+    """Whether that failure would only repeat itself."""
+
+
+@dataclass
+class Lost:
+    """Which machines made a round fail, and how, in words."""
+
+    gone: list[str] = field(default_factory=list)
+    silent: dict[str, str] = field(default_factory=dict)
+    """Those that were not heard of, by their nodes: they may have been slow, and report again."""
+
+    def __bool__(self) -> bool:
+        return bool(self.gone or self.silent)
+
+    def __str__(self) -> str:
+        return ", ".join([*self.gone, *self.silent.values()])
+
+
+@dataclass
 class Host:
     """The state of the machine at which the others meet. Its methods are called under its lock."""
 
@@ -198,27 +234,18 @@ class Host:
     sizes: frozenset[int]
     """The possible numbers of machines in a round."""
     members: dict[str, _Member] = field(default_factory=dict)
-    round: int = 0
-    machines: int = 0
-    """In the newest round."""
-    running: bool = False
-    over: str = "not begun"
-    left: list[str] = field(default_factory=list)
-    """The machines of the newest round that were told to stop and have ended."""
-    changes: str = ""
-    failed_at: float | None = None
-    failure: RankFailed | None = None
-    final: bool = False
-    port: int = 0
-    id: str = ""
-    gone: list[str] = field(default_factory=list)
-    """What happened to machines because of which the ranks of the newest round that is over failed."""
-    silent: dict[str, str] = field(default_factory=dict)
-    """Likewise of machines that were not heard of, by their nodes: they may have been slow."""
+    now: Round = field(default_factory=lambda: Round(running=False, over="not begun"))
+    """The newest round; number 0 before the first."""
+    lost: Lost = field(default_factory=Lost)
+    """Which machines made the last round fail that is over."""
     answer: Answer | None = None
     """How it ended."""
     told: set[str] = field(default_factory=set)
+    """The nodes of the machines that were told how it ended."""
     refused: set[str] = field(default_factory=set)
+    """The nodes of the machines that may not take part."""
+    strangers: set[str] = field(default_factory=set)
+    """The addresses from which came what is not understood."""
     knocked: dict[str, float] = field(default_factory=dict)
     """When machines for which there was no room reported first."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -246,21 +273,18 @@ class Host:
             return self._without_room(report, now)
         if known is None:
             known = self._take_in(report, now)
-        elif report.node in self.silent:
-            said = self.silent.pop(report.node)
-            self.gone += [said] if now - known.heard > SILENCE else []
+        elif report.node in self.lost.silent:
+            said = self.lost.silent.pop(report.node)
+            self.lost.gone += [said] if now - known.heard > SILENCE else []
         known.report, known.heard = report, now
         self._judge(now)
         if self.answer is not None:
             self.told.add(report.node)
             return self.answer
-        machines = self.machines if self.round else len(self.members)
-        newest = self.port, self.id, self._lost
-        return Answer(self.round, self.over, known.number, machines, self.changes, *newest)
-
-    @property
-    def _lost(self) -> str:
-        return ", ".join([*self.gone, *self.silent.values()])
+        newest = self.now
+        machines = newest.size if newest.number else len(self.members)
+        of_it = newest.changes, newest.port, newest.id
+        return Answer(newest.number, newest.over, known.number, machines, *of_it, lost=str(self.lost))
 
     def _refusal(self, report: Report) -> str:
         """Why a machine may not take part; empty if it may."""
@@ -292,12 +316,12 @@ class Host:
         if self.answer is not None:
             return self.answer
         if now - self.knocked.setdefault(report.node, now) < SILENCE + 2 * _COLLECT:
-            return Answer(self.round, "there is no room", number=-1)
+            return Answer(self.now.number, "there is no room", number=-1)
         return Answer(ended=True, code=2, error=f"all {self.nodes.most} machines have already joined")
 
     def _plays(self, member: _Member | None) -> bool:
         """Whether a machine is part of the current round."""
-        return self.running and member is not None and member.number >= 0
+        return self.now.running and member is not None and member.number >= 0
 
     def _let_go(self, report: Report, now: float) -> None:
         """Remove a machine that says that it is leaving."""
@@ -305,12 +329,12 @@ class Host:
         if not self._plays(known):
             return
         if report.leaving:
-            self.left.append(report.host)
-        if self.failure is None:
-            how = _TOLD if report.leaving else "{host} left"
-            self.failure, self.final, self.failed_at = RankFailed(how.format(host=report.host)), False, now
+            self.now.left.append(report.host)
+        if self.now.failure is None:
+            said = (_TOLD if report.leaving else "{host} left").format(host=report.host)
+            self.now.failure, self.now.final, self.now.failed_at = RankFailed(said), False, now
             if self.nodes.elastic:
-                self._pause(str(self.failure), [str(self.failure)])
+                self._pause(said, Lost([said]))
 
     def _take_in(self, report: Report, now: float) -> _Member:
         self.members[report.node] = _Member(report, now)
@@ -339,7 +363,7 @@ class Host:
     def _judge(self, now: float) -> None:
         if self.answer is not None:
             return
-        if self.running:
+        if self.now.running:
             self._judge_round(now)
         else:
             self._judge_waiting(now)
@@ -350,27 +374,27 @@ class Host:
         here = [member for member in heard if member.report.phase == WAITING and not member.report.leaving]
         size = self._size(len(here))
         all_here = len(here) == self.nodes.most
-        settled = len(here) == len(heard) and (self.round > 0 or now - self.since > LAST_CALL)
+        settled = len(here) == len(heard) and (self.now.number > 0 or now - self.since > LAST_CALL)
         if size and (all_here or settled) and any(member.report.first for member in here):
             self._begin(here, size)
         elif now - self.since > COMING:
             said = f"only {len(here)} of {self.nodes} machines joined within {COMING:.0f} s"
-            said += f": {self._lost}" if self._lost else ""
-            self._end(*waited(said, begun=self.round > 0))
+            said += f": {self.lost}" if self.lost else ""
+            self._end(*waited(said, begun=self.now.number > 0))
 
     def _judge_round(self, now: float) -> None:
         playing = self._playing()
         self._look_for_failures(now, playing)
         done = all(member.report.phase == DONE for member in playing)
-        if self.failed_at is not None and (self.final or now - self.failed_at > _COLLECT):
+        if self.now.failed_at is not None and (self.now.final or now - self.now.failed_at > _COLLECT):
             self._over(now)
-        elif len(playing) == self.machines and done:
+        elif len(playing) == self.now.size and done:
             self._ended(max(member.report.code for member in playing), playing)
-        elif self.nodes.elastic and not self.changes:
+        elif self.nodes.elastic and not self.now.changes:
             others = [member for member in self.members.values() if member.number < 0]
             ready = [member for member in others if now - member.heard < SILENCE]
-            if self._size(self.machines + len(ready)) > self.machines:
-                self.changes = f"{', '.join(member.report.host for member in ready)} joined"
+            if self._size(self.now.size + len(ready)) > self.now.size:
+                self.now.changes = f"{', '.join(member.report.host for member in ready)} joined"
 
     def _of_round(self) -> list[_Member]:
         """The machines of the newest round."""
@@ -378,7 +402,7 @@ class Host:
 
     def _playing(self) -> list[_Member]:
         """Those of the round that know about it."""
-        return [member for member in self._of_round() if member.report.round == self.round]
+        return [member for member in self._of_round() if member.report.round == self.now.number]
 
     def _size(self, here: int) -> int:
         """The largest possible round with this many machines; 0 if there are too few."""
@@ -389,28 +413,29 @@ class Host:
         leaving = [member for member in playing if member.report.leaving]
         staying = sum(not member.report.leaving for member in self.members.values())
         stays = not any(member.report.first for member in leaving)
-        if code == EXIT_PREEMPTED and (leaving or self.changes) and stays and self._size(staying):
+        if code == EXIT_PREEMPTED and (leaving or self.now.changes) and stays and self._size(staying):
             gone = ", ".join(member.report.host for member in leaving)
-            self._pause(f"{gone} left" if gone else self.changes)
+            self._pause(f"{gone} left" if gone else self.now.changes)
         else:
             self._end(code, "")
 
     def _look_for_failures(self, now: float, playing: list[_Member]) -> None:
+        newest = self.now
         failed = [member for member in playing if member.report.phase == FAILED]
         silent = [m.report.host for m in self._of_round() if now - m.heard > SILENCE]
         if failed:
             # What ended a rank from outside takes precedence over the errors that this caused in others.
             first = min(failed, key=lambda m: (m.report.again, m.report.raised, m.heard - m.report.ago))
-            self.failure, self.final = RankFailed(first.report.said), not first.report.again
-            self.failure.raised, self.failure.exit_code = first.report.raised, first.report.code or 1
-            self.failure.changed = first.report.changed
+            newest.failure, newest.final = RankFailed(first.report.said), not first.report.again
+            newest.failure.raised, newest.failure.exit_code = first.report.raised, first.report.code or 1
+            newest.failure.changed = first.report.changed
         elif silent:
             said = f"no message from {', '.join(silent)} for {SILENCE:.0f} s"
-            self.failure, self.final = RankFailed(said), False
-        if self.failure is not None:
-            self.failed_at = now if self.failed_at is None else self.failed_at
-            self.failure.step = max((member.report.step for member in playing), default=-1)
-            self.failure.saved = max((member.report.saved for member in playing), default=-1)
+            newest.failure, newest.final = RankFailed(said), False
+        if newest.failure is not None:
+            newest.failed_at = now if newest.failed_at is None else newest.failed_at
+            newest.failure.step = max((member.report.step for member in playing), default=-1)
+            newest.failure.saved = max((member.report.saved for member in playing), default=-1)
 
     def _begin(self, here: list[_Member], size: int) -> None:
         for member in self.members.values():
@@ -423,56 +448,48 @@ class Host:
         for member in ordered[size:]:
             log.info("%s is waiting: the work cannot be shared by %d machines", member.report.host, len(here))
         # Those that were in rounds of an earlier host, which is back since, wait for one after those.
-        self.round = 1 + max(self.round, *(member.report.round for member in here))
-        self.machines, self.running, self.over, self.changes = size, True, "", ""
-        self.failed_at, self.failure, self.left = None, None, []
-        self.port, self.id = machine.free_port(), uuid.uuid4().hex
+        newest = 1 + max(self.now.number, *(member.report.round for member in here))
+        self.now = Round(newest, size, port=machine.free_port(), id=uuid.uuid4().hex)
 
     def _over(self, now: float) -> None:
         """End the round; this costs a restart, unless it failed because of a machine that may be lost."""
-        assert self.failure is not None
-        gone, silent = ([], {}) if self.final else self._gone(now)
-        lost = ", ".join([*gone, *silent.values()])
+        newest = self.now
+        assert newest.failure is not None
+        lost = Lost() if newest.final else self._to_blame(now)
         if self.nodes.elastic and lost:
-            self._pause(lost, gone, silent)
+            self._pause(str(lost), lost)
             return
-        self._pause(str(self.failure), gone, silent, quiet=True)
+        self._pause(str(newest.failure), lost, quiet=True)
         try:
-            if self.final:
-                raise self.failure
-            self.budget.spend(self.failure)
+            if newest.final:
+                raise newest.failure
+            self.budget.spend(newest.failure)
         except RankFailed as error:
             if lost:  # training itself did not fail: it can be started again
-                said = without(lost)
-                self._end(EXIT_PREEMPTED, said if str(error) in lost else f"{said}.\n{error}")
+                said = without(str(lost))
+                self._end(EXIT_PREEMPTED, said if str(error) in str(lost) else f"{said}.\n{error}")
             else:
                 self._end(error.exit_code, str(error))
         else:
-            log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
+            log.warning("%s\nstarting again; restarts left: %d", newest.failure, self.budget.left)
 
-    def _gone(self, now: float) -> tuple[list[str], dict[str, str]]:
-        """What happened to machines of the round because of which the ranks of the others fail.
-
-        Of those that have not been heard of, by their nodes.
-        """
+    def _to_blame(self, now: float) -> Lost:
+        """The machines of the round that were told to stop, or do not respond: ranks elsewhere then fail."""
         told = [member.report for member in self._of_round() if member.report.leaving]
         silent = [member.report for member in self._of_round() if now - member.heard > _COLLECT]
-        return (
-            [_TOLD.format(host=host) for host in (*self.left, *(report.host for report in told))],
+        return Lost(
+            [_TOLD.format(host=host) for host in (*self.now.left, *(report.host for report in told))],
             {report.node: f"{report.host} does not respond" for report in silent if not report.leaving},
         )
 
-    def _pause(
-        self, why: str, gone: Sequence[str] = (), silent: Mapping[str, str] | None = None, *,
-        quiet: bool = False,
-    ) -> None:  # fmt: skip
+    def _pause(self, why: str, lost: Lost | None = None, *, quiet: bool = False) -> None:
         """The round is over; the next one will follow.
 
         Args:
-            gone, silent: as in `_gone`.
+            lost: which machines made it fail, if any did.
         """
-        self.running, self.over, self.since = False, why, self.clock()
-        self.gone, self.silent = list(gone), dict(silent or {})
+        self.now.running, self.now.over, self.since = False, why, self.clock()
+        self.lost = lost or Lost()
         if not quiet:
             log.info("%s: continuing with the machines that are available", why)
 
@@ -488,7 +505,8 @@ class Host:
             self._end(EXIT_FAILED, f"{host}, the rendezvous machine, has ended")
 
     def _end(self, code: int, error: str) -> None:
-        self.answer = Answer(self.round, self.over, lost=self._lost, ended=True, code=code, error=error)
+        newest, lost = self.now, str(self.lost)
+        self.answer = Answer(newest.number, newest.over, lost=lost, ended=True, code=code, error=error)
 
 
 def _differences(one: Report, other: Report) -> str:

@@ -116,11 +116,12 @@ def render(job: Job) -> str:
     spec = job.spec
     jobspec.check(spec)
     stored = object_store.of(job.runs) is not None
+    settings = _directives(job)
     parts = [
         "#!/bin/bash",
-        *(_directive(key, value) for key, value in _directives(job).items()),
+        *(_directive(key, value) for key, value in settings.items()),
         "",
-        *_environment(job),
+        *_environment(spec, settings),
         *_meeting(spec),
         *(_uploading(job) if stored else []),
         *_counting(job),
@@ -163,14 +164,13 @@ def _directive(key: str, value: str) -> str:
     return f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"
 
 
-def _environment(job: Job) -> list[str]:
+def _environment(spec: JobSpec, settings: Mapping[str, str]) -> list[str]:
     """Variables, as lines of the script."""
-    spec = job.spec
     given = {"OMP_NUM_THREADS": str(spec.threads), **spec.environment}
     found = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
     if spec.passed:
         found.append(f"# from the shell that called sbatch: {', '.join(spec.passed)}")
-    if read := slurm_variables.read(variables(job)):
+    if read := slurm_variables.read(slurm_variables.for_sbatch(spec, settings, os.environ)):
         found.append(f"# sbatch also reads: {', '.join(read)}")
     return [*found, ""]
 

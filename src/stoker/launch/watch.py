@@ -16,7 +16,7 @@ from types import FrameType
 
 from stoker import signals, stopping, supervision, words
 from stoker.errors import Stopped
-from stoker.launch import ranks
+from stoker.launch import pulses, ranks
 
 log = logging.getLogger("stoker")
 
@@ -94,7 +94,7 @@ class Watch:
         if self.told:
             if not self.at_once and stopping.is_another(number, self._told_at):
                 self.at_once = True
-                supervision.tell_twice(self.folder)
+                pulses.tell_twice(self.folder)
                 end = threading.Timer(_AT_ONCE, self._end_all)
                 end.daemon = True
                 end.start()
@@ -131,9 +131,9 @@ class Watch:
 
     def _all_wait(self) -> bool:
         """Whether there are living ranks, and all of them wait for others to start."""
-        pulses = supervision.read(self.folder)
+        beats = pulses.read(self.folder)
         living = ranks.living(self.folder)
-        return bool(living) and all(rank in pulses and pulses[rank].joining for rank in living)
+        return bool(living) and all(rank in beats and beats[rank].joining for rank in living)
 
     def _end_all(self) -> None:
         while not self._over.is_set():
@@ -145,7 +145,7 @@ class Watch:
         ends = ranks.ends(self.folder).values()
         alone = any(end.code and not end.error for end in ends) and not ranks.failed(self.folder)
         told = self.told or self.ask_to_stop or alone
-        return bool(told and ends) and not any(p.begun for p in supervision.read(self.folder).values())
+        return bool(told and ends) and not any(p.begun for p in pulses.read(self.folder).values())
 
     def _hanging(self) -> str:
         """A message about hanging ranks, after they have written their stacks; otherwise empty."""
@@ -153,11 +153,11 @@ class Watch:
         if now - self._looked > _ASLEEP:  # a scheduler can suspend and continue all processes of a job
             self._awake = now
         self._looked = now
-        pulses = supervision.read(self.folder)
-        together = len(pulses) == self.count and all(p.joining for p in pulses.values())
-        if together and now - max(self._awake, *(p.joining for p in pulses.values())) > _COMING_UP:
+        beats = pulses.read(self.folder)
+        together = len(beats) == self.count and all(p.joining for p in beats.values())
+        if together and now - max(self._awake, *(p.joining for p in beats.values())) > _COMING_UP:
             return f"the ranks did not find each other within {_COMING_UP:.0f} s"
-        slow = {rank: p for rank, p in pulses.items() if p.limit and now - max(self._awake, p.at) > p.limit}
+        slow = {rank: p for rank, p in beats.items() if p.limit and now - max(self._awake, p.at) > p.limit}
         if not slow:
             return ""
         self.signal(supervision.STACKS)
@@ -174,8 +174,8 @@ class Watch:
 
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""
-        run = supervision.run_of(self.folder)
-        target = supervision.stacks_folder(run / "logs" if run is not None else self.folder)
+        run = pulses.run_of(self.folder)
+        target = pulses.stacks_folder(run / "logs" if run is not None else self.folder)
         for stacks in self.folder.glob("rank-*.stacks"):
             shutil.copy(stacks, target / f"{stacks.stem}.txt")
         return target
@@ -185,7 +185,7 @@ def _places(folder: Path) -> str:
     """Where the ranks are according to their stacks, as text; ranks at the same place are grouped."""
     ranks_at: dict[str, list[str]] = {}
     for file in sorted(folder.glob("rank-*.txt"), key=lambda file: int(file.stem.removeprefix("rank-"))):
-        if place := supervision.place(file.read_text(encoding="utf-8", errors="replace")):
+        if place := pulses.place(file.read_text(encoding="utf-8", errors="replace")):
             ranks_at.setdefault(place, []).append(file.stem.removeprefix("rank-"))
     if not ranks_at:
         return ""

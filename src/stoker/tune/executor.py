@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from stoker.tune.trial import Began, Ended, Job, Report
+from stoker.tune.trial import Began, Ended, Report, TrialJob
 
 
 class Executor(Protocol):
@@ -24,17 +24,8 @@ class Executor(Protocol):
         """The numbers of the running trials."""
         ...
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         """Start a trial."""
-        ...
-
-    @property
-    def takes_ahead(self) -> bool:
-        """Whether `ahead` accepts one more trial."""
-        ...
-
-    def ahead(self, job: Job) -> None:
-        """Queue a trial to start as soon as there is room; `wait` then returns its `Began`."""
         ...
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
@@ -55,4 +46,19 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release whatever is held while no trial runs."""
+        ...
+
+
+@runtime_checkable
+class TakesAhead(Protocol):
+    """What an executor also has if it can queue trials: where they are short, their processes then never
+    wait for the controller."""
+
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether `ahead` accepts one more trial."""
+        ...
+
+    def ahead(self, job: TrialJob) -> None:
+        """Queue a trial to start as soon as there is room; `wait` then returns its `Began`."""
         ...

@@ -27,7 +27,7 @@ import psutil
 from stoker import disk, machine, redaction, signals, storage
 from stoker.errors import BadInput, StokerError, Stopped, trace_of
 from stoker.status import FINISHED, PAUSED, STOPPED
-from stoker.tune.trial import Began, Ended, Job, Link, Report
+from stoker.tune.trial import Began, Ended, Link, Report, TrialJob
 
 PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
 _GROWN = 1.25
@@ -41,7 +41,7 @@ _GOES_ON = (FINISHED, STOPPED, PAUSED)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _SCRIPT = threading.Lock()
 
-Function = Callable[[Job, Link], dict[str, Any]]
+Function = Callable[[TrialJob, Link], dict[str, Any]]
 """What each process of a trial executes, pickled by its name: trains, and returns the run's `status`, the
 names of the `logged` metrics, and the newest `values` of the metrics to optimise."""
 
@@ -80,7 +80,7 @@ class Rank:
     def __init__(
         self,
         function: Function,
-        job: Job | None,
+        job: TrialJob | None,
         environment: Mapping[str, str],
         shares: int,
         name: str,
@@ -123,12 +123,12 @@ class Rank:
         with contextlib.suppress(EOFError, OSError):  # it has ended, which the caller detects
             self._last = self._link.hear()
 
-    def send(self, job: Job) -> None:
+    def send(self, job: TrialJob) -> None:
         """Send it another trial, which it trains after its current one."""
         with contextlib.suppress(OSError):  # it has ended, which `events` signals
             self.connection.send(job)
 
-    def turn_to(self, job: Job) -> None:
+    def turn_to(self, job: TrialJob) -> None:
         """Attribute its messages from now on to this trial, which it was sent before."""
         self._number, self._last = job.number, None
 
@@ -178,7 +178,7 @@ class _Trial:
     number: int
     ranks: list[Rank]
     gpus: list[str] = field(default_factory=list)
-    following: list[Job] = field(default_factory=list)
+    following: list[TrialJob] = field(default_factory=list)
     """The trials queued behind it in its process."""
     heard: list[Report | Ended | Began] = field(default_factory=list)
     """Messages about those from a process that has ended."""
@@ -258,7 +258,7 @@ class Workers:
         """The numbers of the trials that run."""
         return list(self._trials)
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         """Start a trial."""
         if self._idle:
             over = self._idle.pop()
@@ -272,7 +272,7 @@ class Workers:
         """Whether `ahead` takes one more trial, which it does only if trials are short."""
         return self._has_least_ahead is not None
 
-    def ahead(self, job: Job) -> None:
+    def ahead(self, job: TrialJob) -> None:
         """Queue a trial behind the current one of a process; `Began` reports its start.
 
         If the process ends first, another process trains it.
@@ -290,12 +290,12 @@ class Workers:
         able = [t for t in self._trials.values() if len(t.following) < _AHEAD and t.lasts < _SHORT]
         return min(able, key=lambda trial: len(trial.following), default=None)
 
-    def _go_on(self, over: _Trial, job: Job, following: Sequence[Job] = ()) -> None:
+    def _go_on(self, over: _Trial, job: TrialJob, following: Sequence[TrialJob] = ()) -> None:
         """Record that the process of an ended trial now trains another."""
         over.ranks[0].turn_to(job)
         self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus, list(following))
 
-    def _begin(self, job: Job | None) -> _Trial:
+    def _begin(self, job: TrialJob | None) -> _Trial:
         """Start the processes of a trial, or without a job a process that waits for one."""
         number = -1 if job is None else job.number
         gpus = [self._gpus.pop(0) for _ in range(self._ranks)] if self._hands_out else []
@@ -476,7 +476,7 @@ def _without_script() -> Iterator[None]:
 
 def _main(
     function: Function,
-    job: Job | None,
+    job: TrialJob | None,
     connection: Connection,
     environment: Mapping[str, str],
     shares: int,
@@ -522,7 +522,7 @@ def _uses_gpu() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
+def _end_of(function: Function, job: TrialJob, link: Link) -> dict[str, Any]:
     """Train a trial; returns how it ended."""
     try:
         return function(job, link)

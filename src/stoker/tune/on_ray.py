@@ -1,9 +1,6 @@
 """Runs the processes of trials on the machines of a Ray cluster.
 
-A trial is a placement group with one actor per rank, its host. The host starts the training process, which is
-the same as on a single machine (see `local`), and forwards its messages; Ray manages only the host. So a
-trial that kills its process does not kill the host, the next trial finds the libraries imported, and no
-process outlives its host, which ends with the controller or its node.
+A trial is a placement group with one actor per rank, its host (see `ray_host`).
 
 Each trial has a thread in the controller that follows it from start to end.
 """
@@ -11,14 +8,11 @@ Each trial has a thread in the controller that follows it from start to end.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import math
-import multiprocessing.connection
 import os
 import queue
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import machine, ray_errors, ray_token
+from stoker import ray_cluster
 from stoker.errors import BadInput, StokerError
 from stoker.status import PREEMPTED
 from stoker.tune import local
 from stoker.tune.local import Function, Over
-from stoker.tune.trial import Began, Ended, Job, Report
+from stoker.tune.ray_host import Host, HostPlace
+from stoker.tune.trial import Began, Ended, Report, TrialJob
 from stoker.words import first_line
 
 if TYPE_CHECKING:
@@ -39,13 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stoker")
 
-_BEAT = 1.0  # seconds after which a host answers even if its process has sent nothing
-_FORGOTTEN = 20.0  # seconds without a call after which a host ends its process and itself
 _LOOK = 0.2  # seconds between checks for signals to a trial, while nothing happens
 _GROWN = 10.0  # seconds between checks of the cluster's size
 _SETTLED = 30.0  # seconds for a host to report the end of its process, after another rank failed
-_REACHED = 10.0  # seconds to connect to a cluster
-_PATIENCE = 30.0  # seconds after which a trial that waits for room is logged
 _UNHEARD = Over(None, None)
 _PASSED_ON = ("STOKER_", "HF_", "TORCH_", "NCCL_", "GLOO_", "OMP_")
 """Prefixes of the environment variables that are passed on to all machines."""
@@ -76,197 +67,12 @@ def started(
         BadInput: Ray is not installed, no cluster can be reached, this process is connected to another one,
             or the cluster has no room for a single trial.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
-    import ray
-
-    connected = ray.is_initialized()
-    if connected:
-        _check_connected_to(address)
-    else:
-        _connect(address or os.environ.get("RAY_ADDRESS"))
-    try:
+    with ray_cluster.connected(address):
         workers = Workers(function, ranks=ranks, parallel=parallel, preload=preload)
         try:
             yield workers
         finally:
             workers.close()
-    finally:
-        if not connected:
-            ray.shutdown()
-
-
-def _check_connected_to(address: str | None) -> None:
-    """Raises BadInput if this process is connected to another cluster, or from outside of it."""
-    import ray
-    from ray.util.client import ray as client
-
-    if client.is_connected():
-        raise BadInput(
-            "this process is connected to Ray as a client (ray://): start the search on a machine of the "
-            "cluster, with `ray job submit` or by hand"
-        )
-    here = ray.get_runtime_context().gcs_address
-    if address not in (None, "auto") and _resolved(address) != _resolved(here):
-        raise BadInput(
-            f"--address {address}: this process is connected to the Ray cluster at {here}; leave out the "
-            "address to search there, or call ray.shutdown() first"
-        )
-
-
-def _resolved(address: str) -> str:
-    """An address by IP, with that of this machine in the cluster instead of a loopback one."""
-    import ray
-
-    host, _, port = address.rpartition(":")
-    with contextlib.suppress(OSError):  # an unknown name
-        host = socket.gethostbyname(host)
-    return f"{ray.util.get_node_ip_address() if host.startswith('127.') else host}:{port}"
-
-
-def _connect(address: str | None) -> None:
-    """Connect to a cluster, or start Ray on this machine. Raises BadInput."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after the end must not start Ray again
-    import ray
-    from ray.exceptions import AuthenticationError
-
-    if address is not None and address.startswith("ray://"):
-        raise BadInput(
-            f"--address {address}: start the search on a machine of the cluster, with `ray job submit` or by "
-            "hand, and give its HOST:PORT, or auto"
-        )
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        with _answers_kept():
-            if address is None or address == "local":
-                ray.init("local", include_dashboard=False, **quiet)
-                return
-            if address != "auto":
-                _reach(address)
-            ray.init(address, **quiet)
-    except (AuthenticationError, OSError, ValueError, RuntimeError) as error:
-        if (asked := ray_token.asked_for(error)) is not None:
-            raise asked from error
-        first = first_line(error)
-        if address is None:
-            raise
-        raise BadInput(
-            f"--address {address}: cannot reach a Ray cluster there from this machine ({first}); start one "
-            "with `ray start --head`, or leave out --address to search on this machine"
-        ) from error
-
-
-@contextlib.contextmanager
-def _answers_kept() -> Iterator[None]:
-    """Keep the SIGTERM handler of this process: Ray's would end it without checkpoints."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def _reach(address: str) -> None:
-    """Check that the address can be reached, as Ray would retry for minutes. Raises OSError or ValueError."""
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise ValueError("an address must be HOST:PORT, or auto")
-    socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
-
-
-# -- on the machine of a rank --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """The location of a host."""
-
-    node: str
-    address: str
-    port: int
-    """A free port there."""
-    gpus: tuple[str, ...]
-    """The GPUs that Ray assigned to it."""
-
-
-class Host:
-    """Starts the process of a rank next to itself and forwards its messages. Its methods run in threads.
-
-    Args:
-        preload: as in `started`.
-        folder: the controller's working directory, to which a recipe's relative paths refer.
-        environment: variables passed on from the controller.
-    """
-
-    def __init__(self, preload: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray; `start` shares out the cores
-        os.environ.update(environment)
-        if folder.is_dir():
-            os.chdir(folder)
-        local.warm_up(preload)
-        self._rank: local.Rank | None = None
-        self._one_at_a_time = threading.Lock()
-        self._asked = time.monotonic()
-        threading.Thread(target=self._end_when_forgotten, name="end-when-forgotten", daemon=True).start()
-
-    def place(self) -> Place:
-        import ray
-
-        context = ray.get_runtime_context()
-        gpus = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), machine.free_port(), gpus)
-
-    def start(self, function: Function, job: Job, environment: Mapping[str, str], shares: int) -> None:
-        """Start the process; the previous one has ended."""
-        self._asked = time.monotonic()
-        self._rank = local.Rank(function, job, environment, shares, f"trial-{job.number}")
-
-    def hear(self) -> tuple[list[Report], Over | None]:
-        """Its next reports, perhaps none, and how it ended, or None while it runs. Waits at most a second.
-
-        The wait is short because Ray lets the actors of a killed controller finish their current call.
-        """
-        assert self._rank is not None
-        self._asked = time.monotonic()
-        multiprocessing.connection.wait(self._rank.events, _BEAT)
-        self._asked = time.monotonic()
-        with self._one_at_a_time:
-            if self._rank.alive:
-                return self._rank.heard(), None
-            return self._rank.heard(), self._rank.over()
-
-    def answer(self, decision: str, save: bool) -> None:
-        if self._rank is not None:
-            self._rank.answer(decision, save=save)
-
-    def send(self, number: int) -> None:
-        """Send the process a signal."""
-        with self._one_at_a_time:
-            if self._rank is not None:
-                self._rank.signal(signal.Signals(number))
-
-    def end(self) -> Over | None:
-        """Kill the process; returns how it had ended if it had already."""
-        assert self._rank is not None
-        with self._one_at_a_time:
-            before = None if self._rank.alive else self._rank.over()
-            self._rank.signal(signal.SIGKILL)
-            self._rank.over()
-        return before
-
-    def _end_when_forgotten(self) -> None:
-        """End this host and its process once no controller calls, as it may resume the trial elsewhere."""
-        while True:
-            time.sleep(_BEAT)
-            forgotten = time.monotonic() - self._asked > _FORGOTTEN
-            with self._one_at_a_time:
-                if forgotten and self._rank is not None and self._rank.alive:
-                    os._exit(1)  # which also ends the process
-
-
-# -- at the controller ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -277,7 +83,7 @@ class _Slot:
     hosts: Sequence[Any]
 
 
-def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
+def _environments(places: Sequence[HostPlace]) -> list[dict[str, str]]:
     """The variables for each rank of a trial, as torchrun sets them."""
     if len(places) == 1:
         return [{}]
@@ -296,7 +102,7 @@ def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
 
 @dataclass
 class _Trial:
-    job: Job
+    job: TrialJob
     slot: _Slot | None = None
     thread: threading.Thread | None = None
     signals: list[signal.Signals] = field(default_factory=list)
@@ -351,7 +157,7 @@ class Workers:
         """The numbers of the trials that run."""
         return list(self._trials)
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TrialJob) -> None:
         """Start a trial as soon as there is room for it on the cluster."""
         self._trials[job.number] = trial = _Trial(job)
         if self._idle:
@@ -359,12 +165,6 @@ class Workers:
         name = f"trial-{job.number}"
         trial.thread = threading.Thread(target=self._train, args=(trial,), name=name, daemon=True)
         trial.thread.start()
-
-    takes_ahead = False
-
-    def ahead(self, job: Job) -> None:
-        """Not supported, see `takes_ahead`."""
-        raise NotImplementedError
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
         """Wait for events, at most 10 or `timeout` seconds; returns those that happened, perhaps none.
@@ -450,14 +250,10 @@ class Workers:
         group = placement_group(
             [self._needs] * self._ranks, strategy="PACK", bundle_label_selector=[others] * self._ranks
         )
-        ready, begun, said = group.ready(), time.monotonic(), False
-        while not ray.wait([ready], timeout=_LOOK)[0]:
-            if trial.signals:
-                remove_placement_group(group)
-                return None
-            if not said and time.monotonic() - begun > _PATIENCE:
-                said = True
-                log.info("trial %d is waiting for room on the cluster", trial.job.number)
+        waits = f"trial {trial.job.number} is waiting for room on the cluster"
+        if not ray_cluster.wait_for_room(group, trial.signals, lambda: log.info("%s", waits)):
+            remove_placement_group(group)
+            return None
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
         made = ray.remote(num_cpus=1, num_gpus=self._needs.get("GPU", 0), max_concurrency=4)(Host)
         hosts = [
@@ -472,9 +268,8 @@ class Workers:
         except BaseException:
             _give_back(_Slot(group, hosts))
             raise
-        order = sorted(
-            range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle])
-        )  # grouped by machine
+        # Grouped by machine.
+        order = sorted(range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle]))
         return _Slot(group, [hosts[bundle] for bundle in order])
 
     def _node_of(self, group: PlacementGroup, bundle: int, answer: Any) -> str:
@@ -487,8 +282,8 @@ class Workers:
         except RayActorError as error:
             if not error.actor_init_failed:
                 raise
-            node = ray_errors.node_of(group, bundle)
-            said = f"{ray_errors.shown(node)} cannot run trials: {ray_errors.cause(error)}"
+            node = ray_cluster.node_of(group, bundle)
+            said = f"{ray_cluster.shown(node)} cannot run trials: {ray_cluster.cause(error)}"
             if node not in self._unfit:
                 log.warning("%s", said)
             self._unfit.add(node)
@@ -499,7 +294,7 @@ class Workers:
         """Start the processes of a trial, forward their reports and wait for their end."""
         import ray
 
-        places: list[Place] = ray.get([host.place.remote() for host in slot.hosts])
+        places: list[HostPlace] = ray.get([host.place.remote() for host in slot.hosts])
         shares = self._per_node()
         ray.get([
             host.start.remote(self._function, trial.job, environment, shares)
@@ -531,7 +326,7 @@ class Workers:
         ended = local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
         if ended.refused and len(self._usable()) > 1:  # what is missing may be there on the others
             rank = min(rank for rank, end in over.items() if end.failed)
-            return replace(ended, where=ray_errors.shown(places[rank].node))
+            return replace(ended, where=ray_cluster.shown(places[rank].node))
         return ended
 
     def _pass_on(self, trial: _Trial, slot: _Slot) -> None:

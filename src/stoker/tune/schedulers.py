@@ -115,18 +115,11 @@ class Median(Scheduler):
 
     Args:
         warmup: no trial is stopped before this resource.
-        warmup_trials: no trial is stopped before this many others have reached the same resource.
-
-    Raises:
-        BadInput: `warmup_trials` is below 1.
+        warmup_trials: no trial is stopped before this many others have reached the same resource; at least 1.
     """
 
     warmup: float = 0.0
     warmup_trials: int = 5
-
-    def __post_init__(self) -> None:
-        if self.warmup_trials < 1:
-            raise BadInput(f"warmup_trials={self.warmup_trials}: must be at least 1")
 
     def decide(self, trials: Trials, number: int) -> Decision:
         now = _furthest(trials[number])
@@ -463,7 +456,6 @@ def make(
     least: float | None = None,
     most: float | None = None,
     factor: int = 3,
-    warmup_trials: int = 5,
     population: int = 8,
     quantile: float = 0.25,
     resample: float = 0.25,
@@ -478,7 +470,6 @@ def make(
             resource between two comparisons.
         most: the resource at which a trial ends, in the same unit.
         factor: for asha, asha-stop, hyperband and staged: one in `factor` trials continues at each rung.
-        warmup_trials: for median: the minimum number of other trials that a trial is compared with.
         population: for pbt and pb2, the number of trials at a time; for staged, that of the search.
         quantile, resample, factors: for pbt and pb2, see `PopulationBased`.
 
@@ -490,7 +481,7 @@ def make(
     if name == "none":
         return Full()
     if name == "median":
-        return Median(warmup=least or 0.0, warmup_trials=warmup_trials)
+        return Median(warmup=least or 0.0)
     if name in POPULATIONS:
         if least is None:
             raise BadInput(f"--scheduler {name} needs --least: the training between two comparisons")

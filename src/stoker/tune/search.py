@@ -25,7 +25,7 @@ from stoker.status import FAILED, FINISHED, INTERRUPTED, KILLED, PAUSED, PREEMPT
 from stoker.tune import forking, record, seen
 from stoker.tune import study as studies
 from stoker.tune.entries import Entries
-from stoker.tune.executor import Executor
+from stoker.tune.executor import Executor, TakesAhead
 from stoker.tune.failures import Failures
 from stoker.tune.peers import Peers
 from stoker.tune.plan import SHARE, Plan
@@ -34,7 +34,7 @@ from stoker.tune.seen import Seen
 from stoker.tune.space import Space
 from stoker.tune.stores import Kept
 from stoker.tune.tables import DatabaseAway
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Ended, Report, TrialJob
 
 log = logging.getLogger("stoker")
 
@@ -75,8 +75,9 @@ class Search:
         self._failures = Failures(plan, self.trials, scheduler.lengths)
         self._waits = not isinstance(scheduler, Full)
         """Whether a trial waits after each report for a decision."""
-        self._knows_ahead = not (self._waits or peers or plan.limited or studies.learns(study))
-        """Whether the next trial does not depend on anything that happens before it starts."""
+        known = not (self._waits or peers or plan.limited or studies.learns(study))
+        self._takes = workers if known and isinstance(workers, TakesAhead) else None
+        """What takes trials ahead; None if the next trial depends on what happens before it starts."""
         self._ahead: dict[int, Seen] = {}
         """Trials that were handed to the workers ahead, and start as soon as there is room."""
         self._changed: Callable[[], None] = lambda: None
@@ -290,14 +291,16 @@ class Search:
 
     def _hand_over(self) -> None:
         """Hand the next trials to the workers ahead, if they are known and none is to resume."""
-        while self._knows_ahead and self._workers.takes_ahead and self._begun() < self.plan.trials:
+        if self._takes is None:
+            return
+        while self._takes.takes_ahead and self._begun() < self.plan.trials:
             if any(trial.resumes for trial in self.trials.values()):
                 return
             asked = self._entries.ask(self._begun)
             if asked is None:
                 return
             self._ahead[asked.number] = asked
-            self._workers.ahead(self._job(asked))
+            self._takes.ahead(self._job(asked))
 
     def _start(self, number: int) -> None:
         """Start a trial, unless the search was told to end in the meantime."""
@@ -537,10 +540,10 @@ class Search:
         self._is_over(trial, state)
         self._entries.tell(trial)
 
-    def _job(self, trial: Seen) -> Job:
+    def _job(self, trial: Seen) -> TrialJob:
         share = [f"data_share={trial.share / 100}"] if trial.share is not None else []
         resolved: Any = configs.resolve(self.plan.config, self._space.overrides(trial.params) + share)
-        return Job(
+        return TrialJob(
             trial.number, self.plan.recipe, resolved.values, resolved.sources, self.plan.folder.parent,
             self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
             self.plan.unit, self.plan.provenance, waits=self._waits,

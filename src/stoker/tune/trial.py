@@ -21,7 +21,7 @@ from stoker.tune.plan import SHARE
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """Everything that the processes of a trial need to know."""
 
     number: int
@@ -154,7 +154,7 @@ class Reporter:
     """Listens to a run, reports the values of the first metric and carries out the decisions about them.
 
     Args:
-        waits: as in `Job`.
+        waits: as in `TrialJob`.
         hang_limit: seconds without a logged value after which a loop without a Trainer counts as hanging; by
             default 20 times its longest pause so far, but at least half an hour.
 
@@ -202,9 +202,8 @@ class Reporter:
                 self.values[metric] = value
         if self._metrics[0] not in values or self._unit == SHARE:  # for a share, the last value counts
             return
-        if (
-            self._attempt.heart is not self._heart and not self._attempt.plan
-        ):  # a Trainer's loop has not started
+        # A Trainer's loop has not started.
+        if self._attempt.heart is not self._heart and not self._attempt.plan:
             return
         report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
         if not self._waits:
