@@ -26,6 +26,7 @@ from stoker import __version__, machine, world
 from stoker import config as configs
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput
 from stoker.launch.budget import Budget, RankFailed
+from stoker.run import launch_store
 from stoker.words import counted
 
 log = logging.getLogger("stoker")
@@ -36,10 +37,7 @@ LAST_CALL = 5.0  # seconds to wait for more machines than needed, before the fir
 _COLLECT = 1.5  # seconds after a failure in which related failures may be reported
 _NAP = 5.0  # seconds without a look at the clock which mean that this process did not run
 
-_NOT_SHARED = (
-    "the runs folder of {host} is not the one that the other machines use: set --runs to a folder that they "
-    "all share; for an object store, share its working copy, which is below STOKER_CACHE"
-)
+_NOT_SHARED = f"the runs folder of {{host}} is not the one that the other machines use: {launch_store.SHARE}"
 
 _OTHER_RUN = (
     "{host} trains {run}, but {other.host}, which meets the others at the same address, {other.run}: "
