@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from stoker import distributed
 from stoker.world import World
@@ -41,6 +42,27 @@ def lose_rank_zero() -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def copy_a_graph() -> list[torch.Tensor]:
+    """A model's weights, and its buffers of odd layouts, once they are rank 0's; ranks begin with others."""
+    world = World.current()
+    distributed.join(world)
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("adjacency", torch.eye(3 + 2 * world.rank)[:3, :3].roll(world.rank).to_sparse())
+    model.register_buffer("every_second", torch.arange(8.0)[world.rank :: 2])
+    model.register_buffer("turned", torch.arange(6.0).view(2, 3).t() + world.rank)
+    model.register_buffer("repeated", torch.arange(2.0 * world.rank, 2.0 * world.rank + 2).expand(3, 2))
+    distributed.copy_from_rank_zero(model)
+    return [tensor.detach().to_dense() for tensor in [*model.parameters(), *model.buffers()]]
+
+
+def test_ranks_begin_with_what_rank_zero_has_whatever_its_layout(tmp_path: Path) -> None:
+    first, second = ranks.run(copy_a_graph, 2, tmp_path)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert torch.equal(first[2], torch.eye(3))
+    assert torch.equal(first[3], torch.arange(8.0)[::2])
+    assert torch.equal(first[5], torch.arange(2.0).expand(3, 2))
 
 
 @pytest.mark.parametrize("slow", [0, 1])

@@ -1659,6 +1659,15 @@ def test_a_best_checkpoint_that_cannot_be_told_is_warned_of_once(
     assert not said or re.search(said, warned[0])
 
 
+class _Graph(nn.Module):
+    """A model with a sparse matrix, as those of graphs have."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.model = _model()
+        self.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=persistent)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -1674,6 +1683,8 @@ def test_a_best_checkpoint_that_cannot_be_told_is_warned_of_once(
         ({"optimizer": torch.optim.LBFGS}, "LBFGS needs a closure .*: use an optimizer that steps without"),
         ({"model": nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))},
          r"have no shape yet \(0.weight, 0.bias\): call it once on a batch"),
+        ({"model": _Graph(persistent=True)},
+         r"sparse tensors \(adjacency\), which a checkpoint cannot hold: .* buffers with persistent=False"),
     ],
 )  # fmt: skip
 def test_an_argument_of_another_kind_is_refused_with_what_to_give(

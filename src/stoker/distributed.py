@@ -87,7 +87,7 @@ def rank_zero_first(world: World) -> Iterator[None]:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """A small JSON value of rank 0, on every rank."""
+    """A small value of rank 0, on every rank."""
     if not _are_there():
         return value
     held = [value]
@@ -132,12 +132,33 @@ def _by_gloo(timeout: datetime.timedelta) -> Any:
     return dist.new_group(backend="gloo", timeout=timeout) if _are_there() else None
 
 
+@torch.no_grad()
 def copy_from_rank_zero(model: torch.nn.Module) -> None:
     """Copy rank 0's parameters and buffers to every rank, in place, except those on the meta device."""
     if dist.is_initialized():
         for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.is_meta:
-                dist.broadcast(tensor.detach(), src=0)
+                _copy_from_rank_zero(tensor)
+
+
+def _copy_from_rank_zero(tensor: torch.Tensor) -> None:
+    """Copy a tensor of any layout; backends broadcast only those whose elements fill their memory.
+
+    gloo does not refuse others: what it leaves in one that has gaps, such as `x[::2]`, is wrong.
+    """
+    if tensor.layout is not torch.strided:
+        tensor.copy_(from_rank_zero(tensor.cpu()))
+        return
+    tensor = tensor.detach()
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:  # its elements are one
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    if tensor.is_contiguous():
+        dist.broadcast(tensor, src=0)
+    else:
+        whole = tensor.contiguous()
+        dist.broadcast(whole, src=0)
+        tensor.copy_(whole)
 
 
 def _wait(group: Any) -> None:

@@ -73,6 +73,18 @@ def _check_model(model: nn.Module) -> None:
             f"parameters of the model have no shape yet ({some(lazy, _NAMED)}): call it once on a batch "
             "like those of the data, before the Trainer is created"
         )
+    passing = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    held = [*model.named_parameters(), *model.named_buffers()]
+    sparse = [name for name, t in held if t.layout is not torch.strided and name not in passing]
+    if sparse:
+        raise BadInput(
+            f"the model has sparse tensors ({some(sparse, _NAMED)}), which a checkpoint cannot hold: make "
+            "them dense, or, if the script builds them anew at each start, buffers with persistent=False"
+        )
 
 
 def _check_optimizer(name: str, make: object) -> None:
