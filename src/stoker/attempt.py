@@ -208,7 +208,7 @@ class Attempt:
             )  # fmt: skip
             undo.pop_all()
         if self.world.size > 1:
-            store = LaunchStore(self.world)
+            store = LaunchStore(self.world, self.directory)
             look = functools.partial(
                 self._look_for_refusal, mark, store, time.monotonic() + rendezvous.TIMEOUT
             )
@@ -222,7 +222,7 @@ class Attempt:
             store: where ranks speak that may not see the run.
             until: when to stop looking; by then all have joined that will.
         """
-        store.say_opened(self.directory)
+        store.say_opened(mark)
         said = rendezvous.refusal(self.directory, mark) or store.refusal()
         if said:
             self._end_refused(said)
@@ -253,7 +253,7 @@ class Attempt:
         Raises BadInput if this machine does not see the run, or if rank 0 has another config or other code:
         ranks would train different models as one.
         """
-        unshared = functools.partial(LaunchStore(self.world).refuse_unshared, self.directory)
+        unshared = LaunchStore(self.world, self.directory).refuse_unshared
         self.number, begun = rendezvous.wait(
             self.directory, self.world.launch, self.world.rank, refused=unshared
         )

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from stoker import supervision
+from stoker.run import rendezvous
 from stoker.run.directory import RunDirectory
 from stoker.world import World
 
@@ -31,38 +32,39 @@ _OPENED, _REFUSED = "opened", "refused"
 
 
 class LaunchStore:
-    """Texts of the ranks of one launch, in the store of the agents that started them.
+    """Texts about a run, in the store of the agents that started its ranks.
 
     It stays empty for ranks of one machine, and where a launcher has no such store or it does not answer.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, run: RunDirectory) -> None:
         known = os.environ
         by_agents = known.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and supervision.FOLDER not in known
         self._there = by_agents and world.machines > 1
-        self._prefix = f"stoker/{world.launch}"
+        self._run, self._prefix = run, f"stoker/{world.launch}/{run.name}"
         self._store: Any = None
-        self._seen: float | None = None
-        """When the run was opened, or when this rank was told so."""
+        self._since: float | None = None
+        """When this rank said that it has opened the run, or was told so and did not see it."""
 
-    def say_opened(self, run: RunDirectory) -> None:
-        """Say once that this rank, the first, has opened a run."""
-        if self._seen is None:
-            self._seen = time.monotonic()
-            self._say(_OPENED, f"rank 0 on {platform.node()} has opened {run.path}")
+    def say_opened(self, opening: str) -> None:
+        """Say once that this rank, the first, has opened the run, by the id of the opening."""
+        if self._since is None:
+            self._since = time.monotonic()
+            self._say(_OPENED, f"{opening} rank 0 on {platform.node()} has opened {self._run.path}")
 
-    def refuse_unshared(self, run: RunDirectory) -> str:
+    def refuse_unshared(self) -> str:
         """Why this rank cannot take part in a run that it does not see; empty until that is certain.
 
         Then it is also said to rank 0.
         """
-        opened = self._said(_OPENED)
-        if not opened:
+        opening, _, said = self._said(_OPENED).partition(" ")
+        here = rendezvous.opened(self._run)
+        if not opening or (here is not None and here.id == opening):
             return ""
-        self._seen = time.monotonic() if self._seen is None else self._seen
-        if time.monotonic() - self._seen < _SEEN_WITHIN:
+        self._since = time.monotonic() if self._since is None else self._since
+        if time.monotonic() - self._since < _SEEN_WITHIN:
             return ""
-        said = f"{opened}, which is not there on {platform.node()}: {SHARE}"
+        said = f"{said}, which is not there on {platform.node()}: {SHARE}"
         self._say(_REFUSED, said)
         return said
 

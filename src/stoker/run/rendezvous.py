@@ -95,12 +95,17 @@ def end_refusal(run: RunDirectory) -> None:
     (run.path / _REFUSAL).unlink(missing_ok=True)
 
 
-def _begun(run: RunDirectory, launch: str) -> tuple[int, dict[str, Any]] | None:
+def opened(run: RunDirectory) -> Opening | None:
+    """The newest opening of a run, as far as it is seen here."""
     try:
-        opening = Opening(**orjson.loads(run.lock_file.read_bytes()))
+        return Opening(**orjson.loads(run.lock_file.read_bytes()))
     except (OSError, orjson.JSONDecodeError, TypeError):
         return None
-    if opening.launch != launch or not run.alive:
+
+
+def _begun(run: RunDirectory, launch: str) -> tuple[int, dict[str, Any]] | None:
+    opening = opened(run)
+    if opening is None or opening.launch != launch or not run.alive:
         return None
     newest = journal.newest_attempt(run.journal)
     if newest is not None and newest[1].get("opening") == opening.id:
