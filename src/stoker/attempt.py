@@ -108,6 +108,7 @@ class Attempt:
     _has_resumed = False
     _stepped_by_trainer = False
     _refusals: Periodic | None = None
+    _launch_store: LaunchStore | None = None
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
     _compared: frozenset[str] = frozenset()
     _notes: frozenset[str] = frozenset()
@@ -208,10 +209,9 @@ class Attempt:
             )  # fmt: skip
             undo.pop_all()
         if self.world.size > 1:
-            store = LaunchStore(self.world, self.directory)
-            look = functools.partial(
-                self._look_for_refusal, mark, store, time.monotonic() + rendezvous.TIMEOUT
-            )
+            self._launch_store = LaunchStore(self.world, self.directory)
+            until = time.monotonic() + rendezvous.TIMEOUT
+            look = functools.partial(self._look_for_refusal, mark, self._launch_store, until)
             self._refusals = Periodic([Task(_LOOKS, look)], "refusals")
 
     def _look_for_refusal(self, mark: str, store: LaunchStore, until: float) -> None:
@@ -222,7 +222,7 @@ class Attempt:
             store: where ranks speak that may not see the run.
             until: when to stop looking; by then all have joined that will.
         """
-        store.say_opened(mark)
+        store.say_opened()
         said = rendezvous.refusal(self.directory, mark) or store.refusal()
         if said:
             self._end_refused(said)
@@ -656,6 +656,8 @@ class Attempt:
         atexit.unregister(self._end_with_script)
         if self._refusals is not None:
             self._refusals.close()
+        if self._launch_store is not None:
+            self._launch_store.say_closed()
         self._background.close()
         self.recorder.close()
         self._stop_logging()

@@ -16,6 +16,9 @@ from stoker.world import World
 
 T = TypeVar("T")
 
+_SPARSE = (
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+)  # fmt: skip
 _TIMEOUT = datetime.timedelta(minutes=30)
 _TIMEOUT_BEFORE_STEPS = datetime.timedelta(hours=48)  # data may be tokenised for hours
 
@@ -134,22 +137,33 @@ def _by_gloo(timeout: datetime.timedelta) -> Any:
 
 @torch.no_grad()
 def copy_from_rank_zero(model: torch.nn.Module) -> None:
-    """Copy rank 0's parameters and buffers to every rank, in place, except those on the meta device."""
+    """Copy rank 0's parameters and buffers to every rank, except those on the meta device.
+
+    In place, but for sparse buffers, of which ranks may hold another number of elements.
+    """
     if dist.is_initialized():
         for tensor in [*model.parameters(), *model.buffers()]:
-            if not tensor.is_meta:
-                _copy_from_rank_zero(tensor)
+            if not (tensor.is_meta or is_sparse(tensor)):
+                _copy_from_rank_zero(tensor.detach())
+        made: dict[torch.Tensor, torch.Tensor] = {}
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and is_sparse(buffer):
+                    if buffer not in made:
+                        made[buffer] = from_rank_zero(buffer.cpu()).to(buffer.device)
+                    module._buffers[name] = made[buffer]
+
+
+def is_sparse(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds only its elements that are not zero, in whichever layout."""
+    return tensor.layout in _SPARSE
 
 
 def _copy_from_rank_zero(tensor: torch.Tensor) -> None:
-    """Copy a tensor of any layout; backends broadcast only those whose elements fill their memory.
+    """Copy a dense tensor; backends broadcast only those whose elements fill their memory.
 
     gloo does not refuse others: what it leaves in one that has gaps, such as `x[::2]`, is wrong.
     """
-    if tensor.layout is not torch.strided:
-        tensor.copy_(from_rank_zero(tensor.cpu()))
-        return
-    tensor = tensor.detach()
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0:  # its elements are one
             tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))

@@ -839,7 +839,7 @@ def test_mlflow_has_a_parent_for_each_search_of_one_name(stoker: Command, tmp_pa
     assert sorted(children) == sorted(2 * [*parents])
 
 
-@pytest.mark.soak(small=False)
+@pytest.mark.soak
 def test_killed_at_random_moments_no_trial_is_lost(start: Start, tmp_path: Path) -> None:
     """Two trials at a time, with a Trainer and checkpoints."""
     recipe = str(Path(__file__).parent / "quadratic.py")

@@ -141,7 +141,7 @@ REAL: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", REAL if SOAK else ["recomputed"])
+@pytest.mark.parametrize("name", REAL if SOAK else ["recomputed", "bf16-fsdp"])
 def test_the_peak_is_that_of_a_real_step(name: str, tmp_path: Path) -> None:
     settings, size = REAL[name]
     (plan,) = ranks.run(imagined, 1, tmp_path, tmp_path, settings, size)

@@ -120,7 +120,7 @@ EVERY = [
     ("rslora", "fsdp"),
 ]
 FEW = [
-    ("full", "fsdp"), ("full", "pipeline"), ("dora", "zero2"), ("qlora", "fsdp"),
+    ("full", "fsdp"), ("full", "pipeline"), ("lora", "ddp"), ("dora", "zero2"), ("qlora", "fsdp"),
 ]  # fmt: skip
 
 

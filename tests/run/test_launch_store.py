@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,17 +37,17 @@ def of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Of:
     return made
 
 
-def _open(run: RunDirectory, opening: str) -> None:
+def _open(run: RunDirectory, launch: str = TWO.launch) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
-    run.lock_file.write_bytes(orjson.dumps({"id": opening, "launch": TWO.launch}))
+    run.lock_file.write_bytes(orjson.dumps({"id": "mark", "launch": launch}))
 
 
 def test_a_rank_that_does_not_see_what_rank_zero_has_opened_refuses_and_rank_zero_hears_it(of: Of) -> None:
     run, first = of("one")
     _, second = of("two")
     assert second.refuse_unshared() == "", "rank 0 may still be on its way"
-    _open(run, "mark")
-    first.say_opened("mark")
+    _open(run)
+    first.say_opened()
     said = second.refuse_unshared()
     assert f"has opened {run.path}, which is not there on" in said
     assert said.endswith(launch_store.SHARE)
@@ -55,9 +57,9 @@ def test_a_rank_that_does_not_see_what_rank_zero_has_opened_refuses_and_rank_zer
 def test_an_older_copy_of_the_run_is_not_what_rank_zero_has_opened(of: Of) -> None:
     run, first = of("one")
     copy, second = of("two")
-    _open(copy, "of last week")
-    _open(run, "mark")
-    first.say_opened("mark")
+    _open(copy, "another job/0")
+    _open(run)
+    first.say_opened()
     assert second.refuse_unshared()
 
 
@@ -66,11 +68,14 @@ def test_a_rank_that_sees_the_run_waits_for_its_next_attempt_or_another_run_as_l
 ) -> None:
     run, first = of("shared")
     _, second = of("shared")
-    _open(run, "mark")
-    first.say_opened("mark")
+    _open(run)
+    first.say_opened()
     assert second.refuse_unshared() == "", "rank 0 may open it again"
     _, third = of("shared", run="b")
     assert third.refuse_unshared() == "", "rank 0 has not opened that one"
+    first.say_closed()
+    shutil.rmtree(run.path)  # an opening that came to nothing leaves nothing behind
+    assert second.refuse_unshared() == "", "rank 0 may open it again"
     assert first.refusal() == ""
 
 
@@ -78,12 +83,12 @@ def test_without_several_machines_or_an_answer_nothing_is_said(
     of: Of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, alone = of("one", World(rank=1, size=2, launch="job/0"))
-    _open(run, "mark")
-    alone.say_opened("mark")
+    _open(run)
+    alone.say_opened()
     _, second = of("two")
     assert second.refuse_unshared() == ""
-    monkeypatch.setattr(launch_store, "_ANSWERS_WITHIN", launch_store.datetime.timedelta(seconds=0.2))
+    monkeypatch.setattr(launch_store, "_ANSWERS_WITHIN", datetime.timedelta(seconds=0.2))
     monkeypatch.setenv("MASTER_PORT", "9")
     _, lost = of("two")
-    lost.say_opened("mark")
+    lost.say_opened()
     assert lost.refusal() == ""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from stoker import distributed
 from stoker.engine.settings import Training
 from stoker.errors import BadInput, StokerError
 from stoker.words import some
@@ -78,8 +79,8 @@ def _check_model(model: nn.Module) -> None:
         for prefix, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
-    held = [*model.named_parameters(), *model.named_buffers()]
-    sparse = [name for name, t in held if t.layout is not torch.strided and name not in passing]
+    held = [*model.named_parameters(), *model.named_buffers(remove_duplicate=False)]
+    sparse = [name for name, t in held if distributed.is_sparse(t) and name not in passing]
     if sparse:
         raise BadInput(
             f"the model has sparse tensors ({some(sparse, _NAMED)}), which a checkpoint cannot hold: make "

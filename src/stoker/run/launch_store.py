@@ -8,6 +8,7 @@ stoker's own launchers compare folders themselves, before they start ranks.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -26,7 +27,7 @@ SHARE = (
     "set --runs to a folder that they all share; for an object store, share its working copy, which is below "
     "STOKER_CACHE"
 )
-_SEEN_WITHIN = 30.0  # seconds in which a new folder is seen on every machine; NFS can be late
+_SEEN_WITHIN = 60.0  # seconds in which a new folder is seen everywhere: as long as NFS keeps a listing
 _ANSWERS_WITHIN = datetime.timedelta(seconds=5)
 _OPENED, _REFUSED = "opened", "refused"
 
@@ -41,25 +42,32 @@ class LaunchStore:
         known = os.environ
         by_agents = known.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and supervision.FOLDER not in known
         self._there = by_agents and world.machines > 1
-        self._run, self._prefix = run, f"stoker/{world.launch}/{run.name}"
+        self._run, self._launch = run, world.launch
         self._store: Any = None
         self._since: float | None = None
         """When this rank said that it has opened the run, or was told so and did not see it."""
 
-    def say_opened(self, opening: str) -> None:
-        """Say once that this rank, the first, has opened the run, by the id of the opening."""
+    def say_opened(self) -> None:
+        """Say once that this rank, the first, has opened the run."""
         if self._since is None:
             self._since = time.monotonic()
-            self._say(_OPENED, f"{opening} rank 0 on {platform.node()} has opened {self._run.path}")
+            self._say(_OPENED, f"rank 0 on {platform.node()} has opened {self._run.path}")
+
+    def say_closed(self) -> None:
+        """Say that this rank has let go of the run: what others see of it from now on proves nothing."""
+        if self._since is not None:
+            self._say(_OPENED, "")
 
     def refuse_unshared(self) -> str:
         """Why this rank cannot take part in a run that it does not see; empty until that is certain.
 
         Then it is also said to rank 0.
         """
-        opening, _, said = self._said(_OPENED).partition(" ")
-        here = rendezvous.opened(self._run)
-        if not opening or (here is not None and here.id == opening):
+        for folder in (self._run.runs, self._run.path.parent):
+            with contextlib.suppress(OSError):
+                list(folder.iterdir())  # NFS then asks again what is there
+        here, said = rendezvous.opened(self._run), self._said(_OPENED)
+        if not said or (here is not None and here.launch == self._launch):
             return ""
         self._since = time.monotonic() if self._since is None else self._since
         if time.monotonic() - self._since < _SEEN_WITHIN:
@@ -75,7 +83,7 @@ class LaunchStore:
     def _said(self, key: str) -> str:
         try:
             store = self._connected()
-            name = f"{self._prefix}/{key}"
+            name = self._name(key)
             return store.get(name).decode() if store is not None and store.check([name]) else ""
         except RuntimeError as error:
             self._is_away(error)
@@ -85,9 +93,12 @@ class LaunchStore:
         try:
             store = self._connected()
             if store is not None:
-                store.set(f"{self._prefix}/{key}", text)
+                store.set(self._name(key), text)
         except RuntimeError as error:
             self._is_away(error)
+
+    def _name(self, key: str) -> str:
+        return f"stoker/{self._launch}/{self._run.name}/{key}"
 
     def _connected(self) -> Any:
         """The store, or None where there is none. Raises RuntimeError if it does not answer."""
