@@ -392,10 +392,10 @@ def _serve(address: tuple[str, int], host: Host) -> ThreadingHTTPServer | None:
                 message = self.rfile.read(int(self.headers["Content-Length"]))
                 report = Report(**json.loads(message))
             except (TypeError, ValueError):
-                self.send_error(400)
                 if message and (sender := self.client_address[0]) not in host.strangers:
                     host.strangers.add(sender)
                     log.warning("a launcher of another version of stoker was refused, at %s", sender)
+                self.send_error(400)
                 return
             with host.lock:
                 answer = host.hear(report)
