@@ -1694,6 +1694,17 @@ def test_an_argument_of_another_kind_is_refused_with_what_to_give(
         Trainer(run, **{"model": _model(), "optimizer": torch.optim.Adam, "loss": _loss, **given})
 
 
+def test_a_sparse_buffer_that_no_checkpoint_holds_is_taken_in_a_shared_part_too(
+    open_run: Callable[..., Run],
+) -> None:
+    model = _Graph(persistent=False)
+    model.again = model.part = nn.Module()
+    model.part.register_buffer("adjacency", model.adjacency, persistent=False)
+    model.forward = model.model.forward  # type: ignore[method-assign]
+    with open_run() as run:
+        assert len(_run_on(_trainer(run, model), 2)) == 2
+
+
 def test_a_loss_that_is_a_module_of_ones_own_is_taken(open_run: Callable[..., Run]) -> None:
     class Loss(nn.Module):
         def forward(self, output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:

@@ -10,15 +10,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from stoker import supervision
+from stoker import supervision, tensors
 from stoker.errors import BadInput, StokerError
 from stoker.world import World
 
 T = TypeVar("T")
 
-_SPARSE = (
-    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
-)  # fmt: skip
 _TIMEOUT = datetime.timedelta(minutes=30)
 _TIMEOUT_BEFORE_STEPS = datetime.timedelta(hours=48)  # data may be tokenised for hours
 
@@ -143,20 +140,15 @@ def copy_from_rank_zero(model: torch.nn.Module) -> None:
     """
     if dist.is_initialized():
         for tensor in [*model.parameters(), *model.buffers()]:
-            if not (tensor.is_meta or is_sparse(tensor)):
+            if not (tensor.is_meta or tensors.is_sparse(tensor)):
                 _copy_from_rank_zero(tensor.detach())
         made: dict[torch.Tensor, torch.Tensor] = {}
         for module in model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and is_sparse(buffer):
+                if buffer is not None and tensors.is_sparse(buffer):
                     if buffer not in made:
                         made[buffer] = from_rank_zero(buffer.cpu()).to(buffer.device)
                     module._buffers[name] = made[buffer]
-
-
-def is_sparse(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds only its elements that are not zero, in whichever layout."""
-    return tensor.layout in _SPARSE
 
 
 def _copy_from_rank_zero(tensor: torch.Tensor) -> None:

@@ -1,9 +1,12 @@
-"""Sharded tensors and a rank's part of them; complex numbers as real ones; which tensors are plain."""
+"""Sharded tensors and a rank's part of them; complex numbers as real ones; which are plain, sparse, saved."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
+
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,3 +36,17 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's values are numbers at strides: not sparse, nested or quantised."""
     return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+
+
+def is_sparse(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds only its elements that are not zero, in whichever layout."""
+    return tensor.layout in _SPARSE
+
+
+def saved_buffers(model: nn.Module) -> set[str]:
+    """The names of the buffers in a model's state, including those that are None."""
+    return {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }

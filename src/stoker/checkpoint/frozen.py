@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from stoker import distributed, words
 from stoker.errors import StokerError
-from stoker.tensors import is_plain, local, real
+from stoker.tensors import is_plain, local, real, saved_buffers
 from torch import nn
 
 log = logging.getLogger("stoker")
@@ -97,22 +97,13 @@ class Frozen:
 
 def _not_persistent(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that are not part of a model's state, by name."""
-    saved = _saved_buffers(model)
+    saved = saved_buffers(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-
-
-def _saved_buffers(model: nn.Module) -> set[str]:
-    """The names of the buffers in a model's state, including those that are None."""
-    return {
-        f"{prefix}.{name}".removeprefix(".")
-        for prefix, module in model.named_modules()
-        for name in module._buffers.keys() - module._non_persistent_buffers_set
-    }
 
 
 def _names(model: nn.Module) -> set[str]:
     """The names of parameters, and of saved buffers, including those that are None."""
-    return _saved_buffers(model) | {name for name, _ in model.named_parameters()}
+    return saved_buffers(model) | {name for name, _ in model.named_parameters()}
 
 
 def checksums(tensors: Mapping[str, torch.Tensor], *, integers: bool = False) -> dict[str, torch.Tensor]:

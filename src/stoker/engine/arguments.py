@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from stoker import distributed
+from stoker import tensors
 from stoker.engine.settings import Training
 from stoker.errors import BadInput, StokerError
 from stoker.words import some
@@ -74,13 +74,9 @@ def _check_model(model: nn.Module) -> None:
             f"parameters of the model have no shape yet ({some(lazy, _NAMED)}): call it once on a batch "
             "like those of the data, before the Trainer is created"
         )
-    passing = {
-        f"{prefix}.{name}".removeprefix(".")
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    held = [*model.named_parameters(), *model.named_buffers(remove_duplicate=False)]
-    sparse = [name for name, t in held if distributed.is_sparse(t) and name not in passing]
+    saved = tensors.saved_buffers(model)
+    buffers = [(name, b) for name, b in model.named_buffers(remove_duplicate=False) if name in saved]
+    sparse = [name for name, t in [*model.named_parameters(), *buffers] if tensors.is_sparse(t)]
     if sparse:
         raise BadInput(
             f"the model has sparse tensors ({some(sparse, _NAMED)}), which a checkpoint cannot hold: make "
