@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from stoker.run import view
@@ -106,6 +107,13 @@ def pending(pid: int, number: signal.Signals) -> bool:
     """Whether a signal was sent to a process that has not taken it yet; of several it takes one."""
     status = Path(f"/proc/{pid}/status").read_text()
     return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
+def suspend(pid: int) -> None:
+    """Suspend a process, and wait until it stands still: until then it may take another signal first."""
+    process = psutil.Process(pid)
+    process.suspend()
+    until(lambda: process.status() == psutil.STATUS_STOPPED)
 
 
 def loaded(run: Path) -> RunView:

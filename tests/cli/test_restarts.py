@@ -24,7 +24,7 @@ from stoker.launch import alone
 from test_launch import RECIPE, SLOW, _ranks, _weights, slow_until
 
 from commands import Command, Start
-from support import LONG, loaded, pending, until, wait_for_points
+from support import LONG, loaded, pending, suspend, until, wait_for_points
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_a_second_signal_ends_ranks_that_cannot_hear_it(start: Start, tmp_path: 
     wait_for_points(process, run, 30)
     until(lambda: manifest.committed(run / "checkpoints"), process)
     ranks = _ranks(process)
-    ranks[1].suspend()
+    suspend(ranks[1].pid)
     try:
         process.send_signal(signal.SIGINT)
         until(lambda: pending(ranks[1].pid, signal.SIGINT), process)  # the launcher has passed it on

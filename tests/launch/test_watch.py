@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from stoker import supervision
 from stoker.launch import pulses, watch
 
-from support import until
+from support import suspend
 
 Rank = Callable[[int, str], subprocess.Popen[bytes]]
 
@@ -108,14 +107,14 @@ def test_ranks_that_were_stopped_with_their_launcher_do_not_hang(
         while not any(pulse.begun for pulse in pulses.read(tmp_path).values()):
             time.sleep(0.05)
         for process in (launcher, works):
-            _suspend(process)
+            suspend(process.pid)
         (tmp_path / "later").write_text("3600")
         launcher.send_signal(signal.SIGCONT)
         time.sleep(1.0)
         works.send_signal(signal.SIGCONT)
         time.sleep(2.0)
         assert works.poll() is None
-        _suspend(works)  # it alone: that is to hang
+        suspend(works.pid)  # it alone: that is to hang
         _limit(tmp_path / "rank-0.pulse", 0.1)
         assert works.wait(60) == -signal.SIGKILL
     finally:
@@ -124,11 +123,6 @@ def test_ranks_that_were_stopped_with_their_launcher_do_not_hang(
             process.wait()
         if launcher.stdout is not None:
             launcher.stdout.close()
-
-
-def _suspend(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGSTOP)
-    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, process)
 
 
 def _limit(file: Path, seconds: float) -> None:
