@@ -42,7 +42,7 @@ FLOORS = (
     },
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},
-    {"attempt"},
+    {"attempt", "model_state"},
     {"user_run", "saving", "evaluation", "exports", "gauge", "loops"},
     {"guard"},
     {"trainer"},

@@ -1,8 +1,5 @@
-"""Saving and restoring the state of a Trainer: the model, its optimizers, the moving average, the position,
-random states, and objects that a script registered.
-
-Tensors are stored under the parameters' own names under every strategy, so a checkpoint does not depend on
-the strategy that wrote it.
+"""Saving and restoring the state of a Trainer: the model with its optimizers (`model_state.py`), the
+position, random states, and objects that a script registered. When a checkpoint is due, and which is best.
 """
 
 from __future__ import annotations
@@ -12,12 +9,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from stoker import distributed, words
 from stoker.attempt import Attempt
-from stoker.checkpoint import copies, frozen, manifest, state, store, trees
+from stoker.checkpoint import copies, frozen, manifest, state, store
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
 from stoker.checkpoint.stateful import Registered
@@ -25,17 +22,13 @@ from stoker.checkpoint.store import Tensors
 from stoker.data.loader import Loader
 from stoker.duration import Duration
 from stoker.engine import counting, parallel, random_state
-from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
-from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
 from stoker.errors import StokerError, nearest
+from stoker.model_state import ModelState
 from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.world import World
-
-if TYPE_CHECKING:
-    from stoker.engine.zero import DeepSpeedStep
 
 log = logging.getLogger("stoker")
 
@@ -56,26 +49,19 @@ class Restored(NamedTuple):
 class Saved:
     """The state from which a run is resumed."""
 
-    mesh: Mesh
+    world: World
     step: Step
-    built: Mapping[str, state.Groups]
-    """The hyperparameters with which the optimizers were created."""
+    model: ModelState
     frozen: Frozen
     modes: Modes
     scale: LossScale
-    ema: Ema | None
     registered: Registered
-
-    @property
-    def world(self) -> World:
-        """The ranks."""
-        return self.mesh.world
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the joined values of all ranks. All ranks call it."""
         parallel.gather_no_more(self.step.model)
         self.frozen.check(position["step"])
-        kept, part = self.frozen.kept(), self._part()
+        kept, part = self.frozen.kept(), self.model.part
         parameters = dict(self.step.model.named_parameters())
         copies.check(
             {n: p for n, p in parameters.items() if p.requires_grad},
@@ -83,8 +69,7 @@ class Saved:
             state.saved_buffers(self.step.model),
             part=part, whole=part[:1], step=position["step"], world=self.world,
         )  # fmt: skip
-        tensors, values = self._model(kept)
-        tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
+        tensors, values = self.model.capture(kept)
         own, registered = self.registered.capture()
         tensors.update(own)
         drawn, random = random_state.capture()
@@ -107,7 +92,7 @@ class Saved:
                 an optimizer more.
         """
         waits = waits and bool(store.load_values(checkpoint)["position"].get("behind"))
-        tensors, values, whole = self._put(checkpoint, waits)
+        tensors, values, whole = self.model.restore(checkpoint, waits=waits)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
         self.modes.restore(values.get("modes", {}))
@@ -123,77 +108,6 @@ class Saved:
         model = self.step.model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return {**frozen.checksums(trained), **frozen.checksums(state.saved_buffers(model), integers=True)}
-
-    def _part(self) -> tuple[int, ...]:
-        """The part of the model that this rank holds. DeepSpeed partitions the weights itself."""
-        return (self.mesh.stage, self.mesh.shard) if self._zero is None else (self.world.rank,)
-
-    @property
-    def _zero(self) -> DeepSpeedStep | None:
-        """The step, if it is DeepSpeed's."""
-        from stoker.engine.zero import DeepSpeedStep
-
-        return self.step if isinstance(self.step, DeepSpeedStep) else None
-
-    def _model(self, kept: Set[str]) -> tuple[Tensors, dict[str, Any]]:
-        zero = self._zero
-        if zero is None or zero.stage == 0:
-            return state.capture(self.step.model, self.step.optimizers, self.built, kept)
-        parameters, held, others = zero.capture()
-        buffers = state.saved_buffers(self.step.model)
-        frozen = {n: zero.whole(p) for n, p in self.step.model.named_parameters() if n in kept}
-        tensors = {f"model.{n}": t for n, t in {**parameters, **frozen, **buffers}.items()}
-        tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})
-        groups = zero.groups()
-        kind = state.kind_of(self.step.optimizers["main"])
-        single = {name: trees.apart(value)[0] for name, value in others.items()}
-        main = {"kind": kind, "state": single, "groups": groups}
-        values = {"optimizers": {"main": main}, "built": dict(self.built)}
-        return (tensors if self.world.rank == 0 else {}), values
-
-    def _averaged(self) -> Tensors:
-        """The averaged weights by parameter name, distributed over ranks like the model's tensors."""
-        zero = self._zero
-        if self.ema is None:
-            return {}
-        if zero is None or zero.stage == 0:
-            return self.ema.values
-        with self.ema.in_place():
-            weights = zero.whole_weights()
-        return weights if self.world.rank == 0 else {}
-
-    def _put(self, checkpoint: manifest.Checkpoint, waits: bool) -> tuple[Tensors, dict[str, Any], bool]:
-        step, zero = self.step, self._zero
-        if zero is None or zero.stage == 0:
-            own = frozenset(n for n, _ in (*step.model.named_parameters(), *step.model.named_buffers()))
-            everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
-            tensors, values, whole = state.load(
-                checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own, waits=waits
-            )
-            if self.ema is not None:
-                self.ema.restore(state.inside(tensors, "ema."))
-            return tensors, values, whole
-        tensors, values = state.load_whole(checkpoint, self.world)
-        state.compare_optimizers(values, self.step.optimizers)
-        single = {n: trees.together(v, {}) for n, v in values["optimizers"]["main"]["state"].items()}
-        zero.restore_state({**single, **state.inside(tensors, "optimizer.main.")})
-        averaged = state.inside(tensors, "ema.")
-        if self.ema is not None and averaged:
-            zero.restore_weights(averaged)
-            self.ema.take()
-        zero.restore_weights(state.inside(tensors, "model."))
-        if self.ema is not None and not averaged:
-            self.ema.take()
-        state.fit_buffers(zero.model, {name: (t.shape, t.dtype) for name, t in tensors.items()})
-        for name, buffer in state.saved_buffers(zero.model).items():
-            buffer.copy_(tensors[f"model.{name}"])
-        for name, p in zero.model.named_parameters():
-            if not p.requires_grad and f"model.{name}" in tensors:
-                zero.use(p, tensors[f"model.{name}"])
-        saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
-        names = [group["params"] for group in zero.groups()]
-        state.restore_groups(zero.optimizers["main"], names, saved, self.built["main"], then, self.world)
-        return tensors, values, True
 
 
 class Checkpoints:

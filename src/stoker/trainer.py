@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from stoker import distributed, evaluation, loops, storage, supervision
+from stoker import distributed, evaluation, loops, model_state, storage, supervision
 from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
@@ -155,8 +155,8 @@ class Trainer:
         self._checkpoints = Checkpoints(
             self._attempt,
             Saved(
-                self.mesh, self._step, built, Frozen(self.model), self._modes, self._scale, self._ema,
-                self._registered,
+                self.world, self._step, model_state.of(self._step, self.mesh, built, self._ema),
+                Frozen(self.model), self._modes, self._scale, self._registered,
             ),
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
