@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from stoker.data import python_docs
@@ -17,8 +18,10 @@ def questions() -> list[Document]:
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[Document]:
-    return python_docs.texts()
+def texts(cache: Path) -> list[Document]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STOKER_CACHE", str(cache))
+        return python_docs.texts()
 
 
 def answers(questions: list[Document], prompt: str) -> str:
@@ -83,6 +86,11 @@ def test_the_library_is_read_without_tests_and_other_peoples_packages(texts: lis
     assert {"ast", "asyncio", "json.decoder", "email.message"} <= modules
     assert not [m for m in modules if m.startswith(("test.", "site-packages", "idlelib", "pydoc_data"))]
     assert sum(len(d.text) for d in texts) > 5_000_000
+
+
+def test_the_library_is_parsed_once(texts: list[Document], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_docs, "parsed", lambda source: pytest.fail("it is parsed again"))
+    assert python_docs.texts() == texts
 
 
 def test_the_corpora_are_the_same_in_another_process() -> None:

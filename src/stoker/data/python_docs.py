@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import ast
 import builtins
+import os
 import platform
 import re
 import sysconfig
 import textwrap
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stoker import storage
+from stoker.data import cached
 from stoker.data.documents import Document, chop, content_key
+
+_FORMAT = 1
+"""Of the docstrings in the cache."""
 
 _SHORTEST_BODY = 80  # characters; anything shorter explains nothing
 _ANSWER = 500  # characters
@@ -59,10 +65,11 @@ def describe(name: str) -> str:
 def texts() -> list[Document]:
     """Plain text: every entry of the reference; the source and the docstrings of every module."""
     documents = [Document(key, "", f"{entry.title}\n\n{entry.body}\n") for entry, key in _keyed(entries())]
-    for name, path in modules():
-        source = read_source(path)
-        docstrings = _docstrings(name, source)
-        documents += [Document(f"module {name}", "", text) for text in (source, docstrings) if text.strip()]
+    sources = {name: read_source(path) for name, path in modules()}
+    docstrings = _docstrings(sources)
+    for name, source in sources.items():
+        of_module = (source, docstrings[name])
+        documents += [Document(f"module {name}", "", text) for text in of_module if text.strip()]
     return documents
 
 
@@ -207,7 +214,7 @@ def modules() -> list[tuple[str, Path]]:
     """The name and file of every module of the standard library, sorted, except tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_python_files(root)):
         parts = path.relative_to(root).with_suffix("").parts
         if _LEFT_OUT.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
             continue
@@ -216,15 +223,34 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
+def _python_files(root: Path) -> Iterator[Path]:
+    """The Python files below a folder; what is left out may hold many, and is not entered."""
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _LEFT_OUT]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+
+
 def read_source(path: Path) -> str:
     """A module's source, decoded as it declares."""
     with tokenize.open(path) as file:
         return file.read()
 
 
-def _docstrings(module: str, source: str) -> str:
-    """The docstrings of a module as text, each below its name and arguments."""
-    return "\n\n".join(_described(parsed(source), module))
+def _docstrings(sources: Mapping[str, str]) -> dict[str, str]:
+    """The docstrings of each module as text, each below its name and arguments.
+
+    They are kept in the cache: to parse the whole library takes seconds.
+    """
+
+    def fill(file: Path) -> None:
+        storage.write_json(
+            file, {name: "\n\n".join(_described(parsed(source), name)) for name, source in sources.items()}
+        )
+
+    made_from = (_FORMAT, platform.python_version(), content_key(*sources.values()))
+    return storage.read_json(
+        cached.once(storage.cache_folder() / "python-docs" / f"{cached.name(*made_from)}.json", fill)
+    )
 
 
 def parsed(source: str) -> ast.Module:
