@@ -326,6 +326,8 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
     ("arguments", "said"),
     [
         (("train", "llmm"), "no recipe 'llmm'; did you mean 'llm'?"),
+        (("train", "python-docs"), "python-docs is a config of the recipe llm: write llm --config"),
+        (("train", "my.yaml"), "my.yaml is a config, not a recipe: write RECIPE --config my.yaml"),
         (("train", "missing.py"), "missing.py does not exist"),
         (("train", "no.such.module:train"), "cannot be imported"),
         (("train", "slow.py:nothing"), "has no function nothing(run, config)"),

@@ -152,6 +152,10 @@ def _module(target: str, reference: str) -> ModuleType:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise BadInput(f"module {target} cannot be imported: {error}") from error
+    if target in configs():
+        raise BadInput(f"{target} is a config of the recipe llm: write llm --config {target}")
+    if target.endswith((".yaml", ".yml")):
+        raise BadInput(f"{target} is a config, not a recipe: write RECIPE --config {target}")
     hint = nearest(reference, SHIPPED) or f"; shipped recipes: {', '.join(SHIPPED)}"
     raise BadInput(f"no recipe {reference!r}{hint}; for your own, give a file such as my_train.py")
 
