@@ -129,7 +129,7 @@ def raised() -> Iterator[None]:
 
 
 def answer_while_starting() -> None:
-    """Until training starts, `ENDED_BY` end this process with the exit code of a run that they stop.
+    """Outside of training, `ENDED_BY` end this process with the exit code of a run that they stop.
 
     Handlers that the process has already installed stay.
     """
@@ -143,5 +143,5 @@ def answer_while_starting() -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     """Exit at once, because an exception could be lost in a callback of a running import."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, b"stoker: told to stop before there was anything to save\n")
+        os.write(2, b"stoker: told to stop, and there was nothing to save\n")
     os._exit(STOP_CODES[STATUS[number]])

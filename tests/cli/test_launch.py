@@ -221,7 +221,7 @@ def test_told_to_stop_before_anything_is_there_it_can_be_started_again(
     process.send_signal(number)
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == code
-    assert err.decode() == "stoker: told to stop before there was anything to save\n"
+    assert err.decode() == "stoker: told to stop, and there was nothing to save\n"
     assert not (tmp_path / "runs").exists()
 
 
