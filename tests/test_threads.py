@@ -97,6 +97,18 @@ def test_what_looks_on_gets_to_write_what_it_saw(module: str, tmp_path: Path) ->
     assert (tmp_path / "seen").exists()
 
 
+@pytest.mark.soak(small=False)
+def test_a_debugger_gets_to_ask_again(tmp_path: Path) -> None:
+    """As a profiler gets to write."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "pdb", "-c", "continue", str(script)], cwd=tmp_path, input="q\n",
+        capture_output=True, text=True, check=False, env={**os.environ, "STOKER_SINKS": "none"},
+    )  # fmt: skip
+    assert "The program exited via sys.exit(). Exit status: 0" in done.stdout, done.stderr
+
+
 def test_a_table_is_read_without_a_thread_of_pyarrow(tmp_path: Path) -> None:
     """A process that ended at once was aborted with it as it began."""
     done = subprocess.run(

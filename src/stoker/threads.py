@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def end_process(code: int) -> NoReturn:
     in a destructor. A training that is complete would then have the exit code of a crash. As in processes of
     multiprocessing, other threads are waited for, exit functions are called, and files are flushed.
 
-    A profiler around the script gets to write what it saw: there it is `sys.exit`.
+    A profiler around the script gets to write what it saw, a debugger to ask again: there it is `sys.exit`.
     """
     if _is_watched() or not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)
@@ -72,7 +73,15 @@ def end_process(code: int) -> NoReturn:
 
 
 def _is_watched() -> bool:
-    """Whether the script runs within `python -m cProfile`, `-m trace` or `-i`."""
+    """Whether the script runs within `python -m cProfile`, `-m trace`, `-m pdb` or `-i`."""
     monitoring = getattr(sys, "monitoring", None)  # by which cProfile looks on as of Python 3.12
     profiled = monitoring is not None and monitoring.get_tool(monitoring.PROFILER_ID) is not None
-    return profiled or bool(sys.getprofile() or sys.gettrace() or sys.flags.inspect)
+    return profiled or _is_debugged() or bool(sys.getprofile() or sys.gettrace() or sys.flags.inspect)
+
+
+def _is_debugged() -> bool:
+    """Whether a debugger has called the script. Without a breakpoint left, it does not trace."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "bdb":
+        frame = frame.f_back
+    return frame is not None
