@@ -21,7 +21,7 @@ from typing import Any
 from stoker import config as configs
 from stoker.duration import Duration
 from stoker.errors import BadInput, nearest
-from stoker.tune import expressions
+from stoker.tune import expressions, wandb_sweep
 from stoker.tune.domains import Choice, Number, item, text
 from stoker.tune.expressions import Comparison, Items
 from stoker.tune.space import Condition, Parameter, Space, name_of, typed
@@ -44,8 +44,10 @@ def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> S
     Raises BadInput for what cannot be parsed, and for what the config does not accept.
     """
     keys = configs.describe(config)
-    content = {} if file is None else configs.flatten(configs.read_yaml(file), str(file), keys)
-    below = _entries(config, content.items(), str(file))
+    content = {} if file is None else configs.read_yaml(file)
+    if wandb_sweep.is_one(content) and "parameters" not in keys:
+        raise BadInput(f"{file} is a sweep of W&B; the same here: {wandb_sweep.as_command(content)}")
+    below = _entries(config, configs.flatten(content, str(file), keys).items(), str(file))
     above = _entries(config, map(configs.split, overrides), configs.COMMAND_LINE)
     return _space(config, list({frozenset(entry.keys): entry for entry in (*below, *above)}.values()))
 
