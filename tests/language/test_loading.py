@@ -26,10 +26,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A directory a family."""
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A directory a family, which a worker makes for those alone that it tests."""
     folder = tmp_path_factory.mktemp("models")
-    return {family: families.save(folder / family, family) for family in families.FAMILIES}
+    return functools.cache(lambda family: families.save(folder / family, family))
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_loads_as_with_transformers(family: str, kind: str, saved: dict[str, Path]) -> None:
-    model, language = loading_run.built(saved[family], kind)
+def test_every_family_loads_as_with_transformers(
+    family: str, kind: str, saved: Callable[[str], Path]
+) -> None:
+    model, language = loading_run.built(saved(family), kind)
     assert all(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
     language.load(model, CPU, "")
-    plain = AutoModelForCausalLM.from_pretrained(saved[family], dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32)
     bare = model.get_base_model() if kind == "lora" else model
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     ids = families.documents()["input_ids"]
@@ -101,10 +103,10 @@ def test_what_is_not_trained_keeps_its_values_in_bf16_too(
 @pytest.mark.soak
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mixtral"] if SOAK else ["qwen2", "gpt2"])
 def test_tied_transposed_and_fused_weights_are_sharded_too(
-    family: str, saved: dict[str, Path], tmp_path: Path
+    family: str, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    (found, held, _), _ = ranks.run(loading_run.fill, 2, tmp_path, saved[family], tmp_path, "fsdp", "full")
-    plain = AutoModelForCausalLM.from_pretrained(saved[family], dtype=torch.float32)
+    (found, held, _), _ = ranks.run(loading_run.fill, 2, tmp_path, saved(family), tmp_path, "fsdp", "full")
+    plain = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32)
     expected = dict(plain.named_parameters())
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert held <= sum(t.nbytes for t in expected.values()) / 2 * 1.1
