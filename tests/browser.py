@@ -72,6 +72,15 @@ class Browser:
         wanted = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._ask("Emulation.setEmulatedMedia", features=wanted)
 
+    def show(self, page: Path) -> None:
+        """Another page, or the same one anew, without errors so far."""
+        self.dark(dark=False)
+        self._ask("Page.navigate", url="about:blank")
+        self.until("location.protocol === 'about:'")
+        self.errors.clear()
+        self._ask("Page.navigate", url=page.absolute().as_uri())
+        self.until("document.readyState === 'complete' && location.protocol === 'file:'")
+
     def close(self) -> None:
         os.close(self._out)
         os.close(self._in)
@@ -86,8 +95,7 @@ class Browser:
         self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Runtime", "Log", "Page", "Network"):
             self._ask(f"{domain}.enable")
-        self._ask("Page.navigate", url=page.absolute().as_uri())
-        self.until("document.readyState === 'complete' && location.protocol === 'file:'")
+        self.show(page)
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._count += 1

@@ -14,9 +14,10 @@ def numbered(count: int) -> list[Document]:
 
 
 def test_documents_stay_in_their_split_when_others_are_added() -> None:
-    few, many = split(numbered(500)), split(numbered(2000))
+    before = numbered(500)
+    few, many = split(before), split(numbered(2000))
     for name in ("train", "validation", "test"):
-        assert getattr(few, name) == [d for d in getattr(many, name) if d in numbered(500)]
+        assert getattr(few, name) == [d for d in getattr(many, name) if d in before]
 
 
 def test_splits_have_about_the_fractions_asked_for() -> None:

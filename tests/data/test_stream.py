@@ -176,12 +176,12 @@ def test_only_the_newest_chunks_are_kept_and_the_others_are_made_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = chunks.find(str(folder))
-    expected = rows(opened(found, tmp_path / "all"), 0, 600)
+    expected = rows(opened(found, tmp_path / "all"), 0, 300)
     monkeypatch.setattr(stream, "_KEPT", 3)
     monkeypatch.setattr(stream, "_OPEN", 2)
     monkeypatch.setattr(Stream, "_prepare", lambda self, chunks: None)
     data = opened(found, tmp_path / "few")
-    assert [row for begin in range(0, 600, 50) for row in rows(data, begin, begin + 50)] == expected
+    assert [row for begin in range(0, 300, 50) for row in rows(data, begin, begin + 50)] == expected
     data._clear()
     assert len([p for p in next((tmp_path / "few").iterdir()).iterdir() if p.is_dir()]) <= 3
 
@@ -217,12 +217,12 @@ def test_a_loader_resumes_a_mixture_with_a_stream(folder: Path, tmp_path: Path) 
     def some(batches: Any, count: int) -> list[bytes]:
         return [row["input_ids"].tobytes() for _ in range(count) for row in next(batches)]
 
-    whole = some(loader("one").batches(0), 500)
+    whole = some(loader("one").batches(0), 300)
     interrupted = loader("one")
-    some(interrupted.batches(0), 300)
-    where = json.loads(json.dumps(interrupted.place(1200)))
+    some(interrupted.batches(0), 270)
+    where = json.loads(json.dumps(interrupted.place(1080)))
     assert where[0]["rows"] > 0
-    assert some(loader("two").batches(1200, where), 200) == whole[1200:]
+    assert some(loader("two").batches(1080, where), 30) == whole[1080:]
 
 
 @pytest.mark.soak(small=False)

@@ -14,21 +14,16 @@ from stoker.errors import BadInput
 
 TRAIN = (
     "import hashlib; from stoker.data import python_docs; from stoker.data.tokenizer import train_tokenizer\n"
-    "texts = [python_docs.read_source(file) for _, file in python_docs.modules()[:150]]\n"
+    "texts = [python_docs.read_source(file) for _, file in python_docs.modules()[:50]]\n"
     "tokenizer = train_tokenizer(texts, 2000)\n"
     "print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())"
 )
 
 
-def test_training_twice_gives_the_same_bytes() -> None:
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", TRAIN], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        for _ in range(2)
-    }
-    here = train_tokenizer((python_docs.read_source(file) for _, file in python_docs.modules()[:150]), 2000)
-    assert digests == {hashlib.sha256(here.to_str().encode()).hexdigest()}
+def test_training_in_another_process_gives_the_same_bytes() -> None:
+    done = subprocess.run([sys.executable, "-c", TRAIN], check=True, capture_output=True, text=True)
+    here = train_tokenizer((python_docs.read_source(file) for _, file in python_docs.modules()[:50]), 2000)
+    assert done.stdout.strip() == hashlib.sha256(here.to_str().encode()).hexdigest()
     assert here.get_vocab_size() == 2000
 
 

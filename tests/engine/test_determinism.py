@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import max_unpool2d, mse_loss
 
 import ranks
+from support import SOAK
 
 INDEX = torch.tensor([0, 1])
 
@@ -107,13 +108,15 @@ def test_an_operation_without_such_a_form_is_named_with_the_line_that_calls_it(
     assert f"it is called at {_line(model)} (" in said
 
 
-@pytest.mark.parametrize(
-    ("name", "own"),
-    [
-        *((name, False) for name in ("ddp", "fsdp", "1f1b", "zero-0", "zero-2", "zero-3")),
-        *((name, True) for name in ("single", "ddp", "fsdp")),
-    ],
-)
+EVERY = [
+    *((name, False) for name in ("ddp", "fsdp", "1f1b", "zero-0", "zero-2", "zero-3")),
+    *((name, True) for name in ("single", "ddp", "fsdp")),
+]
+FEW = [("ddp", False), ("1f1b", False), ("zero-3", False), ("single", True), ("fsdp", True)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "own"), EVERY if SOAK else FEW)
 def test_it_is_named_under_every_strategy_and_in_a_loop_of_its_own(
     name: str, own: bool, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from support import SOAK
 
 MIB = 2**20
 STEPS = 2
+LENGTH = 128 if SOAK else 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Samples(torch.utils.data.Dataset[Any]):
         return 160
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.full((128, 64), float(index)), index % 10
+        return torch.full((LENGTH, 64), float(index)), index % 10
 
 
 def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
@@ -65,7 +66,7 @@ def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
 def in_a_row() -> nn.Sequential:
     """The same, as a pipeline cuts it."""
     net = Net()
-    return nn.Sequential(net.enter, *net.blocks, nn.Flatten(), nn.Linear(128 * 256, 10))
+    return nn.Sequential(net.enter, *net.blocks, nn.Flatten(), nn.Linear(LENGTH * 256, 10))
 
 
 def trainer_of(run: stoker.Run, settings: dict[str, Any]) -> stoker.Trainer:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ranks
+from support import SOAK
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,8 @@ def shares(world: int) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("world", [4, 8])
+@pytest.mark.soak
+@pytest.mark.parametrize("world", [4, 8] if SOAK else [4])
 def test_7b_is_sharded_whole_and_no_share_exceeds_the_formula(world: int, tmp_path: Any) -> None:
     (found,) = ranks.run(shares, 1, tmp_path, world)
     model = llama_7b()

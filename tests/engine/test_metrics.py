@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import strategies_run
@@ -44,18 +43,22 @@ def test_sums_of_ranks_that_are_infinite_are_not_a_number() -> None:
     assert math.isnan(_joined([("Mean", math.inf, 1.0), ("Mean", -math.inf, 1.0)]))
 
 
-def _measured(settings: dict[str, Any], folder: Path, name: str, samples: int) -> list[dict[str, float]]:
-    size = 1 if settings["parallel"] == "single" else 2
-    return ranks.run(strategies_run.measure, size, folder, folder, name, settings, samples)
+SAMPLES = [1, 7, 13, 16] if SOAK else [1, 13]
+"""In batches of 4 over two ranks: some without a sample, some with fewer."""
 
 
-# In batches of 4 over two ranks: some without a sample, some with fewer.
+def _measured(parallel: str, size: int, folder: Path) -> list[dict[int, dict[str, float]]]:
+    settings = {"parallel": parallel}
+    return ranks.run(strategies_run.measure, size, folder, folder, parallel, settings, SAMPLES)
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("samples", [1, 7, 13, 16] if SOAK else [1, 13])
-def test_metrics_over_ranks_are_those_of_one_process(samples: int, tmp_path: Path) -> None:
-    alone = _measured({"parallel": "single"}, tmp_path, "alone", samples)[0]
-    assert alone["rows"] == samples
-    assert alone["perplexity"] == pytest.approx(math.exp(alone["loss"]))
+def test_metrics_over_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    (alone,) = _measured("single", 1, tmp_path)
+    for samples, metrics in alone.items():
+        assert metrics["rows"] == samples
+        assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     for parallel in ("ddp", "fsdp", "pipeline"):
-        for found in _measured({"parallel": parallel}, tmp_path, parallel, samples):
-            assert found == pytest.approx(alone, rel=1e-6)
+        for found in _measured(parallel, 2, tmp_path):
+            for samples, metrics in alone.items():
+                assert found[samples] == pytest.approx(metrics, rel=1e-6), (parallel, samples)

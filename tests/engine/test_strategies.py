@@ -53,6 +53,8 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero-2": (2, {"parallel": "deepspeed", "micro_batch": 2, "deepspeed": {"stage": 2}}),
     "zero-3": (2, {"parallel": "deepspeed", "micro_batch": 2, "deepspeed": {"stage": 3}}),
 }
+PRODUCTS = ("interleaved-x-ddp", "1f1b-x-fsdp")
+"""Of a schedule and a way to share data that others have too, each with another."""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,8 @@ def _assert_same(found: Trained, expected: Trained, *, losses: float, weights: f
         torch.testing.assert_close(found[1][name].float(), tensor, atol=weights, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if SOAK or name not in PRODUCTS])
 def test_a_strategy_has_the_curve_and_the_weights_of_one_process(
     name: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -143,7 +146,10 @@ def test_weight_decay_leaves_out_norms_under_every_strategy(name: str, frozen: b
         assert torch.equal(again[n], tensor), n
 
 
-BY_SHARDS = ("fsdp", "pipeline-x-fsdp", *(("fsdp-hybrid", "ddp", "1f1b") if SOAK else ()))
+WAYS = [("fsdp", "single", "pipeline-x-fsdp")]
+if SOAK:
+    WAYS += [("pipeline-x-fsdp", "single", "fsdp"), ("fsdp-hybrid", "single", "ddp")]
+    WAYS += [("ddp", "single", "1f1b"), ("1f1b", "single", "fsdp-hybrid")]
 
 
 @pytest.mark.soak
@@ -152,15 +158,14 @@ def test_every_optimizer_has_the_curve_of_one_process_and_goes_on_under_another_
     optimizer: str, tmp_path: Path
 ) -> None:
     run = strategies_run.by_name
-    alone = ranks.run(run, 1, tmp_path, tmp_path, "alone", {}, optimizer, 8)[0]
-    for name in BY_SHARDS:
-        size, settings = STRATEGIES[name]
-        first = ranks.run(run, size, tmp_path, tmp_path, name, settings, optimizer, 4)[0]
-        rest = ranks.run(run, 1, tmp_path, tmp_path, name, {}, optimizer, 8)[0]
-        _assert_same((first[0] + rest[0], rest[1]), alone, losses=1e-5, weights=1e-4)
-        begun = ranks.run(run, 1, tmp_path, tmp_path, f"to-{name}", {}, optimizer, 4)[0]
-        rest = ranks.run(run, size, tmp_path, tmp_path, f"to-{name}", settings, optimizer, 8)[0]
-        _assert_same((begun[0] + rest[0], rest[1]), alone, losses=1e-5, weights=1e-4)
+    alone = ranks.run(run, 1, tmp_path, tmp_path, "alone", {}, optimizer, 9)[0]
+    for way in WAYS:
+        losses: list[float] = []
+        for steps, leg in zip((3, 6, 9), way, strict=True):
+            size, settings = STRATEGIES.get(leg, (1, {}))
+            found = ranks.run(run, size, tmp_path, tmp_path, "-to-".join(way), settings, optimizer, steps)[0]
+            losses += found[0]
+        _assert_same((losses, found[1]), alone, losses=1e-5, weights=1e-4)
 
 
 @pytest.mark.soak(small=False)
@@ -212,25 +217,45 @@ FEW = [("single", "fp16"), ("ddp", "bf16"), ("fsdp", "fp16"), ("pipeline-x-fsdp"
 ON_A_CPU = EVERY if SOAK else FEW
 
 
-@pytest.mark.parametrize("name", ["single", "fsdp", "zero-0", "zero-2", "zero-3"])
-def test_a_loss_is_computed_in_float32_whatever_casts_the_forward_pass(name: str, tmp_path: Path) -> None:
-    """The same one too: rounded to bf16 it would be off by up to 2**-9 of itself."""
-    size, settings = STRATEGIES.get(name, (1, {}))
+Halved = tuple[list[float], set[torch.dtype]]
+
+
+def _halved(folder: Path, name: str, size: int, settings: dict[str, Any], *, normalised: bool) -> Halved:
     run = strategies_run.in_half_precision
-    losses, seen = ranks.run(run, size, tmp_path, tmp_path, "a", settings, normalised=False)[0]
+    found: Halved = ranks.run(run, size, folder, folder, name, settings, normalised=normalised)[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def halved_alone(folder: Path) -> Halved:
+    return _halved(folder, "halved-alone", 1, {}, normalised=False)
+
+
+@pytest.fixture(scope="module")
+def normalised_by_ddp(folder: Path) -> Halved:
+    settings = {"parallel": "ddp", "micro_batch": 8}
+    return _halved(folder, "normalised-by-ddp", 2, settings, normalised=True)
+
+
+@pytest.mark.parametrize("name", ["single", "fsdp", "zero-0", "zero-2", "zero-3"])
+def test_a_loss_is_computed_in_float32_whatever_casts_the_forward_pass(
+    name: str, halved_alone: Halved, tmp_path: Path
+) -> None:
+    """The same one too: rounded to bf16 it would be off by up to 2**-9 of itself."""
+    losses, seen = halved_alone
+    if name != "single":
+        losses, seen = _halved(tmp_path, "a", *STRATEGIES[name], normalised=False)
     assert seen == {torch.float32}
-    expected, _ = ranks.run(run, 1, tmp_path, tmp_path, "alone", {}, normalised=False)[0]
-    assert losses == pytest.approx(expected, rel=5e-4)
+    assert losses == pytest.approx(halved_alone[0], rel=5e-4)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero-1", "zero-2", "zero-3"])
-def test_batch_norm_in_bf16_is_the_same_under_every_strategy(name: str, tmp_path: Path) -> None:
+def test_batch_norm_in_bf16_is_the_same_under_every_strategy(
+    name: str, normalised_by_ddp: Halved, tmp_path: Path
+) -> None:
     size, settings = STRATEGIES[name]
-    run, settings = strategies_run.in_half_precision, {**settings, "micro_batch": 8}
-    losses, _ = ranks.run(run, size, tmp_path, tmp_path, "a", settings, normalised=True)[0]
-    ddp = {"parallel": "ddp", "micro_batch": 8}
-    expected, _ = ranks.run(run, 2, tmp_path, tmp_path, "ddp", ddp, normalised=True)[0]
-    assert losses == pytest.approx(expected, rel=1e-4)
+    losses, _ = _halved(tmp_path, "a", size, {**settings, "micro_batch": 8}, normalised=True)
+    assert losses == pytest.approx(normalised_by_ddp[0], rel=1e-4)
 
 
 @pytest.mark.soak
@@ -247,8 +272,8 @@ def test_half_precision_stays_near_the_curve_of_fp32(
         assert (found[1][key].float() - tensor).abs().max() < lr * steps / 4, key
 
 
-RESUMED = ("fsdp", "pipeline-x-ddp", "zero-3")
-RESUMED += ("ddp-accumulating", "fsdp-hybrid", "1f1b", "zero-1") if SOAK else ()
+RESUMED = ("fsdp", "1f1b", "zero-3")
+RESUMED += ("ddp-accumulating", "fsdp-hybrid", "pipeline-x-ddp", "zero-1") if SOAK else ()
 
 
 @pytest.mark.soak
@@ -323,13 +348,19 @@ if SOAK:
     IMAGES["fsdp-channels-last"] = (2, {"parallel": "fsdp", "micro_batch": 4, "channels_last": True})
 
 
+@pytest.fixture(scope="module")
+def resnet_alone(folder: Path) -> Trained:
+    return _train(folder, "resnet-alone", 1, "resnet", {"micro_batch": 4}, batch_size=16)[0]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_resnet_on_the_same_micro_batches_has_one_curve(name: str, folder: Path) -> None:
+def test_a_resnet_on_the_same_micro_batches_has_one_curve(
+    name: str, folder: Path, resnet_alone: Trained
+) -> None:
     size, settings = IMAGES[name]
-    alone = _train(folder, f"resnet-alone-{name}", 1, "resnet", {"micro_batch": 4}, batch_size=16)[0]
     found = _train(folder, f"resnet-{name}", size, "resnet", settings, batch_size=16)[0]
-    _assert_same(found, alone, losses=1e-5, weights=1e-4)
+    _assert_same(found, resnet_alone, losses=1e-5, weights=1e-4)
 
 
 def _gradient(folder: Path, name: str, size: int, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -343,14 +374,14 @@ def gradient_alone(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("micro_batch", [8, 4, 2, 1, 3])
 def test_however_a_batch_is_cut_its_gradient_is_the_same(
-    size: int, micro_batch: int, folder: Path, gradient_alone: dict[str, torch.Tensor]
+    size: int, tmp_path: Path, gradient_alone: dict[str, torch.Tensor]
 ) -> None:
     """By plain SGD with a rate of 1 the weights after one step are those before less the gradient."""
-    cut = _gradient(folder, f"{size}-{micro_batch}", size, {"clip_norm": None, "micro_batch": micro_batch})
-    for name, gradient in gradient_alone.items():
-        torch.testing.assert_close(cut[name], gradient, atol=2e-6, rtol=1e-5, msg=name)
+    cuts = ranks.run(strategies_run.gradients_of_parts, size, tmp_path, tmp_path, (8, 4, 2, 1, 3))[0]
+    for micro_batch, cut in cuts.items():
+        for name, gradient in gradient_alone.items():
+            torch.testing.assert_close(cut[name], gradient, atol=2e-6, rtol=1e-5, msg=f"{micro_batch} {name}")
 
 
 def test_a_parameter_may_have_a_gradient_on_one_rank_only(folder: Path) -> None:
@@ -383,10 +414,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(tmp_path: Pat
             assert losses == pytest.approx(alone, rel=1e-5), name
 
 
+@pytest.mark.soak
 def test_a_clipped_norm_is_that_of_all_shards_and_stages(folder: Path) -> None:
     expected = strategies_run.plain_gradient()
     norm = torch.sqrt(sum(g.square().sum() for g in expected.values()))
-    for name in ("fsdp", "1f1b", "pipeline-x-fsdp", "zero-2", "zero-3"):
+    for name in ("pipeline-x-fsdp", "zero-2", "zero-3", *(("fsdp", "1f1b") if SOAK else ())):
         size, settings = STRATEGIES[name]
         found = _gradient(folder, name, size, {**settings, "clip_norm": norm.item() / 4})
         for key, gradient in expected.items():

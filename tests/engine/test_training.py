@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from stoker.engine import (
     strategies,
 )
 from stoker.engine.loss_scale import LossScale
+from stoker.engine.random_state import seed_everything
 from stoker.engine.settings import DeepSpeed, Ema, Fsdp, Pipeline
 from stoker.errors import StokerError
 from stoker.world import World
 from strategies_run import Images, Rows, image_loss, inputs, llama, resnet, token_loss
 from torch import nn
+
+from support import SOAK
 
 
 @pytest.fixture
@@ -155,10 +158,39 @@ def test_what_needs_all_gradients_does_not_go_with_it(setting: dict[str, Any]) -
         options.check(Training(optimizer_in_backward=True, **setting), ranks=1, gpus=0)
 
 
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x).tanh()
+
+
+def _compiled_or_not(run: Run, kind: str, compiled: bool) -> list[float]:
+    seed_everything(0)
+    made: dict[str, Any] = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)}
+    training = Training(precision="fp32", compile=compiled)
+    if kind == "llama":
+        return _losses(Trainer(run, llama(), inputs=inputs, loss=token_loss, training=training, **made))
+    trainer = Trainer(
+        run, nn.Sequential(*(_Block() for _ in range(3))), inputs=lambda x: (x,),
+        loss=lambda output, x: (output.square().sum(), len(x)), training=training, **made,
+    )  # fmt: skip
+    loader = trainer.loader(torch.linspace(-1, 1, 512).reshape(64, 8), batch_size=8)
+    return [trainer.step(batch).item() for batch in trainer.steps(loader, max_steps=4)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["plain", "llama"] if SOAK else ["plain"])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_blocks_change_no_loss(plain: list[float], open_run: Callable[..., Run]) -> None:
-    with open_run() as run:
-        assert _losses(_trainer(run, compile=True)) == pytest.approx(plain, rel=1e-4)
+def test_compiled_blocks_change_no_loss(kind: str, open_run: Callable[..., Run]) -> None:
+    """Each operation takes the compiler seconds: of Llama's see tests/language/test_compiled.py too."""
+    losses = []
+    for compiled in (False, True):
+        with open_run(f"{compiled}") as run:
+            losses.append(_compiled_or_not(run, kind, compiled))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_blocks_to_recompute_must_exist(open_run: Callable[..., Run]) -> None:
@@ -348,11 +380,21 @@ def test_memory_that_runs_out_later_makes_an_automatic_micro_batch_smaller(
         assert again._cut.size == 2, "it is remembered"
 
 
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """What an optimizer would have compiled, as that of 8 bits does for each shape, is called as it is."""
+    with torch.compiler.set_stance("default" if SOAK else "force_eager"):
+        yield
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("name", "expected"), [("adamw", 8), ("muon", 4), ("sgd", 4), ("adamw8bit", 2.1), ("adafactor", 0.031)]
 )
 @pytest.mark.filterwarnings("ignore")
-def test_memory_that_an_optimizer_is_going_to_take_is_known(name: Any, expected: float) -> None:
+def test_memory_that_an_optimizer_is_going_to_take_is_known(
+    name: Any, expected: float, eagerly: None
+) -> None:
     weights = torch.nn.Parameter(torch.ones(128, 128))
     optimizer = optimizers.factory(name, lr=0.1)([weights])
     held = sum(t.nbytes for t in rehearsal.state_to_come(optimizer)) / weights.numel()
@@ -465,9 +507,10 @@ def test_wsd_is_stable_and_then_goes_down() -> None:
     assert factor(4, 100) < 0.5
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "adafactor", "adamw8bit"])
 @pytest.mark.filterwarnings("ignore")
-def test_weight_decay_shrinks_matrices_alone_unless_all_is_asked_for(name: Any) -> None:
+def test_weight_decay_shrinks_matrices_alone_unless_all_is_asked_for(name: Any, eagerly: None) -> None:
     for decay_all in (False, True):
         matrix, vector = (torch.nn.Parameter(torch.ones(*shape)) for shape in ((128, 128), (128,)))
         make = optimizers.factory(name, lr=0.1, weight_decay=0.5, decay_all=decay_all)
@@ -482,10 +525,13 @@ def test_weight_decay_shrinks_matrices_alone_unless_all_is_asked_for(name: Any) 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "adafactor", "adamw8bit"])
 @pytest.mark.filterwarnings("ignore")
 def test_every_optimizer_brings_the_loss_down_and_resumes(name: Any, open_run: Callable[..., Run]) -> None:
+    # Of few shapes, as that of 8 bits is compiled for each.
+    square = {"intermediate_size": 32, "num_key_value_heads": 4}
+
     def train(run: Run, steps: int) -> list[float]:
         trainer = Trainer(
             run,
-            llama(),
+            llama(layers=2, **square),
             optimizer=optimizers.factory(name, lr=0.1 if name == "sgd" else 1e-2, weight_decay=0.1),
             inputs=inputs,
             loss=token_loss,

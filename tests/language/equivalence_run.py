@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import families
+from support import SOAK
 
-ROW, BATCH, STEPS = 192, 4, 50
+ROW, BATCH, STEPS = 192, 4, 50 if SOAK else 20
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n"

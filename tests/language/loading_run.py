@@ -132,7 +132,7 @@ def watched_reads() -> list[int]:
 
 
 def train(
-    folder: Path, runs: Path, strategy: str, kind: str, steps: int = 6, **how: Any
+    folder: Path, runs: Path, strategy: str, kind: str, steps: int = 4, **how: Any
 ) -> tuple[list[float], Any]:
     """The losses of some steps on rows of packed documents, and the trained weights, on rank 0."""
     import families

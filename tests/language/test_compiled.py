@@ -47,7 +47,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def model(family: str) -> Any:
-    made = families.model(family)
+    made = families.model(family, num_hidden_layers=4 if SOAK else 2)
     made.set_attn_implementation(attention.NAME)
     return made
 

@@ -85,6 +85,7 @@ def documents_of_steps(config: llm.Config, known: dict[Tokens, Tokens]) -> list[
     return [documents_of(batch, known) for batch in batches]
 
 
+@pytest.mark.soak
 def test_lora_on_packed_answers_has_the_curve_of_transformers_and_peft(
     adapted: Metrics, adapter: Path, base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_another_ratio_is_used_from_where_the_run_goes_on(
     assert rates == [{2e-4}, {2e-4, 2e-4 * 8}, {2e-4, 2e-4 * 16}, {2e-4}]
 
 
+@pytest.mark.soak
 def test_every_weight_on_every_token_has_the_curve_of_transformers(
     base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +207,7 @@ def test_every_weight_on_every_token_has_the_curve_of_transformers(
     assert expected[-1] < expected[0] - 0.5
 
 
+@pytest.mark.soak
 def test_decay_betas_eps_and_a_warm_up_in_steps_are_those_of_transformers(
     base: Path, chats: Path, tmp_path: Path
 ) -> None:

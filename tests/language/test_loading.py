@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import loading_run
@@ -24,10 +26,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A directory a family."""
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A directory a family, which a worker makes for those alone that it tests."""
     folder = tmp_path_factory.mktemp("models")
-    return {family: families.save(folder / family, family) for family in families.FAMILIES}
+    return functools.cache(lambda family: families.save(folder / family, family))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ranks train: a Llama of two layers, one for each of two stages."""
+    return families.save(tmp_path_factory.mktemp("base") / "llama", "llama", num_hidden_layers=2)
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +45,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_loads_as_with_transformers(family: str, kind: str, saved: dict[str, Path]) -> None:
-    model, language = loading_run.built(saved[family], kind)
+def test_every_family_loads_as_with_transformers(
+    family: str, kind: str, saved: Callable[[str], Path]
+) -> None:
+    model, language = loading_run.built(saved(family), kind)
     assert all(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
     language.load(model, CPU, "")
-    plain = AutoModelForCausalLM.from_pretrained(saved[family], dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32)
     bare = model.get_base_model() if kind == "lora" else model
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     ids = families.documents()["input_ids"]
@@ -60,10 +70,10 @@ SIZED = [("fsdp", 3), ("pipeline", 2), ("zero3", 2), ("ddp", 2), ("fsdp", 2), ("
 @pytest.mark.parametrize("kind", ["full", "lora"] if SOAK else ["lora"])
 @pytest.mark.parametrize(("strategy", "size"), SIZED if SOAK else SIZED[:3])
 def test_under_every_strategy_the_weights_are_those_of_the_files(
-    strategy: str, size: int, kind: str, saved: dict[str, Path], tmp_path: Path
+    strategy: str, size: int, kind: str, base: Path, tmp_path: Path
 ) -> None:
-    answers = ranks.run(loading_run.fill, size, tmp_path, saved["llama"], tmp_path, strategy, kind)
-    plain = AutoModelForCausalLM.from_pretrained(saved["llama"], dtype=torch.float32).state_dict()
+    answers = ranks.run(loading_run.fill, size, tmp_path, base, tmp_path, strategy, kind)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     found = answers[0][0]
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
@@ -80,13 +90,11 @@ def test_under_every_strategy_the_weights_are_those_of_the_files(
     [("single", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2)] if SOAK else [("fsdp", 2)],
 )
 def test_what_is_not_trained_keeps_its_values_in_bf16_too(
-    strategy: str, size: int, saved: dict[str, Path], tmp_path: Path
+    strategy: str, size: int, base: Path, tmp_path: Path
 ) -> None:
-    (found, computed_in), *_ = ranks.run(
-        loading_run.train_the_head, size, tmp_path, saved["llama"], tmp_path, strategy
-    )
+    (found, computed_in), *_ = ranks.run(loading_run.train_the_head, size, tmp_path, base, tmp_path, strategy)
     assert computed_in == torch.bfloat16
-    plain = AutoModelForCausalLM.from_pretrained(saved["llama"], dtype=torch.float32).state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     assert found.keys() == plain.keys()
     moved = {name for name in plain if not torch.equal(found[name], plain[name])}
     assert moved == {"lm_head.weight"}
@@ -95,23 +103,26 @@ def test_what_is_not_trained_keeps_its_values_in_bf16_too(
 @pytest.mark.soak
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mixtral"] if SOAK else ["qwen2", "gpt2"])
 def test_tied_transposed_and_fused_weights_are_sharded_too(
-    family: str, saved: dict[str, Path], tmp_path: Path
+    family: str, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    (found, held, _), _ = ranks.run(loading_run.fill, 2, tmp_path, saved[family], tmp_path, "fsdp", "full")
-    plain = AutoModelForCausalLM.from_pretrained(saved[family], dtype=torch.float32)
+    (found, held, _), _ = ranks.run(loading_run.fill, 2, tmp_path, saved(family), tmp_path, "fsdp", "full")
+    plain = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32)
     expected = dict(plain.named_parameters())
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert held <= sum(t.nbytes for t in expected.values()) / 2 * 1.1
 
 
 @pytest.fixture(scope="module")
-def alone(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """Losses and weights of one process, trained whole and with LoRA."""
+def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """Losses and weights of one process, by what is trained."""
     folder = tmp_path_factory.mktemp("alone")
-    return {
-        kind: ranks.run(loading_run.train, 1, folder, saved["llama"], folder, "single", kind)[0]
-        for kind in loading_run.KINDS
-    }
+
+    @functools.cache
+    def trained(kind: str) -> Trained:
+        (found,) = ranks.run(loading_run.train, 1, folder, base, folder, "single", kind)
+        return found  # type: ignore[no-any-return]
+
+    return trained
 
 
 EVERY = [
@@ -128,28 +139,22 @@ FEW = [
 @pytest.mark.soak
 @pytest.mark.parametrize(("kind", "strategy"), EVERY if SOAK else FEW)
 def test_trained_under_every_strategy_it_is_as_in_one_process(
-    strategy: str,
-    kind: str,
-    alone: dict[str, Trained],
-    saved: dict[str, Path],
-    tmp_path: Path,
+    strategy: str, kind: str, alone: Callable[[str], Trained], base: Path, tmp_path: Path
 ) -> None:
-    (losses, trained), *_ = ranks.run(
-        loading_run.train, 2, tmp_path, saved["llama"], tmp_path, strategy, kind
-    )
-    expected_losses, expected = alone[kind]
+    (losses, trained), *_ = ranks.run(loading_run.train, 2, tmp_path, base, tmp_path, strategy, kind)
+    expected_losses, expected = alone(kind)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert trained.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-4)
     if kind != "full":
-        assert_peft_gives_the_same(tmp_path / f"adapter-{strategy}", saved["llama"], expected)
+        assert_peft_gives_the_same(tmp_path / f"adapter-{strategy}", base, expected)
 
 
 @pytest.fixture(scope="module")
-def begun(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begun(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that is no longer what it began as."""
-    model, language = loading_run.built(saved["llama"], "lora")
+    model, language = loading_run.built(base, "lora")
     language.load(model, CPU, "")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -161,11 +166,11 @@ def begun(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def gone_on(saved: dict[str, Path], begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def gone_on(base: Path, begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Losses and weights of one process that goes on with it."""
     folder = tmp_path_factory.mktemp("gone-on")
     given = Lora(adapter=str(begun))
-    (found,) = ranks.run(loading_run.train, 1, folder, saved["llama"], folder, "single", "lora", lora=given)
+    (found,) = ranks.run(loading_run.train, 1, folder, base, folder, "single", "lora", lora=given)
     return found
 
 
@@ -176,20 +181,20 @@ def test_an_adapter_is_gone_on_with_under_every_strategy_as_in_one_process(
     strategy: str,
     begun: Path,
     gone_on: Trained,
-    alone: dict[str, Trained],
-    saved: dict[str, Path],
+    alone: Callable[[str], Trained],
+    base: Path,
     tmp_path: Path,
 ) -> None:
     given = Lora(adapter=str(begun))
     (losses, trained), _ = ranks.run(
-        loading_run.train, 2, tmp_path, saved["llama"], tmp_path, strategy, "lora", lora=given
+        loading_run.train, 2, tmp_path, base, tmp_path, strategy, "lora", lora=given
     )
     expected_losses, expected = gone_on
     assert losses == pytest.approx(expected_losses, rel=1e-5)
-    assert losses[0] != pytest.approx(alone["lora"][0][0], rel=1e-2), "it is no new adapter"
+    assert losses[0] != pytest.approx(alone("lora")[0][0], rel=1e-2), "it is no new adapter"
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-4)
-    assert_peft_gives_the_same(tmp_path / f"adapter-{strategy}", saved["llama"], expected)
+    assert_peft_gives_the_same(tmp_path / f"adapter-{strategy}", base, expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own
@@ -197,7 +202,7 @@ def test_in_bf16_an_adapter_learns_when_sharded_and_loads_with_peft(tmp_path: Pa
     tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}  # bf16 is slow on most CPUs
     folder = families.save(tmp_path / "tiny", "llama", **tiny)
     (losses, trained), _ = ranks.run(
-        loading_run.train, 2, tmp_path, folder, tmp_path, "fsdp", "lora", precision="bf16", lr=0.03
+        loading_run.train, 2, tmp_path, folder, tmp_path, "fsdp", "lora", precision="bf16", lr=0.03, steps=6
     )
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0] * 0.9

@@ -94,7 +94,7 @@ def test_a_model_without_experts_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 def test_blocks_are_compiled_and_recomputed_with_it() -> None:
     def losses(compiled: bool) -> list[float]:
-        made = families.model("mixtral").train()
+        made = families.model("mixtral", num_hidden_layers=2).train()
         made.set_attn_implementation(attention.NAME)
         called, found = objective.attach(made, 0.3), []
         if compiled:
@@ -102,7 +102,7 @@ def test_blocks_are_compiled_and_recomputed_with_it() -> None:
             for _, block in blocks.find(made, ()):
                 block.compile(backend=CompileCounter())
         optimizer = torch.optim.SGD(made.parameters(), lr=0.01)
-        for _ in range(3):
+        for _ in range(2):
             optimizer.zero_grad()
             total, counted = called.loss(made(**called.inputs(rows())), rows())
             (total / counted).backward()
@@ -116,7 +116,8 @@ def test_blocks_are_compiled_and_recomputed_with_it() -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "mixtral"
-    return families.save(folder, "mixtral", output_router_logits=True, router_aux_loss_coef=0.3)
+    settings = {"output_router_logits": True, "router_aux_loss_coef": 0.3, "num_hidden_layers": 2}
+    return families.save(folder, "mixtral", **settings)
 
 
 @pytest.fixture(scope="module")

@@ -36,10 +36,10 @@ def test_it_opens_with_its_hardware_and_its_command(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # those of bitsandbytes and peft
 @pytest.mark.parametrize("name", recipes.configs())
 def test_it_trains_a_small_model_of_its_family(name: str, tmp_path: Path) -> None:
-    records = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(400)]
+    records = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(100)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     family = FAMILY[name.partition("-")[0]]
-    model = families.save(tmp_path / "model", family) if family else "tiny"
+    model = families.save(tmp_path / "model", family, num_hidden_layers=2) if family else "tiny"
     strategy = ("parallel=single",) if "fsdp" in name else ()
     given = (*SMALL, *strategy, f"model={model}", f"data={tmp_path / 'data.jsonl'}", "generate_tokens=1")
     resolved = config.resolve(llm.Config, (*given, "vocab_size=300"), recipes.configs()[name])

@@ -66,11 +66,18 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return html.write([view.load(_run(path, run)) for run in "ab"], path / "report.html")
 
 
-@pytest.fixture
-def browser(page: Path, tmp_path: Path) -> Iterator[Browser]:
-    with Browser(page, tmp_path / "profile") as opened:
-        opened.until(f"{DRAW_ALL}, {ALL_DRAWN}")
+@pytest.fixture(scope="module")
+def chromium(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(page, tmp_path_factory.mktemp("profile")) as opened:
         yield opened
+
+
+@pytest.fixture
+def browser(chromium: Browser, page: Path) -> Browser:
+    """With the page as it is when it is opened."""
+    chromium.show(page)
+    chromium.until(f"{DRAW_ALL}, {ALL_DRAWN}")
+    return chromium
 
 
 def _set(selector: str, value: str, event: str = "input") -> str:
@@ -164,15 +171,16 @@ ERRORS = ["console.error('x')", "throw new Error('x')", "Plotly.missing()"]
 
 @pytest.mark.soak
 @pytest.mark.parametrize("script", ERRORS if SOAK else ERRORS[:1])
-def test_an_error_in_the_console_is_noticed(page: Path, tmp_path: Path, script: str) -> None:
+def test_an_error_in_the_console_is_noticed(
+    chromium: Browser, page: Path, tmp_path: Path, script: str
+) -> None:
     broken = tmp_path / "broken.html"
     text = page.read_text().replace("script-src ", "script-src 'unsafe-inline' ", 1)
     storage.write_atomically(broken, text.replace("</body>", f"<script>{script}</script></body>").encode())
-    with Browser(broken, tmp_path / "profile") as opened:
-        opened.until("document.readyState === 'complete'")
-        until(lambda: opened.run("0") == 0 and opened.errors)
-        refused = [error for error in opened.errors if "Content Security Policy" in error]
-        assert refused, "unsafe-inline counts for nothing beside a hash"
+    chromium.show(broken)
+    until(lambda: chromium.run("0") == 0 and chromium.errors)
+    refused = [error for error in chromium.errors if "Content Security Policy" in error]
+    assert refused, "unsafe-inline counts for nothing beside a hash"
 
 
 def test_a_constant_accuracy_and_a_narrow_page_can_be_read(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from stoker.tune.peers import Peers
 from stoker.tune.plan import SHARE, Objective
 from stoker.tune.space_reading import parse
 
+from support import SOAK
+
 
 def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[stores.JournalFile, optuna.Study]:
     file = stores.JournalFile(folder / "study.journal")
@@ -141,8 +143,13 @@ def test_a_study_that_is_opened_again_goes_on_as_it_would_have(name: str, tmp_pa
     assert [draw(file, study) for _ in range(3)] != whole[:3]
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cmaes", "nsga2", "grid"])
-@pytest.mark.parametrize("drawn_before", [1, 2])
+SAMPLERS = ("random", "tpe", "gp", "cmaes", "nsga2", "grid")
+EVERY = [(sampler, drawn) for sampler in SAMPLERS for drawn in (1, 2)]
+FEW = [(sampler, 1 + number % 2) for number, sampler in enumerate(SAMPLERS)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("sampler", "drawn_before"), EVERY if SOAK else FEW)
 def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
     sampler: str, drawn_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,8 +215,11 @@ def searched(folder: Path, space: Any, sampler: str, earlier: optuna.Study | Non
     return study
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp"])
-@pytest.mark.parametrize("wider", ["uniform(0, 10)", "log(0.001, 10)"])
+WIDER = [(sampler, wider) for sampler in ("tpe", "gp") for wider in ("uniform(0, 10)", "log(0.001, 10)")]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("sampler", "wider"), WIDER if SOAK else WIDER[1:3])
 def test_a_wider_range_than_an_earlier_search_had_is_searched_as_a_whole(
     sampler: str, wider: str, tmp_path: Path
 ) -> None:
