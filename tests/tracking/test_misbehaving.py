@@ -16,18 +16,12 @@ from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, store
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
 
-from servers import Proxy, mlflow_server
+from servers import Proxy
 from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
 SCRIPT = Path(__file__).with_name("digits_run.py")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as url:
-        yield url
 
 
 @pytest.fixture
