@@ -26,13 +26,22 @@ from test_launch import RECIPE, SLOW, _ranks, _weights, slow_until
 from commands import Command, Start
 from support import LONG, loaded, pending, suspend, until, wait_for_points
 
+SAME = (*SLOW, "--nproc", "2")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
 
 @pytest.fixture
-def whole(stoker: Command, tmp_path: Path) -> Path:
-    """The run that nothing interrupts."""
-    done = stoker("train", RECIPE, *SLOW, "pause=0", "--nproc", "2", "--name", "whole")
-    assert done.code == 0, done.err
-    return tmp_path / "runs" / "ranked" / "whole"
+def whole(here: Path, stoker: Command) -> Path:
+    """The run of `SAME` that nothing interrupts."""
+    run = here / "runs" / "ranked" / "whole"
+    if not run.exists():
+        done = stoker("train", RECIPE, *SAME, "pause=0", "--name", "whole", cwd=here)
+        assert done.code == 0, done.err
+    return run
 
 
 def _kill_at(process: subprocess.Popen[bytes], run: Path, points: int, rank: int) -> None:
@@ -50,8 +59,8 @@ def test_ranks_that_are_killed_are_started_again_and_come_to_the_same_bits(
 ) -> None:
     run = tmp_path / "runs" / "ranked" / "a"
     go = tmp_path / "go"
-    slow = (*SLOW, *slow_until(go, 50, pause=0.25))
-    process = start("train", RECIPE, *slow, "--nproc", "2", "--name", "a", "--max-restarts", "1")
+    slow = (*SAME, *slow_until(go, 50, pause=0.25))
+    process = start("train", RECIPE, *slow, "--name", "a", "--max-restarts", "1")
     _kill_at(process, run, 50, 1)
     before = _newest(run)
     until(lambda: _newest(run) > before, process)  # with a checkpoint between them both are the first
@@ -120,8 +129,8 @@ def test_ranks_that_stand_still_leave_their_stacks_and_are_started_again(
     whole: Path, stoker: Command, tmp_path: Path
 ) -> None:
     done = stoker(
-        "train", RECIPE, *SLOW, "pause=0", "deaf_rank=1", "hang_limit=5s", "checkpoint_every=5",
-        "--nproc", "2", "--name", "a", "--max-restarts", "1",
+        "train", RECIPE, *SAME, "pause=0", "deaf_rank=1", "hang_limit=5s", "checkpoint_every=15",
+        "--name", "a", "--max-restarts", "1",
     )  # fmt: skip
     assert done.code == 0, done.err
     # Rank 0 waits for rank 1 from a moment later on, and may be within the limit when that is over it.
@@ -197,17 +206,21 @@ def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
 
 def test_told_to_stop_between_two_attempts_it_ends_as_at_any_other_time(start: Start, tmp_path: Path) -> None:
     """Held up there: what it says of the first attempt is more than the pipe takes in which nobody reads."""
-    process = start(
-        "train", RECIPE, "fail_rank=0", "padding=100000", "--name", "a", "--max-restarts", "3", cold=True
-    )
-    assert process.stderr is not None
-    held = array.array("i", [0])
-    while held[0] < 1 << 15 and process.poll() is None:
-        time.sleep(0.01)
-        fcntl.ioctl(process.stderr, termios.FIONREAD, held)
-    process.terminate()
-    process.communicate(timeout=LONG)
-    assert process.returncode == 75
+    said = tmp_path / "said"
+    os.mkfifo(said)
+    with os.fdopen(os.open(said, os.O_RDONLY | os.O_NONBLOCK), "rb") as unread:
+        process = start(
+            "train", RECIPE, "fail_rank=0", "padding=100000", "--name", "a", "--max-restarts", "3",
+            first=f"import os; os.dup2(os.open({str(said)!r}, os.O_WRONLY), 2)",
+        )  # fmt: skip
+        held = array.array("i", [0])
+        while held[0] < 1 << 15 and process.poll() is None:
+            time.sleep(0.01)
+            fcntl.ioctl(unread, termios.FIONREAD, held)
+        process.terminate()
+        os.set_blocking(unread.fileno(), True)
+        unread.read()
+    assert process.wait(LONG) == 75
 
 
 def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(

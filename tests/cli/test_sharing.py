@@ -209,12 +209,22 @@ def test_weights_are_pushed_in_the_precision_that_is_asked_for(
         exports.cast(plain, "fp16")
 
 
-def test_prompts_come_from_a_pipe(trained: Path) -> None:
-    command = [sys.executable, "-m", "stoker", "generate", "base", "--raw", "--max-tokens", "12"]
-    done = subprocess.run(command, cwd=trained, input=b"It is\n", capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+PIPED = """
+import os, sys
+
+reading, writing = os.pipe()
+os.write(writing, b"It is\\n")
+os.close(writing)
+os.dup2(reading, 0)
+sys.stdin = open(0)
+"""
+
+
+def test_prompts_come_from_a_pipe(trained: Path, stoker: Callable[..., Any]) -> None:
+    done = stoker("generate", "base", "--raw", "--max-tokens", "12", cwd=trained, first=PIPED)
+    assert done.code == 0, done.err
     speaker = speaking.load(trained / "runs" / "llm" / "base" / "artifacts" / "model")
-    assert done.stdout.decode() == speaker.answer("It is", max_tokens=12)["text"] + "\n"
+    assert done.out == speaker.answer("It is", max_tokens=12)["text"] + "\n"
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])

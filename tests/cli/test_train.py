@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import warm
 from support import LONG, SOAK, loaded, slow_from, until, wait_for_points
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
@@ -87,8 +89,11 @@ def test_the_example_differs_from_plain_pytorch_by_under_15_lines() -> None:
     assert len([line for line in ours if line not in plain]) < 15
 
 
-def test_the_plain_twin_runs(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(EXAMPLE.with_name("own_loop_plain.py"))], cwd=tmp_path, check=True)
+def test_the_plain_twin_runs() -> None:
+    process = warm.process(runpy.run_path, str(EXAMPLE.with_name("own_loop_plain.py")), None, "__main__")
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_the_example_with_a_scheduler_of_torchs_is_killed_and_goes_on(  # type: ignore[no-untyped-def]

@@ -22,8 +22,9 @@ RECIPE = str(Path(__file__).parents[1] / "cli" / "quadratic.py")
 FIXED = {"precision": "fp32", "steps": 40}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def started() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def of_ray() -> Iterator[None]:
+    """A Ray of its own."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     answer = signal.getsignal(signal.SIGTERM)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -45,6 +46,7 @@ class KillsOnce(tune.Callback):  # type: ignore[misc]
 
 
 @pytest.mark.soak(small=False)
+@pytest.mark.usefixtures("of_ray")
 def test_asha_stops_trials_and_one_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     kills = KillsOnce(1.0, 17)
     results = tune.Tuner(
@@ -79,6 +81,7 @@ def test_asha_stops_trials_and_one_that_is_killed_goes_on_from_its_checkpoint(tm
 
 
 @pytest.mark.soak(small=False)
+@pytest.mark.usefixtures("of_ray")
 def test_population_based_training_goes_on_from_anothers_weights_optimizer_and_data(tmp_path: Path) -> None:
     """Two members that take turns."""
     made = trainable(RECIPE, FIXED, metric="score", runs=tmp_path, experiment="pbt")

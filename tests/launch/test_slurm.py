@@ -97,12 +97,13 @@ def _written(folder: Path) -> str:
     return "\n".join(file.read_text() for file in sorted(folder.glob("runs/.jobs/*/*.[lt][ox][gt]")))
 
 
+@pytest.mark.soak
 def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bits(
     stoker: Command, folder: Path
 ) -> None:
-    note = "note=a \"b\" $HOME 'c' \\ `d` *"
+    note, ranks = "note=a \"b\" $HOME 'c' \\ `d` *", ("--nproc", "2" if SOAK else "1")
     asked = ("--on", "slurm", "--time", "1h", "--option", "signal=USR1@280", "--env", "NOTED=x y")
-    done = stoker(*SAME, "waits=[20, 40]", note, "--nproc", "2", "--name", "a", *asked, "--json", cwd=folder)
+    done = stoker(*SAME, "waits=[20, 40]", note, *ranks, "--name", "a", *asked, "--json", cwd=folder)
     assert done.code == 0, done.err
     number, run = done.answer["native"], folder / "runs" / "waiting" / "a"
 
@@ -118,19 +119,22 @@ def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bit
     assert _over(number) == "COMPLETED", _written(folder)
 
     seen = loaded(run)
-    assert [attempt.resumed_from for attempt in seen.attempts[1:]] == [20, 40]
+    # A process alone stops where it waits; several agree on the end of the next step.
+    assert [attempt.resumed_from for attempt in seen.attempts[1:]] == ([20, 40] if SOAK else [19, 39])
     assert seen.config["note"] == note.removeprefix("note=")
     attempts = next(folder.glob("runs/.jobs/*/attempts.txt")).read_text().splitlines()
     assert [line.rpartition(" ")[2] for line in attempts] == ["begins", "75", "begins", "75", "begins", "0"]
-    assert stoker(*SAME, "--nproc", "2", "--name", "whole", cwd=folder).code == 0
+    assert stoker(*SAME, *ranks, "--name", "whole", cwd=folder).code == 0
     whole = folder / "runs" / "waiting" / "whole"
     assert _weights(run) == _weights(whole)
     assert list(seen.points["loss"].items()) == list(loaded(whole).points["loss"].items())
 
 
+@pytest.mark.soak(small=False)
 def test_two_nodes_train_one_run_and_its_logs_are_followed_to_the_end(
     stoker: Command, start: Start, folder: Path
 ) -> None:
+    """As the two whose logs are followed from elsewhere, below, until they are told to stop."""
     done = stoker(*SAME, "--nodes", "2", "--name", "b", "--on", "slurm", cwd=folder)
     assert done.code == 0, done.err
     followed = start("jobs", "logs", "b", "--follow", cwd=folder)
@@ -384,12 +388,16 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
 
     (run,) = (tmp_path / "nodes").glob("stores/*/bucket/*/tells/b")
     until(lambda: _at(run, 19), every=0.3)
+    assert [attempt.world for attempt in loaded(run).attempts] == [2]
     assert stoker("jobs", "cancel", "b", "--now", "--runs", url, env=nodes, cwd=folder).code == 0
     assert _over(done.answer["native"]) == "CANCELLED"
     out, err = followed.communicate(timeout=90)  # less than it waits for one that cannot say that it ended
     assert followed.returncode == 0, err.decode()
     assert "tells/b preempted at step 20" in out.decode()
     assert "tells/b preempted at step 20" in stoker(*logs, env=elsewhere, cwd=folder).out
+    one = stoker(*logs, "--rank", "1", env=elsewhere, cwd=folder).out.splitlines()
+    assert one
+    assert all(line.startswith("[rank 1] ") for line in one)
     listed = stoker("jobs", "list", "--runs", url, "--json", env=elsewhere, cwd=folder)
     assert listed.answer["jobs"][0]["step"] == 20, listed.err
     there = _stored(s3, url)
@@ -570,6 +578,7 @@ def test_a_job_of_which_slurm_says_nothing_is_not_over(
     assert stoker("jobs", "cancel", "a", "--now", cwd=folder).code == 0
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(servers.postgres_binaries() is None, reason="PostgreSQL is not installed")
 @pytest.mark.filterwarnings("ignore")  # of SQLAlchemy
 def test_a_sweep_is_an_array_of_controllers_of_one_study(
@@ -577,7 +586,7 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
 ) -> None:
     binaries = servers.postgres_binaries()
     assert binaries is not None
-    slow = ("pause=600", f"until={folder / 'go'}")
+    slow = ("pause=10", f"until={folder / 'go'}")  # a trial under way sees the file after its pause
     given = ("sweep", SEARCHED, "x=uniform(0, 1)", *slow, "--sampler", "random", "--trials", "6")
     with servers.postgres(binaries) as url:
         monkeypatch.setenv("STOKER_STORAGE", url)
@@ -585,13 +594,13 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
         assert done.code == 0, done.err
         number = done.answer["native"]
         until(lambda: len(list(folder.glob("runs/s-*/trial-*/run.json"))) >= 2)
-        # As where their node is taken. Slurm has the last element under the number of the whole array.
+        # As where its node is taken. Slurm has the last element under the number of the whole array.
         (job,) = folder.glob("runs/.jobs/*/job.json")
-        for element in range(2):
+        for element in (0, 1) if SOAK else (1,):
             _slurm("scancel", "--signal=TERM", f"{number}_{element}")
             attempts = job.with_name(f"{slurm_script.ATTEMPTS}.{element}")
             until(lambda file=attempts: file.read_text().endswith(" exit code 75\n"))
-        (folder / "go").touch()  # which no trial ends without
+        (folder / "go").touch()  # without which it would go on for minutes
         assert _over(number) == "COMPLETED", _written(folder)
         found = json.loads(stoker("jobs", "show", number, "--json", cwd=folder).out)
         assert (found["state"], found["runs"]) == ("done", ["s-0", "s-1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from stoker.tracking import follower, store
 from synthetic_run import Seen, make_store, run_follower
 
 import warm
+from servers import mlflow_server, postgres, postgres_binaries
 from support import LONG
 
 Follow = Callable[..., ForkServerProcess]
@@ -33,6 +35,15 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process.start()
     process.join()
     return database
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow's own server, on PostgreSQL where that is installed; each test has experiments of its own."""
+    binaries = postgres_binaries()
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(postgres(binaries)) if binaries else None
+        yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), database))
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, wandb_files
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
-from servers import mlflow_server, postgres, postgres_binaries
 from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
@@ -254,15 +253,6 @@ class WandbReader:
         return said if exits and exits[-1] else "running"
 
 
-@pytest.fixture(scope="session")
-def mlflow_on_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    binaries = postgres_binaries()
-    if binaries is None:
-        pytest.skip("PostgreSQL's server is not installed, and cannot be")
-    with postgres(binaries) as database, mlflow_server(tmp_path_factory.mktemp("mlflow"), database) as url:
-        yield url
-
-
 SINKS = ["mlflow", "wandb", "tensorboard"]
 
 
@@ -272,7 +262,7 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("EXPERIMENT", tmp_path.name)  # one MLflow server has the runs of all tests
     monkeypatch.chdir(tmp_path)
     if request.param == "mlflow":
-        url = request.getfixturevalue("mlflow_on_postgres")
+        url = request.getfixturevalue("server")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         return MlflowReader(url, tmp_path.name)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -320,9 +310,10 @@ def _pending(folder: Path) -> int:
     return sum(state.pending for state in follower.state(_run(folder)))
 
 
-def test_three_attempts_with_two_kills_arrive_as_one_run(
-    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]]
+def test_three_attempts_with_two_kills_arrive_as_one_run_and_so_does_what_is_said_of_it_later(
+    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]], stoker: Any
 ) -> None:
+    """Each once, also a point, a table and a figure of one name at one step."""
     first = train("1", "40", "--samples", "1")
     until(lambda: _pending(tmp_path) == 0)
     assert reader.status() == "running"
@@ -365,24 +356,6 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     assert reader.media() == MEDIA
     assert reader.status() == "finished"
 
-
-def test_a_point_a_table_and_a_figure_of_one_name_at_one_step_all_arrive_once(
-    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]]
-) -> None:
-    train("1", "3", "--finish").wait(DEADLINE)
-    until(lambda: _pending(tmp_path) == 0)
-    assert reader.points("answers") == [(7, 0.5)]
-    assert [(name, step) for name, step in reader.media() if name.endswith("/answers")] == [
-        ("figures/answers", 7), ("tables/answers", 7),
-    ]  # fmt: skip
-
-
-def test_what_is_said_of_an_ended_run_arrives_too(
-    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]], stoker: Any
-) -> None:
-    train("1", "3", "--finish").wait(DEADLINE)
-    until(lambda: _pending(tmp_path) == 0)
-    until(lambda: not _followers(tmp_path), every=0.3)
     before = reader.points("loss")
     assert stoker("runs", "tag", "a", "team=red").code == 0
     until(lambda: _pending(tmp_path) == 0)
@@ -434,16 +407,16 @@ def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
 @pytest.mark.parametrize("whole_experiment", [False, True])
 def test_what_was_deleted_in_mlflow_is_made_anew(
     tmp_path: Path,
-    mlflow_on_postgres: str,
+    server: str,
     stoker: Any,
     monkeypatch: pytest.MonkeyPatch,
     whole_experiment: bool,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_on_postgres)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     experiment = f"deleted-{whole_experiment}"
     runs = [_ended_run(tmp_path / "runs", experiment, name) for name in ("a", "b")]
     assert stoker("sync", "a").code == 0
-    before = Seen(mlflow_on_postgres, experiment)
+    before = Seen(server, experiment)
     if whole_experiment:
         before.client.delete_experiment(before.run.info.experiment_id)
     else:
@@ -456,7 +429,7 @@ def test_what_was_deleted_in_mlflow_is_made_anew(
         assert f"experiment {experiment!r} was deleted" in stuck.err or not whole_experiment
     for name in ("a", "b"):
         assert stoker("sync", name, "--rebuild").code == 0
-    seen = Seen(mlflow_on_postgres, experiment)
+    seen = Seen(server, experiment)
     standing = [run for run in seen.runs if "stoker.replaced_by" not in run.data.tags]
     assert sorted(run.data.tags["mlflow.runName"] for run in standing) == ["a", "b"]
     assert before.run.info.run_id not in {run.info.run_id for run in standing}

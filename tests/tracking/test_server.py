@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ from stoker.run import artifacts
 from stoker.tracking import follower, store
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
 
+from support import SOAK
+
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
 
@@ -34,13 +37,14 @@ def port() -> int:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, port: int) -> Iterator[Callable[[], None]]:
+def serve(tmp_path: Path, port: int, empty_store: Path) -> Iterator[Callable[[], None]]:
     """Starts MLflow's own server, on a store of its own."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
         folder = tmp_path / "server"
         folder.mkdir()
+        shutil.copy(empty_store, folder / "mlflow.db")  # where a server has its store by default
         servers.append(
             subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"],
@@ -114,15 +118,21 @@ def test_ui_says_that_it_does_not_serve_the_server_that_the_environment_names(
     assert ui._shows("http://127.0.0.1:5000", tmp_path / "mlflow.db") == shown + elsewhere
 
 
+UNUSABLE = [
+    ("localhost:5601", "MLFLOW_TRACKING_URI=localhost:5601 lacks its scheme: set it to http://localhost:5601"),
+    ("./mlr", "MLFLOW_TRACKING_URI=./mlr is a folder"),
+    ("file:///tmp/mlr", "MLFLOW_TRACKING_URI=file:///tmp/mlr is a folder"),
+]  # fmt: skip
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("localhost:5601", "MLFLOW_TRACKING_URI=localhost:5601 lacks its scheme: set it to http://localhost:5601"),
-        ("./mlr", "MLFLOW_TRACKING_URI=./mlr is a folder"),
-        ("file:///tmp/mlr", "MLFLOW_TRACKING_URI=file:///tmp/mlr is a folder"),
+        *(UNUSABLE if SOAK else UNUSABLE[:1]),
         ("http://me:secret@127.0.0.1:PORT", "http://127.0.0.1:PORT does not answer"),
     ],
-)  # fmt: skip
+)
 def test_a_script_of_a_moment_says_that_its_store_cannot_be_used(
     tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
 ) -> None:
@@ -140,6 +150,14 @@ def test_a_script_of_a_moment_says_that_its_store_cannot_be_used(
     assert "secret" not in line
 
 
+@pytest.mark.parametrize(("uri", "said"), UNUSABLE)
+def test_an_address_that_no_store_can_have_is_refused(
+    uri: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert said in str(store.unusable())
+
+
 @pytest.mark.parametrize(
     "uri",
     ["", "http://127.0.0.1:5000", "sqlite:///a.db", "databricks", "databricks://me", "postgresql://a:5/b"],
@@ -150,13 +168,14 @@ def test_an_address_that_mlflow_may_know_is_not_refused(uri: str, monkeypatch: p
 
 
 def test_sync_ships_what_no_follower_did_and_ui_shows_it(
-    tmp_path: Path, stoker: Any, start: Any, port: int
+    tmp_path: Path, stoker: Any, start: Any, port: int, empty_store: Path
 ) -> None:
     refused = stoker("ui", "--port", str(port))
     assert refused.code == 2
     assert "start one first" in refused.err
 
     run = make_run(tmp_path / "runs")
+    shutil.copy(empty_store, store.database(tmp_path / "runs"))
     trainer = Trainer(run)
     for step in range(1, 11):
         trainer.log(step, loss=1 / step)
