@@ -130,11 +130,9 @@ def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bit
     assert list(seen.points["loss"].items()) == list(loaded(whole).points["loss"].items())
 
 
-@pytest.mark.soak(small=False)
 def test_two_nodes_train_one_run_and_its_logs_are_followed_to_the_end(
     stoker: Command, start: Start, folder: Path
 ) -> None:
-    """As the two whose logs are followed from elsewhere, below, until they are told to stop."""
     done = stoker(*SAME, "--nodes", "2", "--name", "b", "--on", "slurm", cwd=folder)
     assert done.code == 0, done.err
     followed = start("jobs", "logs", "b", "--follow", cwd=folder)
