@@ -208,7 +208,8 @@ def test_a_loop_of_one_s_own_is_planned_until_it_asks_for_values(stoker: Command
 
 
 def test_weights_that_are_tied_are_planned_once(stoker: Command, tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "This is text {n}."}}\n' for n in range(40)))
+    lines = (json.dumps({"text": f"This is text {n}. " * 4}) for n in range(200))  # enough for 300 tokens
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
 
     def weights(tied: bool) -> int:
         new = "model=tiny", "vocab_size=300", f"tie_embeddings={str(tied).lower()}"
