@@ -24,19 +24,31 @@ LLM = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tests of this module share: data, and the run that `stopped` copies."""
+    folder = tmp_path_factory.mktemp("here")
     lines = [
         json.dumps({"prompt": f"What is {n}?", "completion": "coal iron spark " * 20}) for n in range(60)
     ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    return f"data={tmp_path / 'pairs.jsonl'}"
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture
-def stopped(start: Start, data: str, tmp_path: Path) -> Path:
-    """A run that was told to stop before its end."""
-    return _stopped(start, tmp_path, "a", data, "model=tiny", "tie_embeddings=false")
+def data(here: Path) -> str:
+    return f"data={here / 'pairs.jsonl'}"
+
+
+@pytest.fixture
+def stopped(start: Start, data: str, here: Path, tmp_path: Path) -> Path:
+    """A run that was told to stop before its end: trained once, of which each test has a copy."""
+    run, kept = tmp_path / "runs" / "llm" / "a", here / "a"
+    if kept.exists():
+        return shutil.copytree(kept, run)
+    _stopped(start, tmp_path, "a", data, "model=tiny", "tie_embeddings=false")
+    shutil.copytree(run, kept)
+    return run
 
 
 def _stopped(start: Start, folder: Path, name: str, *arguments: str) -> Path:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from support import SOAK
+
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
+@pytest.mark.soak
 def test_it_trains_tunes_and_says_what_came_of_it(tmp_path: Path) -> None:
-    short = (
+    short = [
         "max_steps=2", "eval_every=2", "sequence_length=32", "batch_size=16", "generate_tokens=4",
         "validation=0.02", "test=0.005",
-    )  # fmt: skip
+    ]  # fmt: skip
+    if not SOAK:  # in place of Python's documents, which take longer to read than all else
+        numbers = ({"prompt": f"What is {n}?", "completion": f"The number after {n - 1}."} for n in range(80))
+        (tmp_path / "numbers.jsonl").write_text("\n".join(map(json.dumps, numbers)))
+        short += ["data=numbers.jsonl", "validation=0.1", "test=0.1"]
     done = subprocess.run(
         [sys.executable, str(DEMO), *short], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from commands import Command
-from support import loaded
+from support import SOAK, loaded
 
 SMALL = ("train", "llm", "vocab_size=300", "sequence_length=64", "batch_size=4", "max_steps=3", "lr=0.01")
 
@@ -22,13 +22,17 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.soak
 def test_a_model_and_an_adapter_have_the_loss_that_training_measured(stoker: Command, files: Path) -> None:
     held_out = ("data=a.jsonl", "validation_data=a.jsonl,b.jsonl", "test=0", "generate_tokens=2")
-    for name, more in (("whole", ()), ("adapter", ("model=runs/llm/whole", "lora.rank=4"))):
+    for name, more, layouts in (
+        ("whole", (), ((1, "auto"), (2, "ddp"))),
+        ("adapter", ("model=runs/llm/whole", "lora.rank=4"), ((2, "fsdp"), (1, "auto"))),
+    ):
         done = stoker(*SMALL, *held_out, *more, "--name", name)
         assert done.code == 0, done.err
         trained = loaded(files / "runs" / "llm" / name).newest()
-        for ranks, layout in ((1, "auto"), (2, "ddp" if name == "whole" else "fsdp")):
+        for ranks, layout in layouts if SOAK else layouts[:1]:
             done = stoker(
                 "evaluate", name, "data=a.jsonl,b.jsonl", f"parallel={layout}", "generate_tokens=2",
                 "--nproc", str(ranks), "--name", f"{name}-{layout}", "--json",

@@ -37,7 +37,7 @@ def test_it_is_evaluated_on_alike_before_and_after_a_kill(
 ) -> None:
     command = (
         *SMALL, "data=numbers.jsonl", "validation_data=letters.jsonl,pairs.jsonl", "test_data=pairs.jsonl",
-        f"streaming={streaming}", "max_steps=30", "eval_every=10", "checkpoint_every=5", "generate_tokens=2",
+        f"streaming={streaming}", "max_steps=16", "eval_every=8", "checkpoint_every=5", "generate_tokens=2",
         "--runs", str(files / "runs"),
     )  # fmt: skip
     whole = stoker(*command, "--name", "whole")
@@ -45,8 +45,8 @@ def test_it_is_evaluated_on_alike_before_and_after_a_kill(
     assert "validation_data: 8 documents are also in data, word for word, and trained on" in whole.err
     assert "test_data: pairs.jsonl, 9 documents" in whole.err
     cut = files / "runs" / "llm" / "cut"
-    process = start(*command, "--name", "cut", first=slow_from(14))
-    wait_for_points(process, cut, 14)
+    process = start(*command, "--name", "cut", first=slow_from(9))
+    wait_for_points(process, cut, 9)
     process.kill()
     process.wait()
     done = stoker(*command, "--name", "cut")
@@ -86,7 +86,7 @@ def test_what_was_changed_since_the_run_began_is_said(
     stoker: Callable[..., Any], start: Callable[..., Any], files: Path
 ) -> None:
     command = (
-        *SMALL, "data=numbers.jsonl", "test_data=pairs.jsonl", "data_share=0.5", "max_steps=30",
+        *SMALL, "data=numbers.jsonl", "test_data=pairs.jsonl", "data_share=0.5", "max_steps=12",
         "checkpoint_every=2", "generate_tokens=2", "--runs", str(files / "runs"), "--name", "a",
     )  # fmt: skip
     process = start(*command, first=slow_from(8))

@@ -78,11 +78,19 @@ def test_a_model_goes_on_with_its_own_classes_whatever_their_order_in_the_data(
     assert "LOAD REPORT" not in third.err
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("here") / "runs"
+
+
 @pytest.fixture
-def digits(stoker: Command, tmp_path: Path) -> Path:
-    done = stoker(*TRAIN, "epochs=1", "--name", "digits")
-    assert done.code == 0, done.err
-    return tmp_path / "runs" / "image" / "digits"
+def digits(stoker: Command, runs: Path) -> Path:
+    """A run that is trained once for this module."""
+    run = runs / "image" / "digits"
+    if not (run / "artifacts" / "report.html").exists():
+        done = stoker(*TRAIN, "epochs=1", "--name", "digits", "--runs", str(runs))
+        assert done.code == 0, done.err
+    return run
 
 
 def test_a_pipeline_of_transformers_has_the_accuracy_of_the_test(digits: Path) -> None:

@@ -106,8 +106,9 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(
 ) -> None:
     runs = tmp_path / "runs" / "ranked"
     go = tmp_path / "go"
-    process = start("train", RECIPE, *SLOW, *slow_until(go, 50), "--nproc", "2", "--name", "killed")
-    wait_for_points(process, runs / "killed", 50)
+    same = ("train", RECIPE, *SLOW, "steps=100", "--nproc", "2")
+    process = start(*same, *slow_until(go, 30), "--name", "killed")
+    wait_for_points(process, runs / "killed", 30)
     _ranks(process)[1].kill()
     go.touch()
     _, err = process.communicate(timeout=LONG)
@@ -116,10 +117,10 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(
     resumed = stoker("resume", "killed")
     assert resumed.code == 0, resumed.err
     assert "resumed killed from step" in resumed.err
-    whole = stoker("train", RECIPE, *SLOW, "pause=0", "--nproc", "2", "--name", "whole")
+    whole = stoker(*same, "pause=0", "--name", "whole")
     assert whole.code == 0, whole.err
     assert _weights(runs / "killed") == _weights(runs / "whole")
-    assert len(loaded(runs / "killed").points["loss"]) == 200
+    assert len(loaded(runs / "killed").points["loss"]) == 100
 
 
 @pytest.mark.parametrize(

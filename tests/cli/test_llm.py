@@ -34,8 +34,9 @@ TRAIN = (
     "checkpoint_every=10", "sequence_length=128", "batch_size=4", "seed=1",
 )  # fmt: skip
 TUNE = (
-    "train", "llm", "data=python-docs-qa", "lora.rank=4", "lora.dropout=0.1", "lr=2e-3", "max_steps=24",
-    "checkpoint_every=8", "sequence_length=128", "batch_size=4", "seed=3",
+    "train", "llm", "data=python-docs-qa", "lora.rank=4", "lora.dropout=0.1", "lr=5e-3", "max_steps=12",
+    "checkpoint_every=4", "sequence_length=128", "batch_size=4", "seed=3", "validation=0.02", "test=0.02",
+    "generate_tokens=4",
 )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def test_lora_is_exact_over_kills_and_loads_with_peft_on_the_exported_base(
     command = (*TUNE, f"model={base}/artifacts/model", "--runs", str(runs))
     whole = stoker(*command, "--name", "tuned")
     assert whole.code == 0, whole.err
-    moments = [random.SystemRandom().randint(2, 14) for _ in range(2)]
+    moments = [random.SystemRandom().randint(2, 7) for _ in range(2)]
     _killed_and_resumed(start, stoker, (*command, "--name", "cut"), runs / "llm" / "cut", moments)
     weights = [
         (runs / "llm" / name / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -219,8 +220,9 @@ def test_every_weight_can_be_fine_tuned_with_config_from_a_file(
     model = base / "artifacts" / "model"
     file = write_file("tune.yaml", [f"model: {model}", "data: python-docs-qa", "batch_size: 4", "epochs: 9"])
     done = stoker(
-        "train", "llm", "--config", str(file), "epochs=0.1", "micro_batch=2", "sequence_length=128",
-        "precision=fp32", "--name", "full", "--runs", str(runs), "--json",
+        "train", "llm", "--config", str(file), "epochs=0.05", "micro_batch=2", "sequence_length=128",
+        "precision=fp32", "validation=0.02", "test=0.02", "generate_tokens=4", "--name", "full", "--runs",
+        str(runs), "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
     seen = loaded(runs / "llm" / "full")
@@ -278,7 +280,7 @@ def test_what_is_measured_while_it_trains_is_logged_and_said(base: Path) -> None
 def test_it_ends_early_where_evaluations_get_no_better_and_each_has_generations(
     stoker: Callable[..., Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "d.jsonl").write_text(_lines(*({"text": f"A line about the number {i}."} for i in range(60))))
+    (tmp_path / "d.jsonl").write_text(NUMBERS)
     done = stoker(
         "train", "llm", "data=d.jsonl", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=2",
         "max_steps=9", "eval_every=1", "patience=2", "lr=1e-30", "generate_tokens=2", "--json",
@@ -295,7 +297,7 @@ def test_it_ends_early_where_evaluations_get_no_better_and_each_has_generations(
 def test_with_nothing_held_out_all_is_trained_on_and_nothing_measured(
     streaming: bool, stoker: Callable[..., Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "d.jsonl").write_text(_lines(*({"text": f"A line about the number {i}."} for i in range(60))))
+    (tmp_path / "d.jsonl").write_text(NUMBERS)
     done = stoker(
         "train", "llm", "data=d.jsonl", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=2",
         "max_steps=2", "validation=0", "test=0", f"streaming={streaming}", "--json",
@@ -463,6 +465,9 @@ def _lines(*records: object) -> str:
     return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
 
 
+NUMBERS = _lines(*({"text": f"A line about the number {i}."} for i in range(60)))
+
+
 @pytest.mark.parametrize(
     ("content", "overrides", "said"),
     [
@@ -481,8 +486,8 @@ def _lines(*records: object) -> str:
         (None, ["max_steps=10", "epochs=2"], "give only one"),
         (None, ["max_steps=10min"], "is a time, which differs"),
         (None, ["streaming=true", "data_share=0.5"], "data_share=0.5 with streaming=true"),
-        (None, ["model=emptydir"], "has no config.json"),
-        (None, ["model=adapterdir"], "lora.adapter="),
+        (None, ["data=numbers.jsonl", "model=emptydir"], "has no config.json"),
+        (None, ["data=numbers.jsonl", "model=adapterdir"], "lora.adapter="),
         (None, ["model=./nowhere"], "is not a directory"),
         (None, ["model=tiny2"], "did you mean 'tiny'"),
         (None, ["lora.adapter=emptydir"], "has no adapter_config.json"),
@@ -494,6 +499,7 @@ def _lines(*records: object) -> str:
 def test_bad_input_ends_with_2_and_leaves_no_run(
     stoker: Callable[..., Any], tmp_path: Path, content: str | None, overrides: list[str], said: str
 ) -> None:
+    (tmp_path / "numbers.jsonl").write_text(NUMBERS)
     (tmp_path / "emptydir").mkdir()
     (tmp_path / "adapterdir").mkdir()
     (tmp_path / "adapterdir" / "adapter_config.json").write_text("{}")

@@ -17,68 +17,76 @@ from support import SOAK, loaded, slow_from, wait_for_points
 SMALL = ("train", "llm", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=4", "seed=2")
 
 
-@pytest.fixture
-def two(tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("here")
+
+
+@pytest.fixture(scope="module")
+def two(here: Path) -> tuple[Path, Path]:
     """Texts about numbers and texts about letters, in files of their own."""
-    files = tmp_path / "numbers.jsonl", tmp_path / "letters.jsonl"
+    files = here / "numbers.jsonl", here / "letters.jsonl"
     for file, words in zip(files, ("one two three four", "a b c d e f"), strict=True):
         lines = [json.dumps({"text": f"{n} of {file.stem}: {words} {n % 7}"}) for n in range(600)]
         file.write_text("\n".join(lines) + "\n")
     return files
 
 
+@pytest.fixture
+def mixed(
+    stoker: Callable[..., Any], two: tuple[Path, Path], here: Path
+) -> Callable[[bool], tuple[tuple[str, ...], Path]]:
+    """What trains on a mixture, as a stream or not, and its run that nobody stopped: once for this module."""
+
+    def found(streaming: bool) -> tuple[tuple[str, ...], Path]:
+        command = (
+            *SMALL, f"data={two[0]}:3,{two[1]}:1", f"streaming={str(streaming).lower()}", "max_steps=24",
+            "checkpoint_every=5", "eval_every=12", "generate_tokens=2", "--runs", str(here / "runs"),
+        )  # fmt: skip
+        whole = here / "runs" / "llm" / f"whole-{streaming}"
+        if not (whole / "artifacts" / "report.html").exists():
+            done = stoker(*command, "--name", whole.name)
+            assert done.code == 0, done.err
+        return command, whole
+
+    return found
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("streaming", [False, True] if SOAK else [True])
 def test_a_mixture_ends_in_the_same_bits_over_kills(
-    stoker: Callable[..., Any],
-    start: Callable[..., Any],
-    tmp_path: Path,
-    two: tuple[Path, Path],
-    streaming: bool,
+    stoker: Callable[..., Any], start: Callable[..., Any], mixed: Callable[..., Any], streaming: bool
 ) -> None:
-    command = (
-        *SMALL, f"data={two[0]}:3,{two[1]}:1", "max_steps=40", "checkpoint_every=5", "eval_every=20",
-        f"streaming={str(streaming).lower()}", "generate_tokens=2", "--runs", str(tmp_path / "runs"),
-    )  # fmt: skip
-    whole = stoker(*command, "--name", "whole")
-    assert whole.code == 0, whole.err
-    cut = tmp_path / "runs" / "llm" / "cut"
-    for moment in (random.SystemRandom().randint(2, 16) for _ in range(2)):
-        process = start(*command, "--name", "cut")
+    command, whole = mixed(streaming)
+    cut = whole.with_name(f"cut-{streaming}")
+    for moment in (random.SystemRandom().randint(2, 10) for _ in range(2)):
+        process = start(*command, "--name", cut.name)
         wait_for_points(process, cut, moment)
         process.kill()
         process.wait()
-    done = stoker(*command, "--name", "cut")
+    done = stoker(*command, "--name", cut.name)
     assert done.code == 0, done.err
 
-    runs = [loaded(tmp_path / "runs" / "llm" / name) for name in ("whole", "cut")]
+    runs = [loaded(run) for run in (whole, cut)]
     assert runs[0].points["loss"] == runs[1].points["loss"]
     assert {"val_loss", "val_loss/numbers", "val_loss/letters"} <= runs[0].points.keys()
-    weights = [
-        (tmp_path / "runs" / "llm" / name / "artifacts" / "model" / "model.safetensors").read_bytes()
-        for name in ("whole", "cut")
-    ]
+    weights = [(run / "artifacts" / "model" / "model.safetensors").read_bytes() for run in (whole, cut)]
     assert weights[0] == weights[1]
 
 
 def test_a_stream_goes_on_on_two_ranks_where_one_left_it(
-    stoker: Callable[..., Any], start: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path]
+    stoker: Callable[..., Any], start: Callable[..., Any], mixed: Callable[..., Any]
 ) -> None:
     """The samples and their order are those of the run that nobody stopped, whatever the number of ranks."""
-    command = (
-        *SMALL, f"data={two[0]}:3,{two[1]}:1", "streaming=true", "generate_tokens=2", "eval_every=1000",
-        "checkpoint_every=5", "max_steps=30", "--runs", str(tmp_path / "runs"),
-    )  # fmt: skip
-    whole = stoker(*command, "--name", "whole")
-    assert whole.code == 0, whole.err
-    cut = tmp_path / "runs" / "llm" / "cut"
-    process = start(*command, "--name", "cut", first=slow_from(7))
-    wait_for_points(process, cut, 7)
+    command, whole = mixed(True)
+    grown = whole.with_name("grown")
+    process = start(*command, "--name", grown.name, first=slow_from(7))
+    wait_for_points(process, grown, 7)
     process.kill()
     process.wait()
-    done = stoker(*command, "--nproc", "2", "--name", "cut")
+    done = stoker(*command, "--nproc", "2", "--name", grown.name)
     assert done.code == 0, done.err
-    curves = [loaded(tmp_path / "runs" / "llm" / name).points["loss"] for name in ("whole", "cut")]
+    curves = [loaded(run).points["loss"] for run in (whole, grown)]
     assert list(curves[0]) == list(curves[1])
     assert list(curves[1].values()) == pytest.approx(list(curves[0].values()), rel=1e-4)
 
@@ -145,13 +153,13 @@ def test_weights_that_are_none_are_refused(stoker: Callable[..., Any], tmp_path:
 def test_how_many_documents_are_for_what_and_how_often_each_source_comes_is_said(
     stoker: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path], streaming: bool
 ) -> None:
-    few = two[1].read_text().splitlines()[:40]
-    two[1].write_text("\n".join(few) + "\n")
+    few = tmp_path / "letters.jsonl"
+    few.write_text("\n".join(two[1].read_text().splitlines()[:40]) + "\n")
     common = (
         *SMALL, "max_steps=1", "generate_tokens=1", f"streaming={str(streaming).lower()}", "--runs",
         str(tmp_path / "runs"),
     )  # fmt: skip
-    done = stoker(*common, f"data={two[0]}:1,{two[1]}:1", "--name", "often")
+    done = stoker(*common, f"data={two[0]}:1,{few}:1", "--name", "often")
     assert done.code == 0, done.err
     looked_at = " sampled" if streaming else ""
     found = re.search(

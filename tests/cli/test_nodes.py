@@ -19,6 +19,7 @@ from commands import Command, Start
 from support import LONG, loaded, points, until
 
 A, B = "10.77.0.1", "10.77.0.2"
+SHORT = (*SLOW, "steps=120")
 
 
 class Machines:
@@ -93,10 +94,10 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
 ) -> None:
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--max-restarts", "1", "--name", "a")
     go = tmp_path / "go"
-    same = ("train", RECIPE, *SLOW, *slow_until(go, 50))
+    same = ("train", RECIPE, *SHORT, *slow_until(go, 25))
     run = tmp_path / "runs" / "ranked" / "a"
     processes = [machines.start(name, *same, *together) for name in ("a", "b")]
-    until(lambda: points(run) > 50, *processes)
+    until(lambda: points(run) > 25, *processes)
     machines.cable("down")
     until(lambda: "no message from" in machines.said("a").read_text(), *processes)
     until(lambda: "does not answer" in machines.said("b").read_text(), *processes)
@@ -109,7 +110,7 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
         (2, "finished"),
     ]
     assert "does not respond" in (seen.attempts[0].error or "")
-    assert list(seen.points["loss"].x) == list(range(1, 201))
+    assert list(seen.points["loss"].x) == list(range(1, 121))
     assert stoker(*same, "pause=0", "--nproc", "2", "--name", "whole").code == 0
     assert _weights(run) == _weights(tmp_path / "runs" / "ranked" / "whole")
 
@@ -140,9 +141,9 @@ def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Mach
     together = ("--nodes", "2", "--nproc", "2", "--rendezvous", f"{A}:29511", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     go = tmp_path / "go"
-    same = ("train", RECIPE, *SLOW, *slow_until(go, 50))
+    same = ("train", RECIPE, *SHORT, *slow_until(go, 25))
     processes = [machines.start(name, *same, *together, "--max-restarts", "1") for name in ("b", "a")]
-    until(lambda: points(run) > 50, *processes)
+    until(lambda: points(run) > 25, *processes)
     _ranks(processes[0])[1].kill()
     go.touch()
     assert [process.wait(LONG) for process in processes] == [0, 0], _all_said(machines)
@@ -150,7 +151,7 @@ def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Mach
     assert [(attempt.world, attempt.machines) for attempt in loaded(run).attempts] == [(4, 2)] * 2
     newest, _ = manifest.newest(run / "checkpoints")
     assert newest is not None
-    assert newest.step == 200
+    assert newest.step == 120
 
 
 def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemption(

@@ -100,7 +100,9 @@ def planned(recipe: str, *values: str, nproc: int = 1, memory: int = 80 * GIB) -
 
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
-@pytest.mark.parametrize("row", [0, 2] if SOAK else [0], ids=["lora", "every-weight"] if SOAK else ["lora"])
+@pytest.mark.parametrize(
+    "row", [pytest.param(2, id="every-weight"), *([pytest.param(0, id="lora")] if SOAK else [])]
+)
 def test_7b_is_planned_as_a_gpu_has_measured_it(row: int, tmp_path: Path) -> None:
     """Beside the most that torch had allocated on an H200, by the results of bench/gpu_llm.py."""
     measured = json.loads(MEASURED.read_text())[row]
@@ -205,10 +207,13 @@ def test_a_loop_of_one_s_own_is_planned_until_it_asks_for_values(stoker: Command
     assert "ended before its second step" in stoker("plan", str(none)).err
 
 
-def test_weights_that_are_tied_are_planned_once(stoker: Command, llama: list[str]) -> None:
+def test_weights_that_are_tied_are_planned_once(stoker: Command, tmp_path: Path) -> None:
+    lines = (json.dumps({"text": f"This is text {n}. " * 4}) for n in range(200))  # enough for 300 tokens
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+
     def weights(tied: bool) -> int:
         new = "model=tiny", "vocab_size=300", f"tie_embeddings={str(tied).lower()}"
-        return int(stoker("plan", "llm", *llama[1:], *new, "--json").answer["weights"])
+        return int(stoker("plan", "llm", "data=texts.jsonl", *new, "--json").answer["weights"])
 
     assert weights(tied=False) - weights(tied=True) == 300 * 128 * 4  # the matrix of the output layer
 

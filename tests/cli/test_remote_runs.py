@@ -22,6 +22,7 @@ from commands import SECRET, Command, Start
 from servers import Proxy
 from support import LONG, SOAK, loaded, slow_from, until, wait_for_points
 
+SHORT = (*SLOW, "steps=80")
 Objects = Callable[[], dict[str, int]]
 
 
@@ -88,7 +89,7 @@ def test_a_run_is_in_the_store_whole_and_its_secrets_nowhere(
     stoker: Command, machine: Any, url: str, objects: Objects, tmp_path: Path
 ) -> None:
     done = stoker(
-        "train", RECIPE, *SLOW, "pause=0", "--name", "a", "--runs", url, "--json", env=machine("one")
+        "train", RECIPE, *SHORT, "pause=0", "--name", "a", "--runs", url, "--json", env=machine("one")
     )
     assert done.code == 0, done.err
     run = _copy(tmp_path, "one", url)
@@ -108,10 +109,10 @@ def test_a_run_is_in_the_store_whole_and_its_secrets_nowhere(
 def test_another_machine_goes_on_where_one_was_stopped(
     start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
 ) -> None:
-    same = ("train", RECIPE, *SLOW, "--runs", url, "--nproc", "2")
-    process = start(*same, "--name", "a", env=machine("one"), first=slow_from(50))
+    same = ("train", RECIPE, *SHORT, "--runs", url, "--nproc", "2")
+    process = start(*same, "--name", "a", env=machine("one"), first=slow_from(30))
     _wait_for_copy(tmp_path, url, process)
-    wait_for_points(process, _copy(tmp_path, "one", url), 50)
+    wait_for_points(process, _copy(tmp_path, "one", url), 30)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
@@ -120,7 +121,7 @@ def test_another_machine_goes_on_where_one_was_stopped(
     assert "resumed a from step" in done.err
     assert "waiting up to" not in done.err
     seen = loaded(_copy(tmp_path, "two", url))
-    assert list(seen.points["loss"].x) == list(range(1, 201))
+    assert list(seen.points["loss"].x) == list(range(1, 81))
     assert len(seen.attempts) == 2
     assert stoker(*same, "--name", "b", "pause=0", env=machine("two")).code == 0
     assert _weights(_copy(tmp_path, "two", url)) == _weights(_copy(tmp_path, "two", url, "b"))
@@ -129,7 +130,7 @@ def test_another_machine_goes_on_where_one_was_stopped(
     table = stoker(
         "runs", "export", "ranked", "--runs", url, "--format", "json", "--json", env=machine("four")
     )
-    assert [row["run"] for row in table.answer["rows"]] == ["ranked/a"] * 200 + ["ranked/b"] * 200
+    assert [row["run"] for row in table.answer["rows"]] == ["ranked/a"] * 80 + ["ranked/b"] * 80
     assert stoker("runs", "rm", "b", "--yes", "--runs", url, env=machine("three")).code == 0
     listed = stoker("runs", "list", "--runs", url, "--json", env=machine("one"))
     assert [row["id"] for row in listed.answer["runs"]] == ["a"]
@@ -139,7 +140,7 @@ def test_another_machine_goes_on_where_one_was_stopped(
 def test_a_machine_that_is_gone_leaves_a_run_to_go_on_with(
     start: Start, stoker: Command, machine: Any, url: str, objects: Objects, tmp_path: Path
 ) -> None:
-    same = ("train", RECIPE, *SLOW, "steps=100", "checkpoint_every=10", "--runs", url, "--name", "a")
+    same = ("train", RECIPE, *SLOW, "steps=50", "checkpoint_every=10", "--runs", url, "--name", "a")
     process = start(*same, env=machine("one"), first=slow_from(12))
     _wait_for_copy(tmp_path, url, process)
     until(lambda: _checkpoints(objects()), process, every=0.2)
@@ -154,13 +155,13 @@ def test_a_machine_that_is_gone_leaves_a_run_to_go_on_with(
     assert f"waiting up to {waits} s to see whether it still trains it" in done.err
     seen = loaded(_copy(tmp_path, "two", url))
     assert seen.attempts[-1].resumed_from >= newest
-    assert list(seen.points["loss"].x) == list(range(1, 101))
+    assert list(seen.points["loss"].x) == list(range(1, 51))
 
 
 def test_two_machines_do_not_train_one_run(
     start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
 ) -> None:
-    same = ("train", RECIPE, *SLOW, "steps=30000", "--runs", url, "--name", "a")
+    same = ("train", RECIPE, *SLOW, "pause=0.3", "steps=30000", "--runs", url, "--name", "a")
     process = start(*same, env=machine("one"))
     _wait_for_copy(tmp_path, url, process)
     wait_for_points(process, _copy(tmp_path, "one", url), 5)
@@ -184,7 +185,7 @@ def test_a_store_that_fails_for_a_while_gets_all_of_it(
 ) -> None:
     proxy._only = lambda method, path: method in ("PUT", "POST") and "/checkpoints/" in path
     proxy.mode, proxy.left = mode, 8
-    done = stoker("train", RECIPE, *SLOW, "--name", "a", "--runs", url, env=machine("one"))
+    done = stoker("train", RECIPE, *SHORT, "--name", "a", "--runs", url, env=machine("one"))
     assert done.code == 0, done.err
     assert proxy.seen[mode] == 8
     run = _copy(tmp_path, "one", url)
@@ -262,7 +263,7 @@ def test_a_damaged_checkpoint_is_mended_from_the_store(
     start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
 ) -> None:
     env = machine("one")
-    same = ("train", RECIPE, *SLOW, "--name", "a", "--runs", url)
+    same = ("train", RECIPE, *SHORT, "--name", "a", "--runs", url)
     assert stoker(*same, "pause=0", env=env).code == 0
     run = _copy(tmp_path, "one", url)
     newest = manifest.committed(run / "checkpoints")[-1]
@@ -274,28 +275,30 @@ def test_a_damaged_checkpoint_is_mended_from_the_store(
     assert shard.read_bytes() == whole
 
 
+@pytest.mark.soak
 def test_a_store_that_is_away_while_a_run_is_resumed_loses_nothing_of_it(
     stoker: Command, machine: Any, url: str, proxy: Proxy, objects: Objects, tmp_path: Path
 ) -> None:
     """Another machine has the manifests of its checkpoints, and may not read their files for a while."""
-    short = ("train", RECIPE, "precision=fp32", "steps=60", "--name", "a", "--runs", url, "--nproc", "2")
-    assert stoker(*short, "checkpoint_every=20", env=machine("one")).code == 0
-    resume = ("resume", "a", "steps=70", "--runs", url, "--nproc", "2")
+    there = ("--runs", url, "--nproc", "2" if SOAK else "1")
+    short = ("train", RECIPE, "precision=fp32", "steps=20", "checkpoint_every=10", "--name", "a", *there)
+    assert stoker(*short, env=machine("one")).code == 0
+    resume = ("resume", "a", "steps=25", *there)
     before = _checkpoints(objects())
     files = "/checkpoints/[^?]*[.]safetensors"
     proxy._only, proxy.mode = lambda method, path: re.search(files, path) is not None, "403"
     failed = stoker(*resume, "--max-restarts", "1", env=machine("two"))
     assert failed.code == 1, failed.err
-    assert "the checkpoint of step 60 cannot be used" in failed.err
+    assert "the checkpoint of step 20 cannot be used" in failed.err
     assert "Start the run again when the store can be reached" in failed.err
     seen = loaded(_copy(tmp_path, "two", url))
     assert [attempt.status for attempt in seen.attempts] == ["finished", "failed", "failed"]
-    assert list(seen.points["loss"].x) == list(range(1, 61))
+    assert list(seen.points["loss"].x) == list(range(1, 21))
     assert _checkpoints(objects()) == before
     proxy.mode = "ok"
     done = stoker(*resume, env=machine("two"))
     assert done.code == 0, done.err
-    assert "resumed a from step 60" in done.err
+    assert "resumed a from step 20" in done.err
 
 
 def test_any_machine_ships_to_the_sinks_a_run_that_another_one_trained(
@@ -389,13 +392,13 @@ def test_where_a_store_has_no_runs_its_url_is_said_and_not_its_copys(
 def test_a_checkpoint_is_removed_here_and_there(
     stoker: Command, machine: Any, url: str, objects: Objects
 ) -> None:
-    done = stoker("train", RECIPE, *SLOW, "pause=0", "--name", "a", "--runs", url, env=machine("one"))
+    done = stoker("train", RECIPE, *SHORT, "pause=0", "--name", "a", "--runs", url, env=machine("one"))
     assert done.code == 0, done.err
     before = _checkpoints(objects())
-    assert stoker("checkpoints", "rm", "a", "180", "--runs", url, env=machine("two")).code == 0
-    assert _checkpoints(objects()) == [name for name in before if name != "step-00000180"] != before
+    assert stoker("checkpoints", "rm", "a", "60", "--runs", url, env=machine("two")).code == 0
+    assert _checkpoints(objects()) == [name for name in before if name != "step-00000060"] != before
     rows = stoker("checkpoints", "a", "--runs", url, "--json", env=machine("three")).answer["checkpoints"]
-    assert [row["step"] for row in rows if not row["problem"]] == [160, 200]
+    assert [row["step"] for row in rows if not row["problem"]] == [40, 80]
 
 
 def _wait_for_copy(tmp_path: Path, url: str, process: subprocess.Popen[bytes], machine: str = "one") -> None:
