@@ -27,9 +27,9 @@ from stoker.object_store import Unreachable
 from stoker.run import directory
 from stoker.run.series import Goal
 
-FORMAT = 5
-_READABLE = (2, 3, 4, FORMAT)
-"""Format 2 had no checksum for the manifest itself."""
+FORMAT = 6
+_READABLE = (2, 3, 4, 5, FORMAT)
+"""Format 2 had no checksum for the manifest itself; from 6 on, states of 8 bits have their codes."""
 _DETERMINED = 5
 """The first format in which equal tensors are equal bytes."""
 NAME = directory.MANIFEST

@@ -15,10 +15,11 @@ from typing import Any, cast
 
 import torch
 from stoker import words
-from stoker.checkpoint import stateful, store, trees
+from stoker.checkpoint import eight_bit, stateful, store, trees
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.checkpoint.store import Tensors
 from stoker.errors import StokerError
+from stoker.tensors import local
 from stoker.world import World
 from torch.distributed.tensor import DTensor
 
@@ -376,7 +377,11 @@ def optimizer_state(
     for parameter, state in cast("Mapping[torch.nn.Parameter, Any]", optimizer.state).items():
         for key, value in state.items():
             name = f"{names[parameter]}.{key}"
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and eight_bit.is_quantised(optimizer, value):
+                codes, scales = eight_bit.parts(optimizer, value)
+                tensors |= {name + eight_bit.CODES: codes, name + eight_bit.SCALES: scales}
+            elif isinstance(value, torch.Tensor):
+                _refuse_quantised(name, value)
                 tensors[name] = value
             else:
                 scalars[name], inner = _apart(name, value)
@@ -386,6 +391,15 @@ def optimizer_state(
         for group, of_group in zip(optimizer.param_groups, of_groups, strict=True)
     ]
     return tensors, {"kind": kind_of(optimizer), "state": scalars, "groups": groups}
+
+
+def _refuse_quantised(name: str, value: torch.Tensor) -> None:
+    held = type(local(value))
+    if held.__module__.startswith("torchao."):  # a copy of it would have other bits
+        raise StokerError(
+            f"the optimizer state {name} is a {held.__name__}, which a checkpoint cannot hold: of torchao's "
+            "optimizers with small states take AdamW8bit (optimizer=adamw8bit)"
+        )
 
 
 def _apart(name: str, value: Any) -> tuple[Any, Tensors]:
@@ -407,9 +421,15 @@ def _restore_state(
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for full_name, tensor in tensors.items():
         name, key, within = _parted(full_name)
-        if name in parameters and not within:  # otherwise another rank's, or part of a value
-            parameter = parameters[name]
-            optimizer.state[parameter][key] = _beside(parameter, group_of[parameter], key, tensor)
+        if name not in parameters:  # another rank's
+            continue
+        parameter = parameters[name]
+        if not within:
+            beside = _beside(parameter, group_of[parameter], key, tensor)
+            optimizer.state[parameter][key] = eight_bit.as_made(optimizer, parameter, key, beside)
+        elif within == eight_bit.CODES:
+            scales = tensors[f"{name}.{key}{eight_bit.SCALES}"]
+            optimizer.state[parameter][key] = eight_bit.together(optimizer, parameter, key, tensor, scales)
     for full_name, value in values.items():
         name, key, _ = _parted(full_name)
         if name in parameters:
