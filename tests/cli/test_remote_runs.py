@@ -198,8 +198,9 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
 ) -> None:
     """It answers nothing from step 50 on; the run trains to its end, and goes there later."""
     env = machine("one")
+    impatient = "from stoker.run import uploader; uploader.FINISH_PATIENCE = 20.0"
     same = ("train", RECIPE, *SLOW, "pause=0.1", "pause_from=50", "--name", "a", "--runs", url)
-    process = start(*same, env=env)
+    process = start(*same, env=env, first=impatient)
     _wait_for_copy(tmp_path, url, process)
     run = _copy(tmp_path, "one", url)
     wait_for_points(process, run, 50)
@@ -217,7 +218,7 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
     assert kept[-1] == "step-00000200"
     assert kept[-1] not in _checkpoints(objects())
     assert stoker("sync", "a", "--runs", url, env={**env, "STOKER_SINKS": "none"}).code == 1
-    done = stoker(*same, env=env)
+    done = stoker(*same, env=env, first=impatient)
     assert done.code == 75, done.err
     proxy.mode = "ok"
     done = stoker(*same, env=env)
