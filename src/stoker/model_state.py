@@ -19,6 +19,7 @@ from stoker.checkpoint.store import Tensors
 from stoker.engine.ema import Ema
 from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
+from stoker.world import World
 
 if TYPE_CHECKING:
     from stoker.engine.zero import DeepSpeedStep
@@ -52,9 +53,10 @@ def of(step: Step, mesh: Mesh, built: Mapping[str, state.Groups], ema: Ema | Non
     from stoker.engine.zero import DeepSpeedStep
 
     if not isinstance(step, DeepSpeedStep):
-        return InParts(step, mesh, built, ema, (mesh.stage, mesh.shard))
+        return InParts(step, mesh.world, built, ema, (mesh.stage, mesh.shard))
     alone = (mesh.world.rank,)  # DeepSpeed keeps copies the same by itself
-    return InParts(step, mesh, built, ema, alone) if step.stage == 0 else Whole(step, mesh, built, ema, alone)
+    kind = InParts if step.stage == 0 else Whole
+    return kind(step, mesh.world, built, ema, alone)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class InParts:
     """Every rank saves and restores what it holds."""
 
     step: Step
-    mesh: Mesh
+    world: World
     built: Mapping[str, state.Groups]
     ema: Ema | None
     part: tuple[int, ...]
@@ -82,13 +84,7 @@ class InParts:
         own = frozenset(n for n, _ in (*model.named_parameters(), *model.named_buffers()))
         everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
         tensors, values, whole = state.load(
-            checkpoint,
-            model,
-            self.step.optimizers,
-            self.built,
-            self.mesh.world,
-            everywhere - own,
-            waits=waits,
+            checkpoint, model, self.step.optimizers, self.built, self.world, everywhere - own, waits=waits
         )
         if self.ema is not None:
             self.ema.restore(state.inside(tensors, "ema."))
@@ -100,7 +96,7 @@ class Whole:
     """Rank 0 saves all that DeepSpeed has partitioned; every rank restores its partition of it."""
 
     step: DeepSpeedStep
-    mesh: Mesh
+    world: World
     built: Mapping[str, state.Groups]
     ema: Ema | None
     part: tuple[int, ...]
@@ -120,21 +116,21 @@ class Whole:
             with self.ema.in_place():
                 tensors.update(_averaged(step.whole_weights()))
         values = {"optimizers": {"main": main}, "built": dict(self.built)}
-        return (tensors if self.mesh.world.rank == 0 else {}), values
+        return (tensors if self.world.rank == 0 else {}), values
 
     def restore(
         self, checkpoint: manifest.Checkpoint, *, waits: bool
     ) -> tuple[Tensors, dict[str, Any], bool]:
         """See `ModelState`."""
         step = self.step
-        tensors, values = state.load_whole(checkpoint, self.mesh.world)
+        tensors, values = state.load_whole(checkpoint, self.world)
         state.compare_optimizers(values, step.optimizers)
         single = {n: trees.together(v, {}) for n, v in values["optimizers"]["main"]["state"].items()}
         step.restore_state({**single, **state.inside(tensors, "optimizer.main.")})
         self._restore_weights(tensors)
         saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
         names = [group["params"] for group in step.groups()]
-        state.restore_groups(step.optimizers["main"], names, saved, self.built["main"], then, self.mesh.world)
+        state.restore_groups(step.optimizers["main"], names, saved, self.built["main"], then, self.world)
         return tensors, values, True
 
     def _restore_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -19,12 +19,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a new tensor as the tensor, laid out over the ranks as an old one is."""
+def like(
+    old: torch.Tensor, local: torch.Tensor, shape: torch.Size | tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """This rank's part of a new tensor as the tensor, laid out over the ranks as an old one is.
+
+    Args:
+        shape: of the whole new tensor, if it is not that of the old one.
+    """
     if not isinstance(old, DTensor):
         return local
+    stride = old.stride() if shape is None else torch.empty(shape, device="meta").stride()
+    shape = old.shape if shape is None else torch.Size(shape)
     return DTensor.from_local(
-        local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        local, old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride
     )
 
 

@@ -46,7 +46,7 @@ def parts(optimizer: Any, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     else:
         codes, scales = torch.full_like(held, _ONE, dtype=torch.uint8), held
     shape = (*state.shape[:-1], state.shape[-1] // group)
-    return tensors.like(state, codes), _laid_out(state, scales.view(*codes.shape[:-1], -1), shape)
+    return tensors.like(state, codes), tensors.like(state, scales.view(*codes.shape[:-1], -1), shape)
 
 
 def together(
@@ -117,16 +117,6 @@ def _group(optimizer: Any, state: torch.Tensor) -> int:
         return 1
     row = state.shape[-1] // (shards.get(0, 1) if state.ndim == 1 else 1)
     return math.gcd(optimizer.block_size, row)
-
-
-def _laid_out(state: torch.Tensor, held: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """This rank's part of a tensor of another shape, sharded like the state."""
-    if not isinstance(state, DTensor):
-        return held
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        held, state.device_mesh, state.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
 
 
 def _own_scales(parameter: torch.nn.Parameter, scales: torch.Tensor) -> torch.Tensor:
