@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from stoker import stopping, terminal
+from stoker import signals, terminal
 from stoker.errors import Stopped
 from stoker.stopping import StopRequests
 
@@ -90,7 +90,7 @@ def test_a_terminal_that_is_closed_is_one_signal_although_shell_and_kernel_send_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel once the shell has ended, which may be seconds later."""
-    monkeypatch.setattr(stopping, "_ONE", 0.0)
+    monkeypatch.setattr(signals, "_ONE", 0.0)
     requests = StopRequests()
     with requests.handled(), requests.deferred():
         for _ in range(2):
@@ -108,3 +108,39 @@ def test_where_it_is_ignored_from_the_start_nobody_answers_a_closed_terminal() -
         assert requests.requested is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def heard_before() -> Iterator[list[int]]:
+    """What reaches the handler that there was before stoker's."""
+    heard: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: heard.append(n)) for number in signals.STATUS}
+    yield heard
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_what_repeats_a_request_does_not_end_the_process_that_has_just_answered_it(
+    heard_before: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler signals every process and a launcher passes it on, maybe when the run has ended already."""
+    requests = StopRequests()
+    with requests.handled(), requests.deferred():
+        signal.raise_signal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.raise_signal(number)
+    assert heard_before == []
+    monkeypatch.setattr(signals, "_ONE", 0.0)
+    for _ in range(2):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    assert heard_before == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
+
+
+def test_after_a_run_that_nobody_stopped_signals_are_anothers_again(heard_before: list[int]) -> None:
+    requests = StopRequests()
+    with requests.handled(), requests.deferred():
+        pass
+    for number in signals.STATUS:
+        signal.raise_signal(number)
+    assert heard_before == list(signals.STATUS)

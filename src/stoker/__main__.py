@@ -8,7 +8,7 @@ import sys
 from stoker import signals
 from stoker.errors import EXIT_INTERRUPTED
 
-_TRAINING = ("train", "resume", "reproduce")
+_TRAINING = ("train", "resume", "sweep", "reproduce")
 
 
 def run() -> None:

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from stoker import supervision
 from stoker.errors import STOP_CODES, Stopped
 from stoker.status import INTERRUPTED, PREEMPTED
 
@@ -27,6 +29,7 @@ STATUS: dict[int, str] = {
 }  # fmt: skip
 """The status of a run that a signal has stopped."""
 
+_ONE = 1.0  # seconds within which signals count as one: a scheduler signals every process, a parent its child
 _CLEANED = "ignore:resource_tracker:UserWarning"  # about leaked semaphores of killed ranks, which it removes
 
 
@@ -101,15 +104,55 @@ Handler: TypeAlias = Callable[[int, FrameType | None], object]
 def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
     """Handle signals by a function within this block.
 
+    If it was called for one of `ENDED_BY`, the same request may still come from elsewhere when the block has
+    ended: unless `is_second` says otherwise, it is ignored then, so that the process ends as it was told to.
+
     Yields whether it does: outside the main thread, which alone can have handlers, it has no effect.
     """
+    told_at: float | None = None
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal told_at
+        if number in ENDED_BY:
+            told_at = time.monotonic()
+        handler(number, frame)
+
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in heard(numbers)} if main else {}
+    before = {number: signal.signal(number, receive) for number in heard(numbers)} if main else {}
     try:
         yield main
     finally:
         for number, previous in before.items():
+            if told_at is None or number not in ENDED_BY:
+                signal.signal(number, previous)
+            else:
+                signal.signal(number, _unless_repeated(previous, told_at))
+
+
+def _unless_repeated(previous: Any, told_at: float) -> Handler:
+    """A handler that ignores repetitions of a signal of the time `told_at`; for others it gives way."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if is_second(number, told_at):
             signal.signal(number, previous)
+            signal.raise_signal(number)
+
+    return receive
+
+
+def is_second(number: int, before: float) -> bool:
+    """Whether a signal is distinct from one at the monotonic time `before`: then one is told twice to stop.
+
+    Ctrl-C always is, and SIGHUP never: when a terminal is closed, its shell sends one, and the kernel another
+    once the shell has ended, which may be seconds later.
+
+    A launcher passes on to its ranks what a scheduler may have sent to them too, and on a busy machine it
+    may do so late: whether a rank is told a second time is for its launcher to say.
+    """
+    told_twice = supervision.told_twice()
+    if told_twice is not None:
+        return told_twice
+    return number == signal.SIGINT or (number != signal.SIGHUP and time.monotonic() - before >= _ONE)
 
 
 def heard(numbers: Iterable[int]) -> list[int]:

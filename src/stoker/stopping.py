@@ -14,12 +14,10 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from stoker import signals, supervision, terminal
+from stoker import signals, terminal
 from stoker.errors import Stopped
 from stoker.signals import STATUS
 from stoker.status import PREEMPTED
-
-_ONE = 1.0  # seconds within which signals count as one: a scheduler signals every process, a parent its child
 
 
 class StopRequests:
@@ -90,7 +88,7 @@ class StopRequests:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         before, stops = self._signalled, self._asked is not None
-        if before is not None and not _is_second(number, before):
+        if before is not None and not signals.is_second(number, before):
             return
         self._signalled = time.monotonic()
         if before is not None:
@@ -106,22 +104,3 @@ class StopRequests:
             terminal.say(
                 "\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n"
             )
-
-
-def _is_second(number: int, before: float) -> bool:
-    """Whether this process is told a second time to stop, and not the first time by another process.
-
-    A launcher passes on to its ranks what a scheduler may have sent to them too, and on a busy machine it
-    may do so late: whether it is told a second time is for it to say.
-    """
-    told_twice = supervision.told_twice()
-    return is_another(number, before) if told_twice is None else told_twice
-
-
-def is_another(number: int, before: float) -> bool:
-    """Whether a signal is distinct from one at the monotonic time `before`.
-
-    Ctrl-C always is, and SIGHUP never: when a terminal is closed, its shell sends one, and the kernel another
-    once the shell has ended, which may be seconds later.
-    """
-    return number == signal.SIGINT or (number != signal.SIGHUP and time.monotonic() - before >= _ONE)

@@ -523,14 +523,29 @@ def _victim(process: subprocess.Popen[bytes], draws: random.Random) -> psutil.Pr
     return psutil.Process(process.pid) if process.poll() is None else None
 
 
+_TOLD_AT_ITS_END = """
+import os
+from stoker.tracking.shipping import SweepShipping
+
+def finish(shipping, finished=SweepShipping.finish):
+    os.kill(os.getpid(), {number})
+    finished(shipping)
+
+SweepShipping.finish = finish
+"""
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 130)])
 def test_told_to_stop_it_goes_on_later(
     number: signal.Signals, code: int, start: Start, stoker: Command, tmp_path: Path
 ) -> None:
-    """Told twice at once, as a shell and the kernel do when a terminal is closed, and a scheduler may."""
+    """Told twice at once, as a shell and the kernel do when a terminal is closed, and a scheduler may.
+
+    And once more when the search has ended, but not yet the command.
+    """
     go = tmp_path / "go"
     given = ("sweep", RECIPE, *SPACE, "pause=1", f"until={go}", "--trials", "2", "--json")
-    process = start(*given)
+    process = start(*given, first=_TOLD_AT_ITS_END.format(number=int(number)))
     _wait_until_it_searches(process, tmp_path / "runs" / "searched-sweep")
     time.sleep(0.5)
     for _ in range(2):

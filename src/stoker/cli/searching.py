@@ -22,7 +22,7 @@ import numpy as np
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from stoker import config as configs
-from stoker import object_store, signals, stopping, terminal
+from stoker import object_store, signals, terminal
 from stoker.cli.search_options import Places, SearchOptions
 from stoker.cli.trial import loaded, train_trial
 from stoker.duration import Duration
@@ -182,7 +182,7 @@ def _shipped(folder: Path) -> Iterator[SweepShipping]:
 def answering_signals(search: Search) -> Iterator[list[int]]:
     """Stop the search on a signal within this block; the list receives the signal.
 
-    A second signal, as `stopping.is_another` says, raises KeyboardInterrupt. Outside the main thread, signals
+    A second signal, as `signals.is_second` says, raises KeyboardInterrupt. Outside the main thread, signals
     are not handled.
     """
     told: list[int] = []
@@ -191,7 +191,7 @@ def answering_signals(search: Search) -> Iterator[list[int]]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal told_at
         if told:
-            if stopping.is_another(number, told_at):
+            if signals.is_second(number, told_at):
                 raise KeyboardInterrupt
             return
         told_at = time.monotonic()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from stoker import signals, stopping, supervision, words
+from stoker import signals, supervision, words
 from stoker.errors import Stopped
 from stoker.launch import pulses, ranks
 
@@ -92,7 +92,7 @@ class Watch:
             self.told, self._told_at = number, time.monotonic()
             raise Stopped(signals.STATUS[number])
         if self.told:
-            if not self.at_once and stopping.is_another(number, self._told_at):
+            if not self.at_once and signals.is_second(number, self._told_at):
                 self.at_once = True
                 pulses.tell_twice(self.folder)
                 end = threading.Timer(_AT_ONCE, self._end_all)
