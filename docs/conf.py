@@ -16,7 +16,7 @@ import typer
 from sphinx.application import Sphinx
 from stoker import __version__, recipes
 from stoker.cli.main import app
-from stoker.cli.recipes import keys
+from stoker.cli.verbs.recipes import keys
 from typer.cli import get_docs_for_click
 
 HERE = Path(__file__).parent

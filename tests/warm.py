@@ -38,7 +38,7 @@ _MODULES = [
     "transformers.models.llama.modeling_llama",
     "deepspeed",
     "stoker.trainer",
-    *(f"stoker.cli.{name}" for name in main.COMMANDS),
+    *(f"stoker.cli.verbs.{name}" for name in main.COMMANDS),
     "peft",
     "stoker.tracking.mlflow_sink",
     "mlflow.store.tracking.sqlalchemy_store",

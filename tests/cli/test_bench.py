@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stoker.cli import bench
+from stoker.cli.verbs import bench
 from stoker.report import scaling
 
 from commands import Command

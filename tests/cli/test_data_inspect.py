@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli import data
+from stoker.cli.verbs import data
 from stoker.data import sources
 from stoker.errors import BadInput
 from stoker.language import adapters, building

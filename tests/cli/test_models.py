@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stoker.checkpoint import manifest, store
-from stoker.cli import models
+from stoker.cli.verbs import models
 from stoker.run import artifacts, journal
 from stoker.run.directory import RunDirectory
 from stoker.tracking import store as tracking_store

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from stoker import recipes
-from stoker.cli import plan
+from stoker.cli.verbs import plan
 from stoker.config import resolve
 from stoker.engine import imagined
 from stoker.run.directory import RunDirectory

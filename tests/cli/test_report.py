@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import typer
-from stoker.cli.report import report
+from stoker.cli.verbs.report import report
 from stoker.errors import BadInput
 from stoker.run import journal
 from stoker.run.directory import RunDirectory

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 from rich.console import Console
 from stoker import storage
-from stoker.cli import runs
+from stoker.cli.verbs import runs
 from stoker.errors import BadInput
 from stoker.report import terminal
 from stoker.report.terminal import Listed

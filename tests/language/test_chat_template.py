@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from stoker.cli import generate
+from stoker.cli.verbs import generate
 from stoker.data import sources
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from stoker import BadInput, StokerError, machine
-from stoker.cli import ui
+from stoker.cli.verbs import ui
 from stoker.tracking.registry import Registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from stoker.cli import ui
+from stoker.cli.verbs import ui
 from stoker.run import artifacts
 from stoker.tracking import follower, store
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until

@@ -1,1 +1,1 @@
-"""The command line: one file a verb."""
+"""The command line: its commands are in `verbs`, beside it is what they share."""

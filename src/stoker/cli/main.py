@@ -52,7 +52,7 @@ def app(only: str | None = None) -> typer.Typer:
     )
     found.callback()(_together)
     for name in (only,) if only in COMMANDS else COMMANDS:
-        module = importlib.import_module(f"stoker.cli.{name}")
+        module = importlib.import_module(f"stoker.cli.verbs.{name}")
         if hasattr(module, "app"):
             found.add_typer(module.app, name=name)
         else:
@@ -85,7 +85,7 @@ def run() -> None:
 
 def main(train_function: Callable[..., None]) -> None:
     """Make a command of a script with `train(run, config)`: `python my_train.py lr=3e-4 --name a`."""
-    from stoker.cli import train
+    from stoker.cli.verbs import train
     from stoker.run import opening
 
     opening.refuse_in_import()

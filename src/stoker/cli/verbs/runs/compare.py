@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.cli.runs.common import RunsMeant
+from stoker.cli.verbs.runs.common import RunsMeant
 from stoker.errors import BadInput
 from stoker.report import comparison
 from stoker.run import reading

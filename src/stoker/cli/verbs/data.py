@@ -15,7 +15,7 @@ from stoker import config as configs
 from stoker import recipes
 from stoker.cli.options import ConfigFile
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
-from stoker.cli.resume import return_to
+from stoker.cli.verbs.resume import return_to
 from stoker.config import Resolved
 from stoker.errors import BadInput
 from stoker.report.terminal import plain, print_whole, table

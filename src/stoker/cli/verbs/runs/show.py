@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.cli.runs.common import RunName, entry, iso
+from stoker.cli.verbs.runs.common import RunName, entry, iso
 from stoker.report import commands, facts, performance, terminal
 from stoker.report.terminal import Listed, Pending
 from stoker.run import finding, view

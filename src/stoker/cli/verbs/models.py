@@ -12,9 +12,9 @@ from rich.text import Text
 from stoker import exports, storage
 from stoker.checkpoint import manifest
 from stoker.cli import sharing
-from stoker.cli.checkpoints import Metric
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer, console, print_json, show_messages
-from stoker.cli.runs.common import RunName, iso
+from stoker.cli.verbs.checkpoints import Metric
+from stoker.cli.verbs.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
 from stoker.report import commands, facts
 from stoker.report.terminal import print_whole, table, when

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from stoker import storage, words
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.cli.runs.common import RunNames
+from stoker.cli.verbs.runs.common import RunNames
 from stoker.errors import BadInput
 from stoker.run import artifacts, finding, mirror, opening
 from stoker.run.directory import RunDirectory

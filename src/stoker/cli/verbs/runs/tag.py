@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.cli.runs.common import RunName
+from stoker.cli.verbs.runs.common import RunName
 from stoker.errors import BadInput, nearest
 from stoker.run import additions, finding, view
 from stoker.run.directory import RunDirectory

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.cli.runs.common import entry, listed, started
+from stoker.cli.verbs.runs.common import entry, listed, started
 from stoker.errors import BadInput, nearest
 from stoker.report import terminal
 from stoker.report.terminal import Listed

@@ -13,7 +13,7 @@ import orjson
 import typer
 from stoker import storage
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
-from stoker.cli.runs.common import RunsMeant
+from stoker.cli.verbs.runs.common import RunsMeant
 from stoker.errors import BadInput
 from stoker.run import reading
 from stoker.run.state import RunView

@@ -10,7 +10,7 @@ import typer
 from stoker import exports, words
 from stoker.checkpoint import manifest
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, answer, console, print_json
-from stoker.cli.runs.common import RunName
+from stoker.cli.verbs.runs.common import RunName
 from stoker.errors import BadInput, StokerError
 from stoker.report import facts
 from stoker.report.terminal import print_whole, table

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from stoker import storage
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.cli.runs.common import RunName
+from stoker.cli.verbs.runs.common import RunName
 from stoker.errors import BadInput
 from stoker.launch import packaging
 from stoker.reproduce import data, stretch

@@ -26,7 +26,7 @@ from stoker.cli.output import (
     print_json,
     show_messages,
 )
-from stoker.cli.runs.common import RunName
+from stoker.cli.verbs.runs.common import RunName
 from stoker.errors import (
     EXIT_BAD_INPUT,
     EXIT_DIFFERS,

@@ -9,11 +9,11 @@ from typing import Any
 
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli.generate import OfCheckpoint, RunOrModel, folder_meant, run_meant
 from stoker.cli.launching import ONE_RANK, Launch, start
 from stoker.cli.options import Experiment, Name, Overrides
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
 from stoker.cli.submit import HERE, Command, Where, submittable
+from stoker.cli.verbs.generate import OfCheckpoint, RunOrModel, folder_meant, run_meant
 from stoker.launch import arguments
 
 _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "sequence_length", "packing")

@@ -1,0 +1,1 @@
+"""The commands of `stoker`, one file each."""
