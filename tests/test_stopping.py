@@ -144,3 +144,22 @@ def test_after_a_run_that_nobody_stopped_signals_are_anothers_again(heard_before
     for number in signals.STATUS:
         signal.raise_signal(number)
     assert heard_before == list(signals.STATUS)
+
+
+def test_cleanup_is_not_cut_short_by_what_repeats_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned = []
+
+    def work() -> None:
+        with signals.raised():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGUSR1)
+                cleaned.append("half")
+                monkeypatch.setattr(signals, "_ONE", 0.0)
+                signal.raise_signal(signal.SIGTERM)
+                cleaned.append("whole")
+
+    with pytest.raises(Stopped):
+        work()
+    assert cleaned == ["half"]

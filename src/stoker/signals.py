@@ -162,10 +162,17 @@ def heard(numbers: Iterable[int]) -> list[int]:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within this block, `ENDED_BY` raise Stopped, so that cleanup runs. Only in the main thread."""
+    """Within this block, `ENDED_BY` raise Stopped, so that cleanup runs. Only in the main thread.
+
+    What repeats the signal does not cut the cleanup short, a second signal does.
+    """
+    told_at: float | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(STATUS[number])
+        nonlocal told_at
+        if told_at is None or is_second(number, told_at):
+            told_at = time.monotonic()
+            raise Stopped(STATUS[number])
 
     with handled(stop, ENDED_BY):
         yield
