@@ -15,6 +15,8 @@ from stoker import signals, terminal
 from stoker.errors import Stopped
 from stoker.stopping import StopRequests
 
+from support import LONG
+
 
 def _steps(requests: StopRequests) -> Iterator[int]:
     with requests.deferred():
@@ -124,6 +126,7 @@ def test_what_repeats_a_request_does_not_end_the_process_that_has_just_answered_
     heard_before: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler signals every process and a launcher passes it on, maybe when the run has ended already."""
+    monkeypatch.setattr(signals, "_ONE", LONG)
     requests = StopRequests()
     with requests.handled(), requests.deferred():
         signal.raise_signal(signal.SIGTERM)

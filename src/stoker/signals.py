@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -13,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, TypeAlias
 
 from stoker import supervision
@@ -29,6 +31,7 @@ STATUS: dict[int, str] = {
 }  # fmt: skip
 """The status of a run that a signal has stopped."""
 
+_ENDING = 60.0  # seconds after the request to end within which a process may still be about to
 _ONE = 1.0  # seconds within which signals count as one: a scheduler signals every process, a parent its child
 _CLEANED = "ignore:resource_tracker:UserWarning"  # about leaked semaphores of killed ranks, which it removes
 
@@ -99,22 +102,29 @@ def at_parents_death(number: int) -> Callable[[], None] | None:
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
+_told = SimpleNamespace(at=-math.inf)
+"""When this process was told to end by one of `ENDED_BY`, by the machine's monotonic clock."""
+
 
 @contextlib.contextmanager
 def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
     """Handle signals by a function within this block.
 
-    If it was called for one of `ENDED_BY`, the same request may still come from elsewhere when the block has
-    ended: unless `is_second` says otherwise, it is ignored then, so that the process ends as it was told to.
+    Once one of `ENDED_BY` was handled, the same request may still come from elsewhere when the block has
+    ended: unless `is_second` says otherwise, it is ignored, so that the process ends as it was told to. A
+    process that is forked within the block, as by a pool, is ended by a signal as if there were no handler.
 
     Yields whether it does: outside the main thread, which alone can have handlers, it has no effect.
     """
-    told_at: float | None = None
+    process = os.getpid()
+    _told.at = -math.inf  # who begins something is not about to end
 
     def receive(number: int, frame: FrameType | None) -> None:
-        nonlocal told_at
+        if os.getpid() != process:
+            _give_way(number, signal.SIG_DFL)
+            return
         if number in ENDED_BY:
-            told_at = time.monotonic()
+            _told.at = time.monotonic()
         handler(number, frame)
 
     main = threading.current_thread() is threading.main_thread()
@@ -123,21 +133,37 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
         yield main
     finally:
         for number, previous in before.items():
-            if told_at is None or number not in ENDED_BY:
-                signal.signal(number, previous)
-            else:
-                signal.signal(number, _unless_repeated(previous, told_at))
+            ending = number in ENDED_BY and _is_ending()
+            signal.signal(number, _unless_repeated(previous) if ending else previous)
 
 
-def _unless_repeated(previous: Any, told_at: float) -> Handler:
-    """A handler that ignores repetitions of a signal of the time `told_at`; for others it gives way."""
+def _unless_repeated(previous: Any) -> Handler:
+    """A handler that ignores what repeats the request to end, and gives way to another otherwise."""
+    told_at, process = _told.at, os.getpid()
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if is_second(number, told_at):
-            signal.signal(number, previous)
-            signal.raise_signal(number)
+        if os.getpid() != process or not _is_ending() or is_second(number, told_at):
+            _give_way(number, previous)
 
     return receive
+
+
+def _give_way(number: int, handler: Any) -> None:
+    signal.signal(number, handler)
+    signal.raise_signal(number)
+
+
+def _is_ending() -> bool:
+    """Whether this process has been told to end, and may be about to."""
+    return time.monotonic() - _told.at < _ENDING
+
+
+@atexit.register
+def _ignore_repetitions() -> None:
+    """While Python ends, it forgets its handlers: the same request would kill the process even then."""
+    if _is_ending() and threading.current_thread() is threading.main_thread():
+        for number in heard(ENDED_BY):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def is_second(number: int, before: float) -> bool:
@@ -156,8 +182,12 @@ def is_second(number: int, before: float) -> bool:
 
 
 def heard(numbers: Iterable[int]) -> list[int]:
-    """The given signals without SIGHUP if this process was started to ignore it, as `nohup` does."""
-    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    """The given signals without SIGHUP if this process was started to ignore it, as `nohup` does.
+
+    Nor has it those that a program in which Python is embedded handles: Python could not restore that.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [n for n in numbers if signal.getsignal(n) is not None and not (n == signal.SIGHUP and ignored)]
 
 
 @contextlib.contextmanager
