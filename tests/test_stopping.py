@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -147,6 +148,90 @@ def test_after_a_run_that_nobody_stopped_signals_are_anothers_again(heard_before
     for number in signals.STATUS:
         signal.raise_signal(number)
     assert heard_before == list(signals.STATUS)
+
+
+def test_what_comes_after_nested_blocks_is_a_repetition_too(heard_before: list[int]) -> None:
+    def work() -> None:
+        with signals.raised(), signals.handled(lambda number, _: None, signals.STATUS):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+
+    work()
+    assert heard_before == []
+
+
+def test_a_process_that_has_gone_on_for_a_minute_hears_its_own_handlers(
+    heard_before: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook does, in which the cell with the run was told to stop."""
+    requests = StopRequests()
+    with requests.handled(), requests.deferred():
+        signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
+    assert heard_before == []
+    monkeypatch.setattr(signals, "_ENDING", 0.0)
+    signal.raise_signal(signal.SIGHUP)
+    assert heard_before == [signal.SIGHUP]
+
+
+def test_a_trial_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_ONE", 0.0)
+    monkeypatch.setattr(signals, "_told", signals._Told())
+    assert signals.is_second(signal.SIGTERM, time.monotonic())
+    signals.hear_once()
+    assert not signals.is_second(signal.SIGTERM, time.monotonic())
+
+
+def test_a_forked_process_ends_when_it_is_told_to() -> None:
+    """As those of a pool that a loop's body has: who ends the pool waits for them."""
+    requests = StopRequests()
+    with requests.handled(), requests.deferred():
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert requests.requested is None
+
+
+def test_what_a_loop_left_is_saved_before_a_request_is_answered() -> None:
+    requests, saved = StopRequests(), []
+
+    def save() -> None:
+        with requests.postponed():
+            signal.raise_signal(signal.SIGTERM)
+            saved.append(1)
+
+    with pytest.raises(Stopped):
+        save()
+    assert saved == [1]
+
+
+def test_a_wait_that_is_cut_short_has_an_end_like_any_other() -> None:
+    waited = []
+    for number in signals.STATUS:
+        with signals.cut_short():
+            signal.raise_signal(number)
+            waited.append(number)
+    assert waited == []
+
+
+_ENDS = """
+import os, signal
+from stoker import signals
+
+class Last:
+    def __del__(self):  # when Python has forgotten its handlers
+        os.kill(os.getpid(), signal.SIGTERM)
+
+last = Last()
+with signals.raised():
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_script_that_ends_as_told_is_not_killed_by_a_repetition_at_its_last_moment() -> None:
+    assert subprocess.run([sys.executable, "-c", _ENDS], check=False).returncode == 75
 
 
 def test_cleanup_is_not_cut_short_by_what_repeats_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

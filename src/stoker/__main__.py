@@ -17,10 +17,11 @@ def run() -> None:
         signals.answer_while_starting()
     try:
         from stoker.cli import main
-    except KeyboardInterrupt:
+
+        main.run()
+    except KeyboardInterrupt:  # while the command is imported; later it is answered there
         sys.stderr.write("stoker: interrupted\n")
         sys.exit(EXIT_INTERRUPTED)
-    main.run()
 
 
 if __name__ == "__main__":

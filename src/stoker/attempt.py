@@ -550,7 +550,8 @@ class Attempt:
         """The user's code is over without an error: a Trainer saves what its loop left."""
         self.held.release()
         if self._conclude is not None and not self._ended:
-            self._conclude()
+            with self.stop.postponed():
+                self._conclude()
 
     def leave(self, error: BaseException | None) -> None:
         """End with the status that an error means, or `finished` without one, and close the run."""
@@ -602,6 +603,8 @@ class Attempt:
             return
         try:
             self.conclude()
+        except Stopped:  # it is saved; the end says so
+            pass
         except Exception as unsaved:
             log.warning("what was trained since the newest checkpoint is not saved: %s", unsaved)
 

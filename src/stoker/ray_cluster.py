@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from stoker.errors import BadInput
+from stoker.errors import BadInput, Stopped
+from stoker.status import PREEMPTED
 from stoker.words import first_line
 
 _LOOK = 0.2  # seconds between two looks at whether there is room
@@ -178,10 +179,14 @@ def _connect(address: str | None) -> None:
 
 @contextlib.contextmanager
 def _answers_kept() -> Iterator[None]:
-    """Keep the SIGTERM handler of this process: Ray's would end it without checkpoints."""
+    """Keep the SIGTERM handler of this process: Ray's would end it without checkpoints, by `sys.exit(15)`."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as told:
+        if told.code == signal.SIGTERM:
+            raise Stopped(PREEMPTED) from None
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

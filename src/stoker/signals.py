@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any, TypeAlias
 
 from stoker import supervision
@@ -102,8 +103,18 @@ def at_parents_death(number: int) -> Callable[[], None] | None:
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
-_told = SimpleNamespace(at=-math.inf)
-"""When this process was told to end by one of `ENDED_BY`, by the machine's monotonic clock."""
+
+@dataclass
+class _Told:
+    """Whether this process was told to end by one of `ENDED_BY`."""
+
+    at: float = -math.inf
+    """When, by the machine's monotonic clock."""
+    once: bool = False
+    """See `hear_once`."""
+
+
+_told = _Told()
 
 
 @contextlib.contextmanager
@@ -135,6 +146,23 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
         for number, previous in before.items():
             ending = number in ENDED_BY and _is_ending()
             signal.signal(number, _unless_repeated(previous) if ending else previous)
+
+
+def keep(code: int) -> None:
+    """This process ends with an exit code now, which a signal cannot change any more.
+
+    A signal that comes a second later or more ends it at once: a thread or an exit function may hang. Only in
+    the main thread.
+    """
+    _told.at = ended_at = time.monotonic()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - ended_at >= _ONE:
+            os._exit(code)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in heard(STATUS):
+            signal.signal(number, end)
 
 
 def _unless_repeated(previous: Any) -> Handler:
@@ -175,10 +203,23 @@ def is_second(number: int, before: float) -> bool:
     A launcher passes on to its ranks what a scheduler may have sent to them too, and on a busy machine it
     may do so late: whether a rank is told a second time is for its launcher to say.
     """
-    told_twice = supervision.told_twice()
+    told_twice = False if _told.once else supervision.told_twice()
     if told_twice is not None:
         return told_twice
     return number == signal.SIGINT or (number != signal.SIGHUP and time.monotonic() - before >= _ONE)
+
+
+def hear_once() -> None:
+    """This process has a controller, which tells it once to end, and later kills it if it has to.
+
+    What it is told besides, by a scheduler or late by a busy controller, is the same request.
+    """
+    _told.once = True
+
+
+def unanswered() -> list[int]:
+    """Those of `ENDED_BY` for which this process has no handler of its own."""
+    return [number for number in ENDED_BY if signal.getsignal(number) in (signal.SIG_DFL, _end)]
 
 
 def heard(numbers: Iterable[int]) -> list[int]:
@@ -191,8 +232,8 @@ def heard(numbers: Iterable[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def raised() -> Iterator[None]:
-    """Within this block, `ENDED_BY` raise Stopped, so that cleanup runs. Only in the main thread.
+def raised(numbers: Iterable[int] = ENDED_BY) -> Iterator[None]:
+    """Within this block, signals raise Stopped, so that cleanup runs. Only in the main thread.
 
     What repeats the signal does not cut the cleanup short, a second signal does.
     """
@@ -204,7 +245,14 @@ def raised() -> Iterator[None]:
             told_at = time.monotonic()
             raise Stopped(STATUS[number])
 
-    with handled(stop, ENDED_BY):
+    with handled(stop, numbers):
+        yield
+
+
+@contextlib.contextmanager
+def cut_short() -> Iterator[None]:
+    """Let the signals that stop a run only end this block, which waits for what can be had later too."""
+    with contextlib.suppress(Stopped), raised(STATUS):
         yield
 
 
@@ -215,9 +263,8 @@ def answer_while_starting() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for number in ENDED_BY:
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
+    for number in unanswered():
+        signal.signal(number, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -86,6 +86,14 @@ class StopRequests:
                 raise
             self._in_loop = False
 
+    @contextlib.contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Within this block, keep requests for its end, where they raise Stopped."""
+        with self.deferred():
+            yield
+        if self._asked is not None:
+            raise Stopped(self._asked)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         before, stops = self._signalled, self._asked is not None
         if before is not None and not signals.is_second(number, before):

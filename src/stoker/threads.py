@@ -16,6 +16,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn, TypeVar
 
+from stoker import signals
+
 T = TypeVar("T")
 
 
@@ -59,8 +61,12 @@ def end_process(code: int) -> NoReturn:
     multiprocessing, other threads are waited for, exit functions are called, and files are flushed.
 
     A profiler around the script gets to write what it saw, a debugger to ask again: there it is `sys.exit`.
+    Otherwise signals no longer change the exit code, see `signals.keep`.
     """
-    if _is_watched() or not any(thread.daemon for thread in threading.enumerate()):
+    if _is_watched():
+        sys.exit(code)
+    signals.keep(code)
+    if not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from stoker import object_store, signals, terminal
 from stoker.cli.search_options import Places, SearchOptions
 from stoker.cli.trial import loaded, train_trial
 from stoker.duration import Duration
-from stoker.errors import BadInput
+from stoker.errors import BadInput, Stopped
 from stoker.launch.targets import RAY
 from stoker.machine import visible_gpus
 from stoker.periodic import Periodic, Task
@@ -182,8 +183,8 @@ def _shipped(folder: Path) -> Iterator[SweepShipping]:
 def answering_signals(search: Search) -> Iterator[list[int]]:
     """Stop the search on a signal within this block; the list receives the signal.
 
-    A second signal, as `signals.is_second` says, raises KeyboardInterrupt. Outside the main thread, signals
-    are not handled.
+    A second signal, as `signals.is_second` says, raises KeyboardInterrupt or Stopped. Outside the main
+    thread, signals are not handled.
     """
     told: list[int] = []
     told_at = 0.0
@@ -192,7 +193,7 @@ def answering_signals(search: Search) -> Iterator[list[int]]:
         nonlocal told_at
         if told:
             if signals.is_second(number, told_at):
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if number == signal.SIGINT else Stopped(signals.STATUS[number])
             return
         told_at = time.monotonic()
         told.append(number)

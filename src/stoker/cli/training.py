@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from stoker import config as configs
-from stoker import machine, recipes
+from stoker import machine, recipes, signals
 from stoker.cli import outcome
 from stoker.cli.output import say_error, show_messages
 from stoker.config import Resolved
@@ -68,7 +68,8 @@ def work(recipe: Recipe, resolved: Resolved[Any], job: RankJob, measure: int | N
     if run.world.rank > 0 or measure is not None:
         return code
     if code == 0:  # a run that was told to stop must exit quickly; the follower continues by itself
-        _wait_for_sinks(run)
+        with signals.cut_short():
+            _wait_for_sinks(run)
         code = 0 if run.attempt.uploaded else EXIT_PREEMPTED
     if code == 0 or not job.elastic:
         outcome.show(view.load(run.directory), job.json, status, uploaded=run.attempt.uploaded)

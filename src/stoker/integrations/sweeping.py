@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker import recipes
+from stoker import recipes, signals
 from stoker.cli import searching
 from stoker.cli import trials as trials_seen
 from stoker.cli.output import messages_shown
@@ -17,7 +17,6 @@ from stoker.errors import BadInput, StokerError, Stopped
 from stoker.integrations import training
 from stoker.launch.targets import LOCAL, RAY
 from stoker.run import opening
-from stoker.signals import STATUS
 from stoker.tune import plan
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
@@ -148,12 +147,13 @@ def sweep(
     made = searching.prepare(asked)
     places = Places(parallel, address, per_gpu, reuse_processes)
     deadline = plan.deadline(_text(max_time))
-    with searching.begun(made, on, places, deadline) as (search, shipping):
-        with searching.answering_signals(search) as told, trials_seen.live(search):
-            search.run()
-        if told:
-            raise Stopped(STATUS[told[0]])
-    searching.wait_for_sinks(shipping)
+    with signals.raised(signals.unanswered()):
+        with searching.begun(made, on, places, deadline) as (search, shipping):
+            with searching.answering_signals(search) as told, trials_seen.live(search):
+                search.run()
+            if told:
+                raise Stopped(signals.STATUS[told[0]])
+        searching.wait_for_sinks(shipping)
     if error := trials_seen.all_failed(search):
         raise StokerError(error)
     return _of(search)

@@ -48,21 +48,14 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
     rank = int(os.environ["RANK"])
     base = Path(folder) / f"rank-{rank}"
     os.setsid()  # Ctrl-C reaches only the launcher, which passes it on once
-    _answer_signals(_stop)
-    signals.take()  # its forkserver blocks them
-    signals.end_with_parent()
-    os.environ[supervision.FOLDER] = folder
-    _write(base, ".pid", str(os.getpid()))
-    supervision.write_stacks_to(base.with_suffix(".stacks"))
-    machine.share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
-    if rank > 0:
-        log_to(base.with_suffix(".out"))
-    else:
-        terminal.outlive()
     try:
         with stops_as_raised():
+            _answer_signals(_stop)
+            signals.take()  # its forkserver blocks them
+            _come_up(rank, base)
             end = End(rank, time.time(), function(*arguments))
     except Stopped as stopped:  # elastic also does this to the others, once one has failed
+        _answer_signals(signal.SIG_IGN)
         error = "ended with the other ranks" if failed(Path(folder)) else ""
         end = End(rank, time.time(), int(stopped.code or 0), error)
     except StokerError as caught:
@@ -81,6 +74,19 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
         os._exit(end.code or 1)  # immediately: a collective of the others may be waiting for this rank
     if end.code and _leaves_others_waiting(rank, Path(folder)):
         os._exit(end.code)  # after a success, its launcher would wait for the launchers of these
+
+
+def _come_up(rank: int, base: Path) -> None:
+    """Say that this rank is there, and where it can be asked and read."""
+    signals.end_with_parent()
+    os.environ[supervision.FOLDER] = str(base.parent)
+    _write(base, ".pid", str(os.getpid()))
+    supervision.write_stacks_to(base.with_suffix(".stacks"))
+    machine.share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if rank > 0:
+        log_to(base.with_suffix(".out"))
+    else:
+        terminal.outlive()
 
 
 def ends(folder: Path) -> dict[int, End]:

@@ -89,8 +89,10 @@ class Watch:
         """Make all ranks stop; a second signal also ends those that cannot receive it, waiting in C code."""
         if not ranks.pids(self.folder):
             # The ranks are told when they start, if what is raised here is lost in a callback of an import.
-            self.told, self._told_at = number, time.monotonic()
-            raise Stopped(signals.STATUS[number])
+            if not self.told or signals.is_second(number, self._told_at):
+                self.told, self._told_at = number, time.monotonic()
+                raise Stopped(signals.STATUS[number])
+            return
         if self.told:
             if not self.at_once and signals.is_second(number, self._told_at):
                 self.at_once = True

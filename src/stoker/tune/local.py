@@ -485,6 +485,7 @@ def _main(
 ) -> None:
     """The main function of each process of a trial."""
     os.setsid()  # Ctrl-C reaches only the controller, which passes it on once
+    signals.hear_once()
     signals.take()
     signals.end_with_parent()
     os.environ.update(environment)

@@ -118,9 +118,13 @@ def reproduce(
             target.remove()
     made = _made(target, code, seen, part)
     if made.status in STOP_CODES:
-        return _answer_stopped(made, json)
+        return _answer_stopped(made, json, made.status)
     left_out = ignore or ()
-    outcome = _outcome(seen, made, checked, lambda name: _is_left_out(name, left_out))
+    try:
+        with signals.raised():
+            outcome = _outcome(seen, made, checked, lambda name: _is_left_out(name, left_out))
+    except (Stopped, KeyboardInterrupt) as told:
+        return _answer_stopped(made, json, getattr(told, "status", INTERRUPTED))
     if json:
         print_json(reproduction.as_json(outcome))
     else:
@@ -128,12 +132,12 @@ def reproduce(
     return 0 if outcome.identical else EXIT_DIFFERS
 
 
-def _answer_stopped(made: RunView, json: bool) -> int:
-    """Print that the new run was told to stop; returns the exit code."""
+def _answer_stopped(made: RunView, json: bool, status: str) -> int:
+    """Print that the new run, or its comparison, was told to stop; returns the exit code for that status."""
     name = made.directory.name
     found = {"identical": None, "again": name, "status": made.status, "step": made.step}
     answer(json, found, f"{name} {made.status} at step {made.step}: nothing was compared")
-    return STOP_CODES[made.status]
+    return STOP_CODES[status]
 
 
 def _answer_not_begun(target: RunDirectory, status: str, json: bool) -> int:

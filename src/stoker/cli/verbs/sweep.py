@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from stoker import duration, recipes
+from stoker import duration, recipes, signals
 from stoker.cli import submit
 from stoker.cli import trials as trials_seen
 from stoker.cli.options import MaxTime
@@ -21,7 +21,6 @@ from stoker.errors import EXIT_FAILED, STOP_CODES, BadInput, StokerError
 from stoker.launch import targets
 from stoker.launch.targets import LOCAL, RAY, TARGETS
 from stoker.recipes import Recipe
-from stoker.signals import STATUS
 
 if TYPE_CHECKING:
     from stoker.tune.record import Record
@@ -100,7 +99,8 @@ def sweep(
     with searching.begun(made, where.on, places, deadline) as (search, shipping):
         code, error = _run(search)
     if code == 0:  # a search that was told to stop must exit quickly
-        searching.wait_for_sinks(shipping)
+        with signals.cut_short():
+            searching.wait_for_sinks(shipping)
     trials_seen.answer(search, json=json, error=error)
     return code
 
@@ -182,7 +182,7 @@ def _run(search: Search) -> tuple[int, str]:
     except StokerError as error:
         return error.exit_code, str(error)
     if told:
-        return STOP_CODES[STATUS[told[0]]], ""
+        return STOP_CODES[signals.STATUS[told[0]]], ""
     if failed := trials_seen.all_failed(search):
         return EXIT_FAILED, failed
     if search.overspent and not search.over:
