@@ -103,6 +103,12 @@ Run.log = slowly
 """
 
 
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
 def pending(pid: int, number: signal.Signals) -> bool:
     """Whether a signal was sent to a process that has not taken it yet; of several it takes one."""
     status = Path(f"/proc/{pid}/status").read_text()

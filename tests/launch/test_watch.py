@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from stoker import supervision
+from stoker.errors import Stopped
 from stoker.launch import pulses, watch
 
 from support import suspend
@@ -84,6 +85,7 @@ with watch.watching(Path(sys.argv[1]), 1, lambda: "") as watched:
 """
 RANK = f"""{CLOCK}
 from stoker import supervision
+from stoker.errors import Stopped
 supervision.write_stacks_to(Path(sys.argv[1]) / "rank-0.stacks")
 heart = supervision.Heart(limit=float(sys.argv[3]))
 for step in range(int(sys.argv[2])):
@@ -190,3 +192,12 @@ LIBRARY = Path(supervision.__file__).parent
 def test_a_place_is_the_innermost_line_of_the_users(frames: list[str], said: str, tmp_path: Path) -> None:
     lines = "".join(f"  File {frame}\n" for frame in frames)
     assert pulses.place(STACKS.format(here=tmp_path, frames=lines)) == said
+
+
+def test_what_repeats_a_request_does_not_interrupt_how_it_is_answered(rank: Rank, tmp_path: Path) -> None:
+    """Before there are ranks, Stopped is raised, and what runs then ends the server of their processes."""
+    looking = watch.Watch(tmp_path, 2)
+    with pytest.raises(Stopped):
+        looking.pass_on(signal.SIGTERM, None)
+    looking.pass_on(signal.SIGHUP, None)
+    assert looking.told == signal.SIGTERM
