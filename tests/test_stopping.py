@@ -16,7 +16,7 @@ from stoker import signals, terminal
 from stoker.errors import Stopped
 from stoker.stopping import StopRequests
 
-from support import LONG
+from support import LONG, handles, until
 
 
 def _steps(requests: StopRequests) -> Iterator[int]:
@@ -232,6 +232,24 @@ with signals.raised():
 
 def test_a_script_that_ends_as_told_is_not_killed_by_a_repetition_at_its_last_moment() -> None:
     assert subprocess.run([sys.executable, "-c", _ENDS], check=False).returncode == 75
+
+
+_NEVER_ENDS = """
+import threading, time
+from stoker import signals, threads
+
+signals._ONE = 0.0
+threading.Thread(target=time.sleep, args=(600,)).start()
+threads.end_process(3)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_done_can_be_ended_though_a_thread_goes_on(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", _NEVER_ENDS]) as process:
+        until(lambda: handles(process.pid, signal.SIGTERM), process)
+        process.send_signal(number)
+        assert process.wait(LONG) == 3
 
 
 def test_cleanup_is_not_cut_short_by_what_repeats_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

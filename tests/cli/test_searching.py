@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from stoker import recipes
+from stoker import recipes, signals
 from stoker.cli import searching
 from stoker.cli.searching import Asked, Prepared
-from stoker.errors import BadInput
+from stoker.errors import BadInput, Stopped
 from stoker.tune import record
 from stoker.tune.space_reading import parse
 
@@ -85,3 +87,24 @@ def test_a_key_whose_condition_never_holds_is_named(
     found = parse(["x=uniform(0, 1) if kind == far", "kind=near"], recipes.load(str(RECIPE)).config)
     assert not found.parameters
     assert "x is not searched: drawn only if kind == far, and kind is fixed at near" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGTERM, Stopped), (signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)],
+)
+def test_told_a_second_time_it_ends_at_once_as_its_kind_of_request_does(
+    number: signal.Signals, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "_ONE", 0.0)
+    search, stopped = cast("Any", SimpleNamespace()), []
+    search.stop = lambda: stopped.append(1)
+
+    def told() -> None:
+        with searching.answering_signals(search):
+            signal.raise_signal(signal.SIGTERM)
+            assert stopped == [1]
+            signal.raise_signal(number)
+
+    with pytest.raises(raised):
+        told()

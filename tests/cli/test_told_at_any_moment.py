@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
 import pytest
 
-from commands import Command, Start
-from support import LONG, handles, until
+from commands import Command
 
 RECIPE = str(Path(__file__).parent / "searched.py")
 
@@ -60,16 +58,3 @@ def test_interrupted_while_it_is_imported_it_says_so(stoker: Command) -> None:
     first = "import importlib, os; importlib.import_module = lambda name: os.kill(os.getpid(), 2)"
     done = stoker("runs", "list", first=first)
     assert (done.code, done.err) == (130, "stoker: interrupted\n")
-
-
-def test_a_thread_that_never_ends_can_be_ended(start: Start) -> None:
-    first = (
-        "import threading, time; from stoker import signals; signals._ONE = 0.0; "
-        "threading.Thread(target=time.sleep, args=(600,)).start()"
-    )
-    process = start("recipes", "list", "--json", first=first)
-    until(lambda: handles(process.pid, signal.SIGTERM), process)  # as it does once it has answered
-    process.terminate()
-    out, err = process.communicate(timeout=LONG)
-    assert process.returncode == 0, err.decode()
-    assert json.loads(out)
