@@ -33,12 +33,25 @@ _START_TIMEOUT = 120.0
 _A_DATE = "Mon, 30 Nov 2026 06:00:00 GMT"
 
 
-def free_port() -> int:
-    """A port that nothing listens on, below those that the system gives to connections and to port 0.
+def _ports() -> list[int]:
+    """Ports that no other worker of pytest gives out, in random order.
 
-    One of those might be given to another before it is used.
+    They are below those that the system gives to connections and to port 0, of which one might be given to
+    another before it is used, and above those of the first jobs of a Slurm, where their nodes meet.
     """
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(21_000, 32_000)[number % workers :: workers]
+    return random.SystemRandom().sample(ports, len(ports))
+
+
+_left = _ports()
+
+
+def free_port() -> int:
+    """A port that nothing listens on, and that this process has not given before."""
+    while _left:
+        port = _left.pop()
         with contextlib.suppress(OSError), socket.socket() as free:
             free.bind(("127.0.0.1", port))
             return port
@@ -125,7 +138,8 @@ def s3_server(bucket: str) -> Iterator[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(f"{url}/moto-api/", server)
-        urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT"), timeout=10).close()
+        make = urllib.request.Request(f"{url}/{bucket}", method="PUT")
+        urllib.request.urlopen(make, timeout=_START_TIMEOUT).close()
         yield url
     finally:
         server.kill()
@@ -145,7 +159,7 @@ def gcs_server(bucket: str) -> Iterator[str]:
         url = f"http://127.0.0.1:{port}"
         wait_for(f"{url}/storage/v1/b", server)
         made = json.dumps({"name": bucket}).encode()
-        urllib.request.urlopen(f"{url}/storage/v1/b?project=p", made, timeout=10).close()
+        urllib.request.urlopen(f"{url}/storage/v1/b?project=p", made, timeout=_START_TIMEOUT).close()
         yield url
     finally:
         server.kill()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from stoker import storage
+from stoker import disk, storage
 
 HOLD = (
     "import sys, time, os; from pathlib import Path; from stoker import storage\n"
@@ -28,6 +28,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def broken(descriptor: int) -> None:
         raise OSError("disk")
 
+    disk.bring()  # else its thread may be what fails, which says so to a later test
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="disk"):
         storage.write_atomically(file, b"new")

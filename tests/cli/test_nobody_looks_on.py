@@ -18,7 +18,7 @@ from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.run.state import RunView
 
-from support import SOAK, points, until
+from support import LONG, SOAK, points, until
 
 SCRIPT = """
 import time
@@ -94,7 +94,7 @@ def test_a_signal_that_ends_the_reader_too_leaves_a_checkpoint(
     until_it_trains(tmp_path)
     os.close(reading)
     os.kill(process.pid, number)
-    assert process.wait(60) == code
+    assert process.wait(LONG) == code
     found = folded(tmp_path)
     assert (found.status, found.checkpoints) == (status, [found.step])
 
@@ -110,7 +110,7 @@ def test_it_trains_on_where_nothing_can_be_said(to: str, begin: Callable[..., An
         os.close(its)
         until_it_trains(tmp_path)
         os.close(mine)
-    assert process.wait(60) == 0
+    assert process.wait(LONG) == 0
     assert folded(tmp_path).status == "finished"
 
 
@@ -126,7 +126,7 @@ def test_a_shell_whose_terminal_is_closed_leaves_a_checkpoint(
     os.close(its)
     until_it_trains(tmp_path)
     os.close(mine)
-    assert process.wait(60) == -signal.SIGHUP
+    assert process.wait(LONG) == -signal.SIGHUP
     until(lambda: folded(tmp_path).status != "running")
     found = folded(tmp_path)
     assert (found.status, found.checkpoints) == ("interrupted", [found.step])
@@ -138,5 +138,5 @@ def test_under_nohup_it_trains_on(ranks: int, begin: Callable[..., Any], tmp_pat
     process = begin(100, "--nproc", str(ranks), to=subprocess.DEVNULL, by=("nohup",))
     until_it_trains(tmp_path)
     os.killpg(process.pid, signal.SIGHUP)
-    assert process.wait(60) == 0
+    assert process.wait(LONG) == 0
     assert folded(tmp_path).status == "finished"

@@ -548,9 +548,9 @@ def test_told_to_stop_it_goes_on_later(
     process = start(*given, first=_TOLD_AT_ITS_END.format(number=int(number)))
     _wait_until_it_searches(process, tmp_path / "runs" / "searched-sweep")
     time.sleep(0.5)
-    for _ in range(2):
+    os.killpg(process.pid, number)
+    with contextlib.suppress(ProcessLookupError):  # it may have ended
         os.killpg(process.pid, number)
-        time.sleep(0.1)
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == code, err.decode()
     go.touch()
@@ -738,7 +738,7 @@ def test_a_population_learns_from_what_values_have_gained(stoker: Command) -> No
 
 
 def test_a_trial_of_a_plain_loop_that_hangs_is_one_failed_trial(stoker: Command) -> None:
-    given = ("sweep", RECIPE, "x=[0.1, 0.9]", "fails=hang", "hang_limit=2s", "--sampler", "grid", "--json")
+    given = ("sweep", RECIPE, "x=[0.1, 0.9]", "fails=hang", "hang_limit=8s", "--sampler", "grid", "--json")
     done = stoker(*given)
     assert done.code == 0, done.err
     assert {t["params"]["x"]: t["state"] for t in done.answer["trials"]} == {0.1: "complete", 0.9: "failed"}
@@ -750,7 +750,7 @@ def test_a_trial_of_a_plain_loop_that_hangs_is_one_failed_trial(stoker: Command)
 def test_a_trial_that_hangs_is_one_failed_trial(stoker: Command) -> None:
     recipe = str(Path(__file__).parent / "quadratic.py")
     done = stoker(
-        "sweep", recipe, "h0=[0.1, 1.0]", "hangs=1.0", "hang_limit=2s", "precision=fp32", "--metric", "score",
+        "sweep", recipe, "h0=[0.1, 1.0]", "hangs=1.0", "hang_limit=8s", "precision=fp32", "--metric", "score",
         "--goal", "max", "--sampler", "grid", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -779,6 +779,14 @@ def test_trials_of_two_ranks_end_early_together(stoker: Command, tmp_path: Path)
             assert trial["values"][-1][0] < 80
 
 
+_PATIENT = f"""
+from stoker.cli import searching
+
+searching._SINKS_TIMEOUT = {LONG}
+"""
+"""Executed first by a command that is to wait until the trackers have everything."""
+
+
 @pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, by MLflow
 def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_path: Path) -> None:
     """Shipped by one process for all of them; and those that are added later."""
@@ -788,7 +796,7 @@ def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_p
     for trials in ("2", "4"):
         done = stoker(
             "sweep", RECIPE, *SPACE, "--trials", trials, "--name", "s", "--parallel", "2", "--json",
-            env={"STOKER_SINKS": "mlflow"},
+            env={"STOKER_SINKS": "mlflow"}, first=_PATIENT,
         )  # fmt: skip
         assert done.code == 0, done.err
         assert "not everything is shipped" not in done.err
@@ -825,7 +833,8 @@ def test_a_search_whose_process_that_ships_was_killed_is_shipped_whole(
         "    run.log(val_loss=config.x, step=2)\n"
     )
     sinks = {"STOKER_SINKS": "tensorboard"}
-    done = stoker("sweep", "killing.py", "x=[0.5]", "--sampler", "grid", "--name", "s", env=sinks)
+    given = ("sweep", "killing.py", "x=[0.5]", "--sampler", "grid", "--name", "s")
+    done = stoker(*given, env=sinks, first=_PATIENT)
     assert done.code == 0, done.err
     assert "not everything is shipped" not in done.err
     (ledger,) = (tmp_path / "runs" / "s").glob("*/sinks/tensorboard.json")
@@ -842,7 +851,7 @@ def test_mlflow_has_a_parent_for_each_search_of_one_name(stoker: Command, tmp_pa
     for space in ("x=uniform(0, 1)", "kind=[near, far]"):
         shutil.rmtree(tmp_path / "runs" / "s", ignore_errors=True)
         given = ("sweep", RECIPE, space, "--trials", "2", "--name", "s", "--sampler", "random")
-        done = stoker(*given, env={"STOKER_SINKS": "mlflow"})
+        done = stoker(*given, env={"STOKER_SINKS": "mlflow"}, first=_PATIENT)
         assert done.code == 0, done.err
     client = MlflowClient(store.embedded_uri(tmp_path / "runs"))
     experiment = client.get_experiment_by_name("s")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from stoker.launch import nodes, rounds
 from stoker.launch.budget import Budget
 from stoker.launch.nodes import Seat
 from stoker.launch.rounds import Answer, Machines, Report
-from stoker.machine import free_port
 
+from servers import free_port
 from support import LONG, SOAK, until
 
 TWO = Machines(2, 2)
@@ -118,7 +119,7 @@ def test_a_machine_that_is_told_to_stop_before_it_has_ranks_ends_the_others_as_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     host = rounds.Host(TWO, Budget(0), frozenset({2}))
     reports = [Report(name, name, 1, "2", first=name == "a") for name in "ab"]
     answers = [host.hear(report) for report in reports]
@@ -388,7 +389,7 @@ def test_a_name_that_only_this_machine_reaches_is_said(
 
 def test_machines_that_were_suspended_together_were_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     host = rounds.Host(TWO, Budget(0), frozenset({2}))
     reports = [Report(name, name, 1, "2", first=name == "a") for name in "ab"]
     for report in reports:
@@ -412,8 +413,9 @@ def test_a_machine_that_was_suspended_asks_before_it_believes_that_the_others_ar
     for begun in [meeting.round_of(seat) for seat in seats]:
         assert begun.result(LONG).round == 1
     seat = seats[1]
-    real, slept = rounds.time.monotonic, [0.0]
-    monkeypatch.setattr(rounds.time, "monotonic", lambda: real() + slept[0])
+    slept = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + slept[0])
+    monkeypatch.setattr(rounds, "time", clock)
     slept[0] = 2 * LONG
     assert seat.why_over() == ""
     end()
@@ -430,7 +432,7 @@ def test_a_lost_machine_leaves_its_place_to_another_while_the_rest_goes_on(
 ) -> None:
     """On a clock of its own: reports twice a second, each of a machine that trains when it is told to."""
     clock = [0.0]
-    monkeypatch.setattr(nodes.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     host = rounds.Host(Machines(1, 2), Budget(0), frozenset({1, 2}))
     answers: dict[str, Answer] = {}
 

@@ -190,7 +190,7 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
 
     _wait_for_end(of_two, done)
     assert state() == "cancelled"
-    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    assert not psutil.wait_procs(ranks, timeout=LONG)[1]
     assert loaded(run).step == 1
 
     gone = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "STOKER_CACHE": str(tmp_path / "mine")}

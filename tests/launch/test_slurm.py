@@ -27,7 +27,7 @@ from stoker.run import finding
 import servers
 import slurm_cluster
 from commands import SECRET, Command, Start
-from support import LONG, SOAK, loaded, until
+from support import LONG, SOAK, loaded, suspend, until
 
 RECIPE = str(Path(__file__).parent / "waiting.py")
 SEARCHED = str(Path(__file__).parents[1] / "cli" / "searched.py")
@@ -329,7 +329,7 @@ def test_what_srun_returns_when_a_node_is_lost_is_not_the_end_of_the_job(
     until((folder / "up").exists, every=0.3)
     node = _slurm("squeue", "--noheader", f"--jobs={job.native}", "--format=%N")
     lost = int(configuration.with_name(f"{node}.pid").read_text())
-    os.kill(lost, signal.SIGSTOP)
+    suspend(lost)
     try:
         _slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
         record = job.folder / slurm_script.ATTEMPTS

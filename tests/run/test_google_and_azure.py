@@ -169,10 +169,15 @@ AT_ONCE = 25.0
 """Seconds: fewer than the half a minute or more for which a driver tries again."""
 
 
+def _import_driver(store: Store) -> None:
+    """Before a request is timed: that may take longer than the request."""
+    fsspec.get_filesystem_class(store.url.partition(":")[0])
+
+
 def _refused(store: Store, folder: Path, said: str) -> None:
-    """Check that all requests are refused with advice about credentials, and soon."""
+    """Check that all requests are refused with advice about credentials, and each soon."""
     (folder / "file").write_bytes(b"x" * 6 * 2**20)
-    begun = time.monotonic()
+    _import_driver(store)
     for request in (
         lambda: store.write("a", b""),
         lambda: store.write("a", b"", new=True),
@@ -182,10 +187,11 @@ def _refused(store: Store, folder: Path, said: str) -> None:
         lambda: store.get("a", folder / "got"),
         lambda: store.remove("a"),
     ):
+        begun = time.monotonic()
         with pytest.raises(Unreachable, match=said) as raised:
             request()
+        assert time.monotonic() - begun < store.patience
         assert "\n" not in str(raised.value)
-    assert time.monotonic() - begun < store.patience
 
 
 @pytest.mark.parametrize("account", ["", "account"])
@@ -195,11 +201,13 @@ def test_without_credentials_for_azure_it_is_said_at_once(
     monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", account)
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")  # not those of this machine
+    store = Store("az://bucket/runs", "", patience=AT_ONCE)
+    _import_driver(store)
     begun = time.monotonic()
     with pytest.raises(Unreachable, match=r"provide credentials that .*az login") as raised:
-        Store("az://bucket/runs", "", patience=AT_ONCE).write("a", b"")
+        store.write("a", b"")
     assert "\n" not in str(raised.value)
-    assert time.monotonic() - begun < AT_ONCE
+    assert time.monotonic() - begun < store.patience
 
 
 @pytest.fixture
@@ -251,6 +259,7 @@ def test_credentials_for_google_that_were_replaced_on_disk_are_read_anew(
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
     store = Store("gs://bucket/runs", "", patience=AT_ONCE)
     file.write_text(json.dumps({**account, "token_uri": f"{tokens}/{old}"}))
+    _import_driver(store)
     begun = time.monotonic()
     with pytest.raises(Unreachable, match=r"provide credentials that .*GOOGLE_APPLICATION_CREDENTIALS"):
         store.write("a", b"one")

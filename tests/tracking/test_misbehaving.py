@@ -22,15 +22,14 @@ from support import SOAK
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
 SCRIPT = Path(__file__).with_name("digits_run.py")
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 @pytest.fixture
 def proxy(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """MLflow behind a proxy, with an impatient client; every test has an experiment of its own."""
+    """MLflow behind a proxy; every test has an experiment of its own."""
     standing = Proxy(server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", standing.url)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("STOKER_SINKS", "mlflow")
     monkeypatch.setenv("EXPERIMENT", tmp_path.name)
     yield standing
@@ -38,8 +37,13 @@ def proxy(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def _train(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """A training with an impatient client of MLflow; this process's own is not."""
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=folder,
+        env={**os.environ, **IMPATIENT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stoker import BadInput, StokerError, machine
+from stoker import BadInput, StokerError
 from stoker.cli.verbs import ui
 from stoker.tracking.registry import Registry
+
+from servers import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -47,7 +49,7 @@ def test_a_model_is_found_among_more_than_an_answer_of_mlflow_has(runs: Path) ->
 
 
 def test_a_server_that_is_down_is_said_to_be(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"http://127.0.0.1:{machine.free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(StokerError, match=f"the MLflow server at {url} does not answer: start it"):

@@ -152,7 +152,7 @@ def test_a_process_that_is_used_again_is_given_up_once_it_has_grown_or_failed() 
     assert who[7] == who[8] != who[5]
     (process,) = [psutil.Process(int(who[8] or 0))]
     workers.close()
-    process.wait(20)
+    process.wait(LONG)
 
 
 def handed_over(workers: Workers, jobs: int) -> list[Ended | Began]:
