@@ -258,6 +258,33 @@ def test_ranks_that_take_too_long_are_ended_with_all_they_started(monkeypatch: p
     assert not [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _has(p, mark)]
 
 
+STARTS_ANOTHER_AND_ANOTHER = """
+import os, time
+print(flush=True)
+for _ in range(1000):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(600)
+time.sleep(600)
+"""
+
+
+def test_what_is_started_while_its_family_is_ended_is_ended_too() -> None:
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTS_ANOTHER_AND_ANOTHER],
+        env={**os.environ, "STOKER_TEST_MARK": mark}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process.stdout as told:
+        told.readline()
+        meeting._end(process)
+    left = [p for p in psutil.process_iter() if _has(p, mark)]
+    for one in left:
+        one.kill()
+    assert not left
+
+
 def test_a_path_that_is_too_long_for_sockets_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

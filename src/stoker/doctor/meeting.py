@@ -6,7 +6,6 @@ ended together with everything it has started.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import psutil
 from stoker import machine, signals, storage
 from stoker.doctor.findings import Finding, ok, problem, said
 from stoker.errors import StokerError
+from stoker.launch import local
 from stoker.world import World, environment_of_no_rank
 
 LIMIT = 120.0  # seconds for the ranks, from start to end
@@ -83,16 +83,10 @@ def _environment(backend: str, folder: str) -> Mapping[str, str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process with everything it has started, and wait until they are gone."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    process.kill()
-    process.wait()
-    for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(family, timeout=5)
+    if process.poll() is None:
+        family = local.kill_all_of(psutil.Process(process.pid))
+        process.wait()
+        psutil.wait_procs(family, timeout=5)
 
 
 def _rank(backend: str, answer: str) -> int:
@@ -117,8 +111,6 @@ def _rank(backend: str, answer: str) -> int:
 
 def main(backend: str, ranks: str, answer: str) -> int:
     """The process that starts the ranks; their report is in the file `answer`."""
-    from stoker.launch import local
-
     if (end_with_parent := signals.at_parents_death(signal.SIGKILL)) is not None:
         end_with_parent()
     try:

@@ -290,14 +290,31 @@ def _end_server() -> None:
     """End the ranks' forkserver and the ranks it is starting, before they complain that nobody waits."""
     from multiprocessing import forkserver
 
-    with contextlib.suppress(psutil.Error):
-        server = psutil.Process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
-        server.suspend()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        kill_all_of(psutil.Process(forkserver._forkserver._forkserver_pid))  # type: ignore[attr-defined]
+
+
+def kill_all_of(process: psutil.Process) -> list[psutil.Process]:
+    """Kill a process with what it has started, and what it is starting; returns all of them."""
+    family = [process]
+    for one in family:  # which grows
+        family += _children_once_still(one)
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    return family
+
+
+def _children_once_still(process: psutil.Process) -> list[psutil.Process]:
+    """Suspend a process; returns its children, which are all that there will be."""
+    try:
+        process.suspend()
         deadline = time.monotonic() + _STOPPING
-        while server.status() not in _STILL and time.monotonic() < deadline:
-            time.sleep(0.001)  # until then it may fork another one
-        for process in [*server.children(), server]:
-            process.kill()
+        while process.status() not in _STILL and time.monotonic() < deadline:
+            time.sleep(0.001)  # until then it may start another one
+        return process.children()  # type: ignore[no-any-return]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watch) -> None:
