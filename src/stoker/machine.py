@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import os
 import platform
+import random
 import socket
 import subprocess
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,11 +158,37 @@ def output(command: list[str]) -> str | None:
     return done.stdout.decode(errors="replace")
 
 
-def free_port() -> int:
-    """A free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORTS = (30_000, 20_000)  # the ten thousand between them are for launchers of Slurm jobs to meet at
+_ROOM = 2000  # ports, of which many can be taken
+_TRIES = 200  # of such ports, before the system is asked for any
+_given: deque[int] = deque(maxlen=_ROOM // 2)
+
+
+def free_port(ephemeral: Path = _EPHEMERAL) -> int:
+    """A free port of this machine; another one with each call.
+
+    It is below those that the system gives to connections and to port 0, if there is room: one of these might
+    be given to another process before it is used.
+    """
+    ports = _below(ephemeral)
+    chosen = random.SystemRandom().sample(ports, _TRIES) if ports else []  # the run's own state stays
+    for port in [*chosen, *[0] * _TRIES]:
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("", port))
+            found = int(free.getsockname()[1])
+            if found not in _given:
+                _given.append(found)
+                return found
+    raise OSError(errno.EADDRINUSE, "no port of this machine is free")
+
+
+def _below(ephemeral: Path) -> range:
+    """The ports below those of the system; empty where there are too few, or on systems other than Linux."""
+    words = _words(ephemeral)
+    end = int(words[0]) if words else 0
+    ranges = (range(first, end) for first in _FIRST_PORTS)
+    return next((ports for ports in ranges if len(ports) >= _ROOM), range(0))
 
 
 def visible_gpus() -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -167,6 +169,36 @@ def test_limits_are_the_lowest_of_the_cgroup_and_those_above_it(version: int, tm
         (tmp_path / "job" / "cpu.max").write_text("150000 100000\n")
     assert machine.limits(tmp_path / "cgroup", tmp_path) == (1.5, 1048576)
     assert machine.limits(tmp_path / "none", tmp_path) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("ephemeral", "ports"),
+    [
+        ("32768\t60999\n", range(30_000, 32_768)),
+        ("49152\t65535\n", range(30_000, 49_152)),
+        ("31000\t60999\n", range(20_000, 31_000)),
+        ("1024\t65535\n", range(1024, 65_536)),
+        (None, range(1024, 65_536)),
+    ],
+)
+def test_a_free_port_is_one_that_the_system_gives_to_nobody_else(
+    ephemeral: str | None, ports: range, tmp_path: Path
+) -> None:
+    if ephemeral is not None:
+        (tmp_path / "range").write_text(ephemeral)
+    random.seed(0)
+    before = random.getstate()
+    found = {machine.free_port(tmp_path / "range") for _ in range(100)}
+    assert len(found) == 100
+    assert all(port in ports for port in found)
+    assert random.getstate() == before
+
+
+def test_a_port_that_is_taken_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda *_: [taken])
+        assert machine.free_port() != taken
 
 
 def test_cores_are_those_of_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
