@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 import torch
 from stoker import supervision
 from stoker.errors import Stopped
-from stoker.launch import pulses, watch
+from stoker.launch import local, pulses, ranks, watch
+from stoker.launch.budget import RankFailed
 
-from support import suspend
+from support import suspend, until
 
 Rank = Callable[[int, str], subprocess.Popen[bytes]]
 
@@ -68,6 +70,24 @@ def test_a_rank_that_may_have_something_to_finish_is_given_time(
     with watch.watching(tmp_path, 2, lambda: ""):
         assert works.wait(60) == -signal.SIGKILL
     assert time.monotonic() - begun >= 2.0
+
+
+def test_of_ranks_that_are_gone_at_one_look_the_one_that_was_killed_is_named(tmp_path: Path) -> None:
+    """Elastic tells only of the first, which lost its peer."""
+    killed = multiprocessing.get_context("fork").Process(target=signal.pause)
+    killed.start()
+    with watch.watching(tmp_path, 2, lambda: "") as watched:
+        until(lambda: killed in watched._processes)
+        (tmp_path / "rank-1.pid").write_text(str(killed.pid))
+        killed.kill()
+        killed.join()
+    lost = ranks.End(0, time.time(), 1, "Connection closed by peer", "Traceback", again=True)
+    with pytest.raises(RankFailed, match="rank 1 was killed by SIGKILL") as caught:
+        local._raise_first({0: lost}, {0: 1}, watched)
+    assert not caught.value.raised
+    watched._ended.add(1)
+    with pytest.raises(RankFailed, match="rank 0 failed"):
+        local._raise_first({0: lost}, {0: 1}, watched)
 
 
 CLOCK = """

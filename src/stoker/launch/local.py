@@ -322,12 +322,15 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
     if watch.verdict:
         raise RankFailed(watch.verdict)
     silent = sorted(failed.keys() - ends.keys())  # not those that were ended because another failed
+    errors = sorted((end for end in ends.values() if end.error), key=lambda end: end.at)
+    if not silent and errors and errors[0].again:
+        # Of ranks that are gone when elastic looks, it tells the first, which may only have lost its peer.
+        silent = watch.killed()
     if silent:
-        code = failed[silent[0]]
+        code = failed.get(silent[0], -signal.SIGKILL)
         name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = ": it may have run out of memory" if code == -signal.SIGKILL else ""
         raise RankFailed(f"rank {silent[0]} {name}{hint}{_last_output(watch.folder, silent[0])}")
-    errors = sorted((end for end in ends.values() if end.error), key=lambda end: end.at)
     if errors:
         first = errors[0]
         if not first.again:

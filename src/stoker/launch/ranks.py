@@ -110,7 +110,7 @@ def living(folder: Path) -> list[int]:
     return [
         rank
         for rank, pid in pids(folder).items()
-        if not (folder / f"rank-{rank}.json").exists() and _runs(pid)
+        if not (folder / f"rank-{rank}.json").exists() and runs(pid)
     ]
 
 
@@ -126,12 +126,12 @@ def _leaves_others_waiting(rank: int, folder: Path) -> bool:
 
 
 def _has_failed(said: Path, pid: int) -> bool:
-    if not said.exists() and _runs(pid):
+    if not said.exists() and runs(pid):
         return False
     return not said.exists() or bool(read_end(said).error)
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
     """Whether a process runs; one that has ended exists until its parent has asked for its exit code."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)

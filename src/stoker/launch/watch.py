@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
@@ -49,6 +51,10 @@ class Watch:
     """Why all ranks were ended, if they were."""
     outside: Callable[[], str] = lambda: ""
     """Why they must be ended because of events elsewhere; empty if they need not be."""
+    _ended: set[int] = field(default_factory=set)
+    """The ranks that this launcher has killed."""
+    _processes: set[BaseProcess] = field(default_factory=set)
+    """Those of the ranks, as far as they were seen."""
     _told_at: float = 0.0
     _looked: float = field(default_factory=time.monotonic)
     _awake: float = 0.0
@@ -67,6 +73,7 @@ class Watch:
                     log.warning("the ranks are watched only partly: %s", said)
 
     def _look(self) -> None:
+        self._processes |= process._children  # type: ignore[attr-defined]  # active_children() polls them
         early = self._stopped_before_all_came_up()
         if self.told or self.ask_to_stop or early:
             self._tell(self.told or signal.SIGUSR1)
@@ -80,6 +87,12 @@ class Watch:
         elif ranks.failed(self.folder):
             self._let_end()
             self._end_all()
+
+    def killed(self) -> list[int]:
+        """The ranks of a launch that is over which something else than this launcher has killed."""
+        codes = {one.pid: one.exitcode for one in self._processes}
+        found = {rank for rank, pid in ranks.pids(self.folder).items() if codes.get(pid) == -signal.SIGKILL}
+        return sorted(found - self._ended)
 
     def stop(self) -> None:
         """Stop watching."""
@@ -139,7 +152,11 @@ class Watch:
 
     def _end_all(self) -> None:
         while not self._over.is_set():
-            self.signal(signal.SIGKILL)
+            for rank, pid in ranks.pids(self.folder).items():
+                if ranks.runs(pid):
+                    self._ended.add(rank)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             self._over.wait(_EVERY)
 
     def _stopped_before_all_came_up(self) -> bool:
