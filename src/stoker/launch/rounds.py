@@ -35,6 +35,7 @@ SILENCE = 10.0  # seconds without a message after which a machine counts as gone
 COMING = 600.0  # seconds to wait for the others
 LAST_CALL = 5.0  # seconds to wait for more machines than needed, before the first round
 _COLLECT = 1.5  # seconds after a failure in which related failures may be reported
+_COLLECT_ALL = 10.0  # the same, while it may be the consequence of one that is not reported yet
 _NAP = 5.0  # seconds without a look at the clock which mean that this process did not run
 
 _NOT_SHARED = f"the runs folder of {{host}} is not the one that the other machines use: {launch_store.SHARE}"
@@ -384,7 +385,8 @@ class Host:
         playing = self._playing()
         self._look_for_failures(now, playing)
         done = all(member.report.phase == DONE for member in playing)
-        if self.now.failed_at is not None and (self.now.final or now - self.now.failed_at > _COLLECT):
+        failed_at, collect = self.now.failed_at, self._collecting(now, playing)
+        if failed_at is not None and (self.now.final or now - failed_at > collect):
             self._over(now)
         elif len(playing) == self.now.size and done:
             self._ended(max(member.report.code for member in playing), playing)
@@ -393,6 +395,16 @@ class Host:
             ready = [member for member in others if now - member.heard < SILENCE]
             if self._size(self.now.size + len(ready)) > self.now.size:
                 self.now.changes = f"{', '.join(member.report.host for member in ready)} joined"
+
+    def _collecting(self, now: float, playing: list[_Member]) -> float:
+        """Seconds after the failure in which what caused it may be reported.
+
+        An exception may come of a rank's death elsewhere, whose launcher first ends the others there.
+        """
+        runs = [m for m in playing if m.report.phase == RUNNING and not m.report.leaving]
+        heard = any(now - member.heard <= _COLLECT for member in runs)
+        raised = self.now.failure is not None and self.now.failure.raised
+        return _COLLECT_ALL if raised and heard else _COLLECT
 
     def _of_round(self) -> list[_Member]:
         """The machines of the newest round."""
