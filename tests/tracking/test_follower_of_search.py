@@ -367,3 +367,21 @@ def test_a_process_that_was_killed_during_a_search_has_a_successor(
     os.close(lock)
     assert shipping.wait(DEADLINE)
     assert ledger.load(file).concluded
+
+
+def test_a_process_that_is_killed_as_its_search_ends_has_a_successor_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "tensorboard")
+    trial = _trial(folder, 0)
+    lock = storage.try_lock(folder / SWEEP_LOCK)
+    assert lock is not None
+    shipping = SweepShipping(folder, sinks.enabled())
+    shipping.begin()
+    file = ledger.file_of(trial, "tensorboard")
+    until(lambda: ledger.load(file).pid)
+    shipping.finish()
+    os.kill(ledger.load(file).pid, signal.SIGKILL)
+    os.close(lock)
+    assert shipping.wait(DEADLINE)
+    assert ledger.load(file).concluded

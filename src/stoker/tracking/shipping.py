@@ -116,8 +116,13 @@ class SweepShipping(_Shipping):
 
     def wait(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds after the search; returns whether everything was shipped."""
+        if self._process is None:
+            return True
+        deadline = time.monotonic() + timeout
         try:
-            return self._process is None or self._process.wait(timeout) == 0
+            if self._process.wait(timeout) < 0:  # killed, maybe so late that `finish` did not see it
+                self.begin()
+            return self._process.wait(max(0.0, deadline - time.monotonic())) == 0
         except subprocess.TimeoutExpired:
             return False
 
