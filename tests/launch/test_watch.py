@@ -19,7 +19,7 @@ from stoker.errors import Stopped
 from stoker.launch import local, pulses, ranks, watch
 from stoker.launch.budget import RankFailed
 
-from support import suspend, until
+from support import LONG, suspend, until
 
 Rank = Callable[[int, str], subprocess.Popen[bytes]]
 
@@ -168,6 +168,41 @@ def test_ranks_that_hang_are_ended_where_their_stacks_cannot_be_kept(
     finally:
         hangs.kill()
         hangs.wait()
+
+
+SLOW_TO_ANSWER = """
+import signal, sys, time
+from pathlib import Path
+from stoker import supervision
+
+def answer(number, frame):
+    time.sleep(1.0)
+    Path(sys.argv[1], "rank-0.stacks").write_text("where it is")
+
+signal.signal(supervision.STACKS, answer)
+supervision.Heart(limit=1.0).beat(1)
+while True:
+    time.sleep(600)
+"""
+
+
+def test_stacks_are_waited_for_until_each_rank_has_written_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(supervision.FOLDER, str(tmp_path))
+    monkeypatch.setattr(watch, "_STACKS", 0.1)
+    monkeypatch.setattr(watch, "_STACKS_AT_MOST", LONG)
+    (tmp_path / "rank-0.stacks").touch()
+    hangs = subprocess.Popen([sys.executable, "-c", SLOW_TO_ANSWER, str(tmp_path)])
+    (tmp_path / "rank-0.pid").write_text(str(hangs.pid))
+    try:
+        with watch.watching(tmp_path, 1, lambda: ""):
+            assert hangs.wait(LONG) == -signal.SIGKILL
+    finally:
+        hangs.kill()
+        hangs.wait()
+    (kept,) = tmp_path.glob("stacks-*/rank-0.txt")
+    assert kept.read_text() == "where it is"
 
 
 def test_a_signal_is_passed_on_whatever_else_goes_wrong(rank: Rank, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ log = logging.getLogger("stoker")
 _EVERY = 0.1  # seconds
 _LAST_WORDS = 5.0  # seconds for the other ranks to end, once one has failed
 _WAITING = 0.5  # of these, seconds after which ranks are ended that only wait for others to start
-_STACKS = 1.0  # seconds for ranks to write their stacks
+_STACKS = 1.0  # seconds in which stacks do not grow any more once they are written
+_STACKS_AT_MOST = 10.0  # seconds for ranks to write them
 _COMING_UP = 60.0  # seconds for all ranks to find each other
 _ASLEEP = 10.0  # seconds between two looks that mean that this launcher, like its ranks, was suspended
 _NAMED = 4  # places, and ranks at each, named in a message
@@ -181,7 +182,7 @@ class Watch:
             return ""
         self.signal(supervision.STACKS)
         self.signal(signal.SIGCONT)  # a suspended one must answer too
-        self._over.wait(_STACKS)
+        self._await_stacks()
         pulse = min(slow.values(), key=lambda pulse: pulse.at)
         who = f"rank {min(slow)} hangs" if len(slow) == 1 else f"{len(slow)} ranks hang"
         said = f"{who}: {pulse.nothing_for(now - pulse.at)}"
@@ -191,6 +192,17 @@ class Watch:
         except OSError as error:  # they must be ended anyway
             return f"{said}; the stacks of the ranks could not be saved ({error})"
 
+    def _await_stacks(self) -> None:
+        """Wait until the ranks have written their stacks, for which each needs a share of the processor."""
+        begun = grown = time.monotonic()
+        before: list[int] = []
+        while (now := time.monotonic()) < begun + _STACKS_AT_MOST and not self._over.wait(_EVERY):
+            sizes = [_size(self.folder / f"rank-{rank}.stacks") for rank in ranks.living(self.folder)]
+            if sizes != before:
+                before, grown = sizes, now
+            elif all(sizes) and now - grown >= _STACKS:
+                break
+
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""
         run = pulses.run_of(self.folder)
@@ -198,6 +210,11 @@ class Watch:
         for stacks in self.folder.glob("rank-*.stacks"):
             shutil.copy(stacks, target / f"{stacks.stem}.txt")
         return target
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    return file.stat().st_size if file.exists() else 0
 
 
 def _places(folder: Path) -> str:
