@@ -25,6 +25,7 @@ from stoker.report import facts, run_difference
 from stoker.run import finding, media, view
 from stoker.run.directory import RunDirectory
 from stoker.status import FAILED, FINISHED, INTERRUPTED, KILLED, STOPPED
+from stoker.supervision import Heart
 
 from support import SOAK
 
@@ -286,6 +287,17 @@ def test_two_processes_cannot_train_one_run(open_run: Callable[..., Run], tmp_pa
     with open_run():
         done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "another process is training" in done.stderr
+
+
+def test_how_long_the_end_of_a_run_takes_is_not_limited(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        run.attempt.heart = heart = Heart(limit=60.0)  # a search's, of a loop without a Trainer
+        heart.begin(0)
+        heart.beat(1)
+        assert heart.pulse.limit == 60.0
+        run.end(FINISHED)
+        heart.beat(2)
+        assert heart.pulse.limit == 0.0
 
 
 def test_an_unused_run_is_discarded_and_a_used_one_kept(open_run: Callable[..., Run]) -> None:

@@ -627,6 +627,8 @@ class Attempt:
         """
         if self._ended or self._is_parents:
             return
+        if self.heart is not None:
+            self.heart.pause()  # a loop without a Trainer does not say that it is over
         if status == FINISHED and self.world.rank == 0 and self.world.size > 1:
             rendezvous.wait_for_others(self.directory, self.number, self.world.size)
         if status == FINISHED and self.world.rank == 0:
