@@ -122,23 +122,27 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
     """Handle signals by a function within this block.
 
     Once one of `ENDED_BY` was handled, the same request may still come from elsewhere when the block has
-    ended: unless `is_second` says otherwise, it is ignored, so that the process ends as it was told to. A
-    process that is forked within the block, as by a pool, is ended by a signal as if there were no handler.
+    ended: unless `is_second` says otherwise, it is ignored, so that the process ends as it was told to.
+
+    A process that is forked within the block, as by a pool, ends by SIGTERM, with which pools end theirs; the
+    other signals, which a terminal or a scheduler sends to all, are for its parent to answer.
 
     Yields whether it does: outside the main thread, which alone can have handlers, it has no effect.
     """
     process = os.getpid()
-    _told.at = -math.inf  # who begins something is not about to end
 
     def receive(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
-            _give_way(number, signal.SIG_DFL)
+            if number == signal.SIGTERM:
+                _give_way(number, signal.SIG_DFL)
             return
         if number in ENDED_BY:
             _told.at = time.monotonic()
         handler(number, frame)
 
     main = threading.current_thread() is threading.main_thread()
+    if main:
+        _told.at = -math.inf  # who begins something is not about to end
     before = {number: signal.signal(number, receive) for number in heard(numbers)} if main else {}
     try:
         yield main
