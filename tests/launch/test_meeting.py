@@ -280,9 +280,7 @@ def test_a_machine_that_was_only_slow_is_not_said_to_be_lost() -> None:
 
 
 @pytest.mark.parametrize("dies", [True, False])
-def test_an_exception_is_not_blamed_while_a_machine_may_report_what_caused_it(
-    dies: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_exception_is_not_blamed_while_a_machine_may_report_what_caused_it(dies: bool) -> None:
     clock = [100.0]
     host = rounds.Host(TWO, Budget(3), frozenset({2}), clock=lambda: clock[0])
     a, b = Report("a", "a", 1, "2", first=True), Report("b", "b", 1, "2")
@@ -299,9 +297,7 @@ def test_an_exception_is_not_blamed_while_a_machine_may_report_what_caused_it(
         b = dataclasses.replace(b, phase=rounds.FAILED, said="rank 1 was killed")
     clock[0] += 1.5
     host.hear(b)
-    said = "rank 1 was killed" if dies else "rank 0: its peer is gone"
-    assert host.hear(a).over == said
-    assert caplog.messages == [f"{said}\nstarting again; restarts left: 2"]
+    assert host.hear(a).over == ("rank 1 was killed" if dies else "rank 0: its peer is gone")
 
 
 def test_a_machine_that_does_not_come_back_is_named_at_the_end() -> None:
