@@ -16,7 +16,7 @@ from stoker import signals, terminal
 from stoker.errors import Stopped
 from stoker.stopping import StopRequests
 
-from support import LONG, handles, until
+from support import LONG, handles, pending, until
 
 
 def _steps(requests: StopRequests) -> Iterator[int]:
@@ -182,16 +182,17 @@ def test_a_trial_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not signals.is_second(signal.SIGTERM, time.monotonic())
 
 
-def test_a_forked_process_ends_when_it_is_told_to() -> None:
+@pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGINT])
+def test_a_forked_process_ends_when_it_is_told_to(last: signal.Signals) -> None:
     """As those of a pool that a loop's body has: who ends the pool waits for them."""
     requests = StopRequests()
     with requests.handled(), requests.deferred():
         child = os.fork()
         if child == 0:
-            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the last of which ends it
+            for number in (signal.SIGINT, signal.SIGHUP, last):
                 signal.raise_signal(number)
             os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -last
         assert requests.requested is None
 
 
@@ -205,7 +206,8 @@ def test_what_a_loop_left_is_saved_before_a_request_is_answered() -> None:
 
     with pytest.raises(Stopped):
         save()
-    assert saved == [1]
+    save()  # it was asked before, and has gone on all the same
+    assert saved == [1, 1]
 
 
 def test_a_wait_that_is_cut_short_has_an_end_like_any_other() -> None:
@@ -249,8 +251,10 @@ threads.end_process(3)
 def test_a_command_that_is_done_can_be_ended_though_a_thread_goes_on(number: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", _NEVER_ENDS]) as process:
         until(lambda: handles(process.pid, signal.SIGTERM), process)
-        process.send_signal(number)
-        assert process.wait(LONG) == 3
+        process.send_signal(number)  # for which a thread is not cut short
+        until(lambda: not pending(process.pid, number), process)
+        until(lambda: process.send_signal(number) or process.poll() is not None)
+        assert process.returncode == 3
 
 
 def test_cleanup_is_not_cut_short_by_what_repeats_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

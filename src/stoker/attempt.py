@@ -603,8 +603,8 @@ class Attempt:
             return
         try:
             self.conclude()
-        except Stopped:  # it is saved; the end says so
-            pass
+        except Stopped:  # all is saved, and the script is over: it ends as one that nobody stopped
+            self.stop = StopRequests()
         except Exception as unsaved:
             log.warning("what was trained since the newest checkpoint is not saved: %s", unsaved)
 

@@ -159,7 +159,7 @@ def output(command: list[str]) -> str | None:
 
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_FIRST_PORTS = (30_000, 20_000)  # the ten thousand between them are for launchers of Slurm jobs to meet at
+_PORTS = (10_000, 20_000)  # above, launchers of Slurm jobs meet, and Kubernetes has the ports of its nodes
 _ROOM = 2000  # ports, of which many can be taken
 _TRIES = 200  # of such ports, before the system is asked for any
 _given: deque[int] = deque(maxlen=_ROOM // 2)
@@ -186,9 +186,9 @@ def free_port(ephemeral: Path = _EPHEMERAL) -> int:
 def _below(ephemeral: Path) -> range:
     """The ports below those of the system; empty where there are too few, or on systems other than Linux."""
     words = _words(ephemeral)
-    end = int(words[0]) if words else 0
-    ranges = (range(first, end) for first in _FIRST_PORTS)
-    return next((ports for ports in ranges if len(ports) >= _ROOM), range(0))
+    first, end = _PORTS
+    ports = range(first, min(end, int(words[0]) if words else 0))
+    return ports if len(ports) >= _ROOM else range(0)
 
 
 def visible_gpus() -> list[str]:

@@ -124,16 +124,18 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
     Once one of `ENDED_BY` was handled, the same request may still come from elsewhere when the block has
     ended: unless `is_second` says otherwise, it is ignored, so that the process ends as it was told to.
 
-    A process that is forked within the block, as by a pool, ends by SIGTERM, with which pools end theirs; the
-    other signals, which a terminal or a scheduler sends to all, are for its parent to answer.
+    A process that is forked within the block, as by a pool, ends by SIGTERM, with which pools end theirs, and
+    by a second Ctrl-C; what a terminal or a scheduler sends to all besides is for its parent to answer.
 
     Yields whether it does: outside the main thread, which alone can have handlers, it has no effect.
     """
-    process = os.getpid()
+    process, interrupts = os.getpid(), 0
 
     def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
         if os.getpid() != process:
-            if number == signal.SIGTERM:
+            interrupts += number == signal.SIGINT
+            if number == signal.SIGTERM or interrupts > 1:
                 _give_way(number, signal.SIG_DFL)
             return
         if number in ENDED_BY:
@@ -155,13 +157,17 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
 def keep(code: int) -> None:
     """This process ends with an exit code now, which a signal cannot change any more.
 
-    A signal that comes a second later or more ends it at once: a thread or an exit function may hang. Only in
-    the main thread.
+    A thread of the script's may have to finish, or never end: it is waited for until a second signal, which
+    ends the process at once. Only in the main thread.
     """
-    _told.at = ended_at = time.monotonic()
+    _told.at = time.monotonic()
+    told_at: float | None = None
 
     def end(number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - ended_at >= _ONE:
+        nonlocal told_at
+        if told_at is None:
+            told_at = time.monotonic()
+        elif is_second(number, told_at):
             os._exit(code)
 
     if threading.current_thread() is threading.main_thread():

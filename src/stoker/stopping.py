@@ -88,10 +88,11 @@ class StopRequests:
 
     @contextlib.contextmanager
     def postponed(self) -> Iterator[None]:
-        """Within this block, keep requests for its end, where they raise Stopped."""
+        """Within this block, keep requests for its end, where they raise Stopped; not those from before."""
+        before = self._asked
         with self.deferred():
             yield
-        if self._asked is not None:
+        if before is None and self._asked is not None:
             raise Stopped(self._asked)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

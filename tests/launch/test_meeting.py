@@ -290,7 +290,7 @@ def test_an_exception_is_not_blamed_while_a_machine_may_report_what_caused_it(di
         one.round, one.phase = 1, rounds.RUNNING
         host.hear(one)
     a = dataclasses.replace(a, phase=rounds.FAILED, said="rank 0: its peer is gone", raised=True)
-    for _ in range(18):  # nine seconds
+    for _ in range(12):  # six seconds
         assert [host.hear(one).over for one in (a, b)] == ["", ""]
         clock[0] += 0.5
     if dies:

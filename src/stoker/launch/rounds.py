@@ -35,7 +35,7 @@ SILENCE = 10.0  # seconds without a message after which a machine counts as gone
 COMING = 600.0  # seconds to wait for the others
 LAST_CALL = 5.0  # seconds to wait for more machines than needed, before the first round
 _COLLECT = 1.5  # seconds after a failure in which related failures may be reported
-_COLLECT_ALL = 10.0  # the same, while it may be the consequence of one that is not reported yet
+_COLLECT_ALL = 7.0  # the same, while a launcher may still end the ranks that lost the one it will report
 _NAP = 5.0  # seconds without a look at the clock which mean that this process did not run
 
 _NOT_SHARED = f"the runs folder of {{host}} is not the one that the other machines use: {launch_store.SHARE}"
