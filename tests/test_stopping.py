@@ -177,9 +177,10 @@ def test_a_process_that_has_gone_on_for_a_minute_hears_its_own_handlers(
 def test_a_trial_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "_ONE", 0.0)
     monkeypatch.setattr(signals, "_told", signals._Told())
-    assert signals.is_second(signal.SIGTERM, time.monotonic())
+    requests = signals.Requests()
+    assert [requests.is_new(signal.SIGTERM) for _ in range(2)] == [True, True]
     signals.hear_once()
-    assert not signals.is_second(signal.SIGTERM, time.monotonic())
+    assert not requests.is_new(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGINT])

@@ -117,12 +117,42 @@ class _Told:
 _told = _Told()
 
 
+@dataclass
+class Requests:
+    """Counts the requests to stop that a process receives; several signals can be one request."""
+
+    count: int = 0
+    _at: float = -math.inf
+
+    def is_new(self, number: int) -> bool:
+        """Count a signal, unless it repeats the request before it. Returns whether it was counted.
+
+        Ctrl-C never repeats one, and SIGHUP always does: when a terminal is closed, its shell sends one, and
+        the kernel another once the shell has ended, which may be seconds later.
+
+        A launcher passes on to its ranks what a scheduler may have sent to them too, and on a busy machine
+        it may do so late: whether a rank is told a second time is for its launcher to say.
+        """
+        now = time.monotonic()
+        if self.count and not self._is_another(number, now):
+            return False
+        self.count += 1  # nothing is called since the look at it, so no other signal is handled in between
+        self._at = now
+        return True
+
+    def _is_another(self, number: int, now: float) -> bool:
+        told_twice = False if _told.once else supervision.told_twice()
+        if told_twice is not None:
+            return told_twice
+        return number == signal.SIGINT or (number != signal.SIGHUP and now - self._at >= _ONE)
+
+
 @contextlib.contextmanager
 def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[bool]:
     """Handle signals by a function within this block.
 
     Once one of `ENDED_BY` was handled, the same request may still come from elsewhere when the block has
-    ended: unless `is_second` says otherwise, it is ignored, so that the process ends as it was told to.
+    ended: unless it is new, see `Requests`, it is ignored, so that the process ends as it was told to.
 
     A process that is forked within the block, as by a pool, ends by SIGTERM, with which pools end theirs, and
     by a second Ctrl-C; what a terminal or a scheduler sends to all besides is for its parent to answer.
@@ -161,13 +191,10 @@ def keep(code: int) -> None:
     ends the process at once. Only in the main thread.
     """
     _told.at = time.monotonic()
-    told_at: float | None = None
+    requests = Requests()
 
     def end(number: int, frame: FrameType | None) -> None:
-        nonlocal told_at
-        if told_at is None:
-            told_at = time.monotonic()
-        elif is_second(number, told_at):
+        if requests.is_new(number) and requests.count > 1:
             os._exit(code)
 
     if threading.current_thread() is threading.main_thread():
@@ -177,10 +204,10 @@ def keep(code: int) -> None:
 
 def _unless_repeated(previous: Any) -> Handler:
     """A handler that ignores what repeats the request to end, and gives way to another otherwise."""
-    told_at, process = _told.at, os.getpid()
+    process, requests = os.getpid(), Requests(1, _told.at)
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process or not _is_ending() or is_second(number, told_at):
+        if os.getpid() != process or not _is_ending() or requests.is_new(number):
             _give_way(number, previous)
 
     return receive
@@ -202,21 +229,6 @@ def _ignore_repetitions() -> None:
     if _is_ending() and threading.current_thread() is threading.main_thread():
         for number in heard(ENDED_BY):
             signal.signal(number, signal.SIG_IGN)
-
-
-def is_second(number: int, before: float) -> bool:
-    """Whether a signal is distinct from one at the monotonic time `before`: then one is told twice to stop.
-
-    Ctrl-C always is, and SIGHUP never: when a terminal is closed, its shell sends one, and the kernel another
-    once the shell has ended, which may be seconds later.
-
-    A launcher passes on to its ranks what a scheduler may have sent to them too, and on a busy machine it
-    may do so late: whether a rank is told a second time is for its launcher to say.
-    """
-    told_twice = False if _told.once else supervision.told_twice()
-    if told_twice is not None:
-        return told_twice
-    return number == signal.SIGINT or (number != signal.SIGHUP and time.monotonic() - before >= _ONE)
 
 
 def hear_once() -> None:
@@ -247,12 +259,10 @@ def raised(numbers: Iterable[int] = ENDED_BY) -> Iterator[None]:
 
     What repeats the signal does not cut the cleanup short, a second signal does.
     """
-    told_at: float | None = None
+    requests = Requests()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal told_at
-        if told_at is None or is_second(number, told_at):
-            told_at = time.monotonic()
+        if requests.is_new(number):
             raise Stopped(STATUS[number])
 
     with handled(stop, numbers):

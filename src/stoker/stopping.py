@@ -30,7 +30,7 @@ class StopRequests:
         """Whether a second signal has arrived."""
         self._asked: str | None = None
         self._save = False
-        self._signalled: float | None = None
+        self._signals = signals.Requests()
         self._in_loop = False
         self._installed = False
 
@@ -96,16 +96,14 @@ class StopRequests:
             raise Stopped(self._asked)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        before, stops = self._signalled, self._asked is not None
-        if before is not None and not signals.is_second(number, before):
+        if not self._signals.is_new(number):
             return
-        self._signalled = time.monotonic()
-        if before is not None:
+        if self._signals.count > 1:
             self._asked, self.at_once = STATUS[number], True
             if number == signal.SIGINT:
                 terminal.say("\nstopped at once; the same command resumes from the newest checkpoint\n")
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(self._asked)
-        if not stops:  # otherwise a deadline or a search asked first
+        if self._asked is None:  # otherwise a deadline or a search asked first
             self._asked = STATUS[number]
             if not self._in_loop:
                 raise Stopped(self._asked)

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,19 +182,17 @@ def _shipped(folder: Path) -> Iterator[SweepShipping]:
 def answering_signals(search: Search) -> Iterator[list[int]]:
     """Stop the search on a signal within this block; the list receives the signal.
 
-    A second signal, as `signals.is_second` says, raises KeyboardInterrupt or Stopped. Outside the main
+    A second request, see `signals.Requests`, raises KeyboardInterrupt or Stopped. Outside the main
     thread, signals are not handled.
     """
     told: list[int] = []
-    told_at = 0.0
+    requests = signals.Requests()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal told_at
-        if told:
-            if signals.is_second(number, told_at):
-                raise KeyboardInterrupt if number == signal.SIGINT else Stopped(signals.STATUS[number])
+        if not requests.is_new(number):
             return
-        told_at = time.monotonic()
+        if requests.count > 1:
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(signals.STATUS[number])
         told.append(number)
         terminal.say("\nstopping: trials save a checkpoint; the same search continues when run again\n")
         search.stop()

@@ -56,7 +56,7 @@ class Watch:
     """The ranks that this launcher has killed."""
     _processes: set[BaseProcess] = field(default_factory=set)
     """Those of the ranks, as far as they were seen."""
-    _told_at: float = 0.0
+    _requests: signals.Requests = field(default_factory=signals.Requests)
     _looked: float = field(default_factory=time.monotonic)
     _awake: float = 0.0
     """Since when it has been looking without interruption."""
@@ -101,22 +101,21 @@ class Watch:
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Make all ranks stop; a second signal also ends those that cannot receive it, waiting in C code."""
+        new, told_before = self._requests.is_new(number), self.told
         if not ranks.pids(self.folder):
             # The ranks are told when they start, if what is raised here is lost in a callback of an import.
-            if not self.told or signals.is_second(number, self._told_at):
-                self.told, self._told_at = number, time.monotonic()
+            if new:
+                self.told = number
                 raise Stopped(signals.STATUS[number])
             return
-        if self.told:
-            if not self.at_once and signals.is_second(number, self._told_at):
-                self.at_once = True
-                pulses.tell_twice(self.folder)
-                end = threading.Timer(_AT_ONCE, self._end_all)
-                end.daemon = True
-                end.start()
+        if new and self._requests.count > 1 and not self.at_once:
+            self.at_once = True
+            pulses.tell_twice(self.folder)
+            end = threading.Timer(_AT_ONCE, self._end_all)
+            end.daemon = True
+            end.start()
+        if told_before:  # otherwise the thread that watches tells them
             self.signal(number)
-        else:
-            self._told_at = time.monotonic()
         self.told = number
 
     def _tell(self, number: int) -> None:
