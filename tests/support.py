@@ -105,14 +105,17 @@ Run.log = slowly
 
 def handles(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+    return _in_mask(pid, "SigCgt:", number)
 
 
 def pending(pid: int, number: signal.Signals) -> bool:
     """Whether a signal was sent to a process that has not taken it yet; of several it takes one."""
+    return _in_mask(pid, "ShdPnd:", number)
+
+
+def _in_mask(pid: int, mask: str, number: signal.Signals) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (number - 1) & 1)
+    return bool(int(status.partition(mask)[2].split()[0], 16) >> (number - 1) & 1)
 
 
 def suspend(pid: int) -> None:
