@@ -44,7 +44,7 @@ from stoker.run import (
     mirror,
     opening,
     rendezvous,
-    request,
+    reproducing,
     view,
 )
 from stoker.run.deferred import flatten
@@ -129,7 +129,7 @@ class Attempt:
         provenance: Path | None,
     ) -> None:
         opening.refuse_in_import()
-        asked = request.taken(experiment, name, config, seed)
+        asked = reproducing.taken(experiment, name, config, seed)
         if asked is not None:
             runs, experiment, name = asked.runs, asked.experiment, asked.id
             sources, recipe, provenance = asked.sources, asked.recipe, Path(asked.provenance)
@@ -355,13 +355,13 @@ class Attempt:
         runs = self.directory.runs
         return provenance.record(self.directory.provenance, code, runs, artifacts.store(runs))
 
-    def _make_again(self, asked: request.Again) -> None:
+    def _make_again(self, asked: reproducing.Again) -> None:
         """Compute as the reproduced run did, and end at its last step."""
         self.layout = dict(asked.layout)
         self.until = asked.until
         if asked.until is not None:
             self.listen(self._end_after)
-        self.event("tags", tags={request.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
+        self.event("tags", tags={reproducing.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
 
     def _end_after(self, step: int, values: Mapping[str, Any]) -> None:
         """End a loop without a Trainer once it is past the last step; a Trainer ends by itself."""

@@ -87,12 +87,15 @@ if __name__ == "__main__":
 
 # No recipe: two runs of one experiment in one script, of which either is made again.
 ALONE = """
-import sys, random, stoker
+import random, sys
+from pathlib import Path
+import stoker
 from factor import FACTOR
 
 for depth in (1, 2):
     random.seed(depth)
-    with stoker.Run("trees", config={"depth": depth, "words": sys.argv[1:]}) as run:
+    config = {"depth": depth, "words": sys.argv[1:], "data": Path("x"), "of": {2, 1}, "from": float("nan")}
+    with stoker.Run("trees", config=config) as run:
         for step in range(5):
             run.log(accuracy=random.random() * FACTOR)
 """
@@ -346,9 +349,8 @@ def test_a_script_without_a_recipe_is_run_again_as_it_was(project: Path, stoker:
     assert done.code == 0, done.err
     assert (done.answer["identical"], done.answer["steps"]) == (True, 5)
     assert loaded(project / "runs/trees" / f"{made[2]}-again").record["config"] == {
-        "depth": 2,
-        "words": ["-v"],
-    }
+        "depth": 2, "words": ["-v"], "data": "x", "of": [1, 2], "from": "nan",
+    }  # fmt: skip
     assert len(list((project / "runs/trees").iterdir())) == 3
     short = stoker("reproduce", made[1], "--steps", "2", cwd=project)
     assert short.code == 0, short.err

@@ -27,9 +27,9 @@ from stoker.reproduce import provenance
 from stoker.reproduce.code import module_file
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
-from stoker.run import request
+from stoker.run import reproducing
 from stoker.run.directory import RunDirectory
-from stoker.run.request import Again
+from stoker.run.reproducing import Again
 from stoker.run.state import RunView
 from stoker.signals import STATUS
 from stoker.world import environment_of_no_rank
@@ -91,8 +91,8 @@ def prepare(
         provenance=str(_record_of_code(seen.directory.provenance, folder)), recipe=seen.record["recipe"],
         sources={**seen.record["sources"], **given}, layout=dict(part.layout), until=part.stop_at,
     )  # fmt: skip
-    request.write(folder / "again.json", asked)
-    own = {**variables, request.VARIABLE: str(folder / "again.json")}
+    reproducing.write(folder / "again.json", asked)
+    own = {**variables, reproducing.VARIABLE: str(folder / "again.json")}
     if is_script:  # other runs that it makes do not belong to the user's runs
         own["STOKER_RUNS"] = str(folder / "runs")
     return Start((python, *words), there.cwd, _environment(there, seen, own), is_script)

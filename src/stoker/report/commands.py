@@ -13,7 +13,7 @@ from stoker.config import DEFAULT
 from stoker.report import facts
 from stoker.reproduce import stretch
 from stoker.reproduce.stretch import Part
-from stoker.run import request
+from stoker.run import reproducing
 from stoker.run.state import RunView
 from stoker.words import some
 
@@ -60,7 +60,7 @@ def _typed(view: RunView) -> list[str]:
 def _is_of_another(view: RunView, part: Part) -> bool:
     """Whether the recorded command is that of a sweep, repeats a run, or trained nothing that counts."""
     relations = [parent.get("relation") for parent in view.record.get("parents", ())]
-    if request.TAG in relations or view.directory.is_trial:
+    if reproducing.TAG in relations or view.directory.is_trial:
         return True
     return bool(part.drift) or part.world != view.attempts[0].world
 

@@ -19,9 +19,8 @@ import orjson
 from stoker import config as configs
 from stoker import object_store, redaction, storage
 from stoker.errors import BadInput
-from stoker.run import directory, lease, mirror, rendezvous
+from stoker.run import directory, lease, mirror, rendezvous, values
 from stoker.run.directory import RunDirectory
-from stoker.run.values import recorded
 from stoker.world import World
 
 _PACKAGE = Path(configs.__file__).parent
@@ -40,8 +39,8 @@ def record(
     From now on the secrets in the config are redacted in all that this process records. Raises TypeError
     for a config that cannot be recorded.
     """
-    values = _values(config)
-    redaction.keep_out(values)
+    plain = values.of_config(config)
+    redaction.keep_out(plain)
     return {
         "uid": uuid.uuid4().hex,
         "id": run.id,
@@ -50,23 +49,11 @@ def record(
         "command": redaction.command(sys.argv),
         "cwd": str(Path.cwd()),
         "recipe": dict(recipe or {}),
-        "config": redaction.tree(values),
+        "config": redaction.tree(plain),
         "sources": {key: redaction.text(source) for key, source in (sources or {}).items()},
         "seed": seed,
         "parents": list(parents),
     }
-
-
-def _values(config: Any) -> dict[str, Any]:
-    """A config as a dict, as it would be read back from JSON. Raises TypeError."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return recorded(configs.record(config), "config")
-    if config is not None and not isinstance(config, Mapping):
-        kind = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
-        raise TypeError(
-            f"config is {kind}: give a dataclass or a dict of JSON values, such as vars(arguments)"
-        )
-    return recorded(config or {}, "config")
 
 
 def script() -> Path | None:

@@ -10,6 +10,19 @@ from pathlib import PurePath
 from typing import Any
 
 import orjson
+from stoker import config as configs
+
+
+def of_config(config: Any) -> dict[str, Any]:
+    """A config as a dict, as it is read back from `run.json`. Raises TypeError."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return recorded(configs.record(config), "config")
+    if config is not None and not isinstance(config, Mapping):
+        kind = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        raise TypeError(
+            f"config is {kind}: give a dataclass or a dict of JSON values, such as vars(arguments)"
+        )
+    return recorded(config or {}, "config")
 
 
 def recorded(values: Mapping[str, Any], what: str) -> dict[str, Any]:

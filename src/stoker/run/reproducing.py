@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from stoker import config as configs
 from stoker import redaction, storage
+from stoker.run import values
 
 VARIABLE = "STOKER_AGAIN"
 TAG = "reproduces"
@@ -63,14 +63,16 @@ def taken(experiment: str, name: str | None, config: Any, seed: int) -> Again | 
         return None
     again = Again(**orjson.loads(Path(os.environ[VARIABLE]).read_bytes()))
     by_name = (experiment, name) == (again.experiment, again.id)
-    if not by_name and (experiment, seed, _plain(config)) != (again.given, again.seed, again.config):
+    by_config = (experiment, seed) == (again.given, again.seed) and _recorded(config) == again.config
+    if not by_name and not by_config:
         return None
     del os.environ[VARIABLE]
     return again
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """A config as it is read back from `run.json`."""
-    known = configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {})
-    plain: dict[str, Any] = orjson.loads(orjson.dumps(redaction.tree(known)))
-    return plain
+def _recorded(config: Any) -> dict[str, Any]:
+    """A config as it would be recorded in `run.json`."""
+    plain = values.of_config(config)
+    redaction.keep_out(plain)
+    recorded: dict[str, Any] = redaction.tree(plain)
+    return recorded
