@@ -185,6 +185,19 @@ def test_a_trial_that_was_killed_goes_on_before_others_are_handed_over(tmp_path:
     assert {trial.state for trial in searched.trials.values()} == {"complete"}
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_trial_that_is_killed_often_goes_on_if_its_checkpoints_do(saves: bool, tmp_path: Path) -> None:
+    """It may report only at the end of an epoch, and be preempted several times within one."""
+    runs, sweep_of = tmp_path, tmp_path / "sweep"
+    sweep_of.mkdir()
+    cluster = Cluster([], {0: ["killed"] * 6})
+    cluster.at_start = lambda: saves and _trained(runs, "sweep", "trial-0000", 2 * len(cluster.started))
+    searched = _search(sweep_of, cluster, 1)
+    searched.run()
+    assert len(cluster.started) == (7 if saves else 4)
+    assert searched.trials[0].state == ("complete" if saves else "failed")
+
+
 def test_a_trial_that_was_handed_over_and_not_begun_is_begun_when_the_search_goes_on(tmp_path: Path) -> None:
     cluster = Cluster([], {}, ahead=True)
     stopped = _search(tmp_path, cluster, 4)

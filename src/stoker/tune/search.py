@@ -462,8 +462,7 @@ class Search:
         trial = self.trials[report.number]
         trial.values[float(report.step)] = trial.others[self.plan.first.metric] = report.value
         trial.per_step = report.per_step
-        if report.step > trial.furthest:
-            trial.furthest, trial.killed = report.step, 0
+        self._advanced(trial, report.step)
         self._table.pop(report.number, None)
         self._entries.publish(trial, paused=False)
         if not self._waits:
@@ -497,6 +496,7 @@ class Search:
         trial.spent += (time.monotonic() - self._started.pop(ended.number)) * self.plan.ranks
         trial.others |= ended.values
         if ended.status == "killed":
+            self._advanced(trial, self._saved(trial))
             trial.killed += 1
             if trial.killed <= _RESTARTS:
                 trial.resumes = True
@@ -548,6 +548,17 @@ class Search:
             self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
             self.plan.unit, self.plan.provenance, waits=self._waits,
         )  # fmt: skip
+
+    @staticmethod
+    def _advanced(trial: Seen, step: float) -> None:
+        """Take in that a trial has reached a step: if it was not there before, it has made progress."""
+        if step > trial.furthest:
+            trial.furthest, trial.killed = step, 0
+
+    def _saved(self, trial: Seen) -> float:
+        """The step of its newest checkpoint; 0 without one."""
+        run = self._run_of(trial)
+        return max(run.checkpoints, default=0.0) if run is not None else 0.0
 
     def _run_of(self, trial: Seen) -> RunView | None:
         run = self._directory(trial.run)

@@ -46,7 +46,7 @@ class Seen:
     error: str = ""
     trace: str = ""
     furthest: float = 0.0
-    """The largest step that it has reported."""
+    """The largest step that it has reported, or of which it had a checkpoint when it was killed."""
     killed: int = 0
     """How often in a row its processes were killed without getting past `furthest`."""
     resumes: bool = False
