@@ -26,6 +26,7 @@ FLOORS = (
         "machine",
         "distributed",
         "signals",
+        "forkserver",
         "supervision",
         "threads",
         "object_store",

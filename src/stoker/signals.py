@@ -34,30 +34,6 @@ STATUS: dict[int, str] = {
 
 _ENDING = 60.0  # seconds after the request to end within which a process may still be about to
 _ONE = 1.0  # seconds within which signals count as one: a scheduler signals every process, a parent its child
-_CLEANED = "ignore:resource_tracker:UserWarning"  # about leaked semaphores of killed ranks, which it removes
-
-
-def start_forkserver() -> None:
-    """Start multiprocessing's forkserver with `ENDED_BY` blocked, also in the processes it forks.
-
-    Processes that only serve the training one must not die before it has saved its checkpoint; they end when
-    it does. In this process the signals are only blocked in the meantime, not ignored, so none is lost.
-    """
-    from multiprocessing import forkserver, resource_tracker  # late, since importing delays signal handlers
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
-    sys.warnoptions.append(_CLEANED)
-    try:
-        resource_tracker.ensure_running()  # unblocks SIGTERM when it is done
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
-        try:
-            forkserver.ensure_running()
-        except ChildProcessError:  # this process was forked from the one whose server it is
-            forkserver._forkserver._forkserver_pid = None  # type: ignore[attr-defined]
-            forkserver.ensure_running()
-    finally:
-        sys.warnoptions.remove(_CLEANED)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_service(module: str, *words: str, log: Path) -> subprocess.Popen[bytes]:

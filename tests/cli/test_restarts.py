@@ -83,7 +83,7 @@ def test_ranks_that_are_killed_are_started_again_and_come_to_the_same_bits(
 def test_what_processes_that_were_killed_have_left_is_removed_in_silence() -> None:
     """Python's tracker, which removes the semaphores of their workers, says so of each otherwise."""
     leaving = (
-        "import multiprocessing, os, signal; from stoker import signals; signals.start_forkserver();"
+        "import multiprocessing, os, signal; from stoker import forkserver; forkserver.start(());"
         "kept = multiprocessing.get_context('forkserver').Semaphore(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run(

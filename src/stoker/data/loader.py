@@ -26,7 +26,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
-from stoker import signals
+from stoker import forkserver, signals
 from stoker.data import generators, order
 from stoker.data.order import fold
 from stoker.errors import BadInput, StokerError
@@ -265,10 +265,8 @@ def _check_indexed(dataset: object) -> None:
 
 def _worker_context() -> BaseContext:
     """Forkserver: a fork of this process, which has threads, can deadlock; a spawn imports torch again."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    signals.start_forkserver()
-    return context
+    forkserver.start([__name__])
+    return multiprocessing.get_context("forkserver")
 
 
 def _end_with_trainer(worker: int) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from stoker import machine, signals
+from stoker import forkserver, machine, signals
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, Stopped
 from stoker.launch import nodes, pulses, ranks
 from stoker.launch.budget import Budget, RankFailed
@@ -257,8 +256,7 @@ def _begun(folder: Path) -> bool:
 
 def _launch(job: _Job, place: Seating, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those seen to fail first."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*job.preload, *PRELOAD])
-    signals.start_forkserver()  # it imports torch at the same time as this process
+    forkserver.start([*job.preload, *PRELOAD])  # it imports torch at the same time as this process
     from stoker.engine import device
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -288,10 +286,10 @@ def _launch(job: _Job, place: Seating, folder: Path) -> dict[int, int]:
 
 def _end_server() -> None:
     """End the ranks' forkserver and the ranks it is starting, before they complain that nobody waits."""
-    from multiprocessing import forkserver
+    from multiprocessing.forkserver import _forkserver
 
     with contextlib.suppress(psutil.NoSuchProcess):
-        kill_all_of(psutil.Process(forkserver._forkserver._forkserver_pid))  # type: ignore[attr-defined]
+        kill_all_of(psutil.Process(_forkserver._forkserver_pid))  # type: ignore[attr-defined]
 
 
 def kill_all_of(process: psutil.Process) -> list[psutil.Process]:

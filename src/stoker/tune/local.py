@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
-from stoker import disk, machine, redaction, signals, storage
+from stoker import disk, forkserver, machine, redaction, signals, storage
 from stoker.errors import BadInput, StokerError, Stopped, trace_of
 from stoker.status import FINISHED, PAUSED, STOPPED
 from stoker.tune.trial import Began, Ended, Link, Report, TrialJob
@@ -423,8 +423,7 @@ class Workers:
 
 def warm_up(preload: Sequence[str] = ()) -> None:
     """Start the forkserver, which imports these modules in addition to torch."""
-    _CONTEXT.set_forkserver_preload([*preload, *PRELOAD])
-    signals.start_forkserver()
+    forkserver.start([*preload, *PRELOAD])
 
 
 def of_a_launch(ranks: int, address: str, port: int) -> dict[str, str]:
