@@ -117,6 +117,27 @@ def test_heads_that_flash_attention_does_not_support_are_left_to_others(
         assert attention._varlen_takes(query, value, 0.0, None) == takes
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_float32_weights_are_attended_in_the_precision_of_autocast(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only in half precision does a GPU take one kernel for all documents."""
+    seen = set()
+
+    def takes(query: torch.Tensor, value: torch.Tensor, *_: object) -> bool:
+        seen.add((query.dtype, value.dtype))
+        return False
+
+    monkeypatch.setattr(attention, "_varlen_takes", takes)
+    model = families.model(family, num_hidden_layers=1)
+    model.set_attn_implementation(attention.NAME)
+    ids, documents = torch.randint(2, families.VOCABULARY, (1, 8)), torch.tensor([[5, 3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, documents=documents)
+    assert next(model.parameters()).dtype == torch.float32
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+
+
 def test_models_that_cannot_keep_documents_apart_say_so() -> None:
     small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
     others = (
