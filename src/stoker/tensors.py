@@ -31,9 +31,10 @@ def like(
         return local
     stride = old.stride() if shape is None else torch.empty(shape, device="meta").stride()
     shape = old.shape if shape is None else torch.Size(shape)
-    return DTensor.from_local(
+    made = DTensor.from_local(
         local, old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride
     )
+    return made.to(local.device)  # an offloaded one: from_local takes it to the mesh's device
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:

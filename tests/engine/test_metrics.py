@@ -9,6 +9,7 @@ import pytest
 import strategies_run
 import torch
 from stoker.engine.metrics import Max, Mean, Perplexity, Sum, Totals, _joined
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import ranks
 from support import SOAK
@@ -20,6 +21,17 @@ def test_totals_weigh_batches_and_leave_out_what_does_not_count() -> None:
     totals.add({"a": Mean(2.0, 1), "s": Sum(1), "m": Max(torch.tensor(-7.0)), "p": Perplexity(0.0, 2)})
     totals.add({"a": Mean(100.0, 1), "s": Sum(100), "m": Max(100), "p": Perplexity(100, 1)}, counts=False)
     assert totals.over_ranks() == {"a": 2.0, "s": 3.0, "m": -5.0, "p": math.e}
+
+
+def test_while_they_are_summed_up_no_value_is_asked_for() -> None:
+    """On a GPU each would wait for all that is computed: tensors without values cannot be asked."""
+    totals = Totals()
+    with FakeTensorMode():
+        for _ in range(2):
+            loss = torch.ones((), dtype=torch.bfloat16)
+            totals.add({"a": Mean(loss, torch.ones((), dtype=torch.int64)), "m": Max(loss), "s": Sum(loss)})
+        with pytest.raises(DataDependentOutputException):
+            totals.over_ranks()
 
 
 def test_a_mean_of_nothing_is_not_a_number_and_a_large_perplexity_is_infinite() -> None:

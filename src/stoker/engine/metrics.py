@@ -48,10 +48,10 @@ Metric = Mean | Perplexity | Sum | Max
 
 
 class Totals:
-    """Sums up metrics in float64."""
+    """Sums up metrics in float64, on the device that they are on: a GPU is waited for once, at the end."""
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[type[Any], float, float]] = {}
+        self._held: dict[str, tuple[type[Any], Number, Number]] = {}
 
     def add(self, metrics: Mapping[str, Metric], counts: bool = True) -> None:
         """Add the metrics of a batch; with `counts=False` only their names are recorded."""
@@ -59,24 +59,30 @@ class Totals:
             kind = type(metric)
             _, total, weight = self._held.get(name, (kind, -math.inf if kind is Max else 0.0, 0.0))
             if counts and isinstance(metric, Max):
-                total = reduced("max", (total, float(metric.value)))
+                total = _larger(total, _in_float64(metric.value))
             elif counts and not isinstance(metric, Max):
-                total += float(metric.total)
-                weight += 0.0 if isinstance(metric, Sum) else float(metric.weight)
+                total = total + _in_float64(metric.total)
+                weight = weight if isinstance(metric, Sum) else weight + _in_float64(metric.weight)
             self._held[name] = (kind, total, weight)
 
     def over_ranks(self) -> dict[str, float]:
         """The metrics over all ranks, on every rank; ranks without any metrics take part too."""
-        rows: list[dict[str, tuple[str, float, float]]] = [
-            {name: (kind.__name__, total, weight) for name, (kind, total, weight) in self._held.items()}
-        ]
+        own = {n: (k.__name__, float(total), float(weight)) for n, (k, total, weight) in self._held.items()}
+        rows = [own]
         if dist.is_initialized():
             rows = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(
-                rows, {n: (k.__name__, total, weight) for n, (k, total, weight) in self._held.items()}
-            )
+            dist.all_gather_object(rows, own)
         names = list(dict.fromkeys(name for row in rows for name in row))
         return {name: _joined([row[name] for row in rows if name in row]) for name in names}
+
+
+def _in_float64(value: Number) -> Number:
+    return value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+
+
+def _larger(one: Number, other: Number) -> Number:
+    """The larger of two numbers, NaN if one of them is."""
+    return torch.maximum(*(torch.as_tensor(number, dtype=torch.float64) for number in (one, other)))
 
 
 def _joined(parts: list[tuple[str, float, float]]) -> float:

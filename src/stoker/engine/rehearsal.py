@@ -78,7 +78,7 @@ def kept_for_each(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any]
 
 
 def _kept(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    small = nn.Parameter(torch.zeros(256, 256))
+    small = nn.Parameter(torch.zeros(256, 256, device=local(group["params"][0]).device))
     twin = object.__new__(type(optimizer))  # copy.copy omits attributes that a subclass adds
     twin.__dict__.update(optimizer.__dict__)
     twin.state = collections.defaultdict(dict)

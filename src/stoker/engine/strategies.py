@@ -60,7 +60,7 @@ def lay_out(
     _prepare(model, strategy, training, setting.mesh)
     planned = setting.mesh.world.planned > 0
     if any(p.is_meta for p in model.parameters()) and not planned:
-        memory.check_fits(model, found, strategy, training, setting.mesh, _moments(make))
+        memory.check_fits(model, found, strategy, training, setting.mesh, _moments(make, setting.mesh.device))
     activation.apply(found, training.activation_checkpointing)
     if training.compile and not planned:
         compile_blocks(model, found)
@@ -68,11 +68,11 @@ def lay_out(
     return _STRATEGIES[strategy](Layout(model, found, training, setting, make, load))
 
 
-def _moments(make: Factories) -> float:
-    """Bytes that an optimizer will keep per weight."""
+def _moments(make: Factories, on: torch.device) -> float:
+    """Bytes that an optimizer will keep per weight; an 8-bit one compiles its step, for that device."""
     if isinstance(make, Mapping):
         return memory.MOMENTS
-    small = nn.Parameter(torch.zeros(256, 256))
+    small = nn.Parameter(torch.zeros(256, 256, device=on))
     return memory.kept_per_weight(make([small]), small)
 
 
@@ -111,7 +111,10 @@ def fsdp(given: Layout) -> Step:
     model, make = given.model, given.make
     roots = [model.get_submodule(name) for name in make] if isinstance(make, Mapping) else []
     casts = shard(model, given.blocks, given.training, given.setting, roots)
-    given.load(model, torch.device("cpu") if given.training.fsdp.offload else given.setting.mesh.device, "")
+    on, offload = given.setting.mesh.device, given.training.fsdp.offload
+    given.load(model, torch.device("cpu") if offload else on, "")
+    for buffer in model.buffers() if offload else ():
+        buffer.data = buffer.data.to(on)
     return PlainStep(given.setting, model, build_optimizers(model, make), casts=casts)
 
 

@@ -76,7 +76,7 @@ def attend(
     Returns:
         (rows, seq, heads, width), zeros in the padding after the documents; and None for the weights.
     """
-    if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotary embeddings made it float32
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotary embeddings are float32
         computed = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(computed), key.to(computed), value.to(computed)
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None

@@ -122,7 +122,7 @@ class Weights:
                     for key, file in self._found[name]
                 }
                 for name, value in self._read(skeleton, names, slots, slices, device).items():
-                    _put(slots[name], value)
+                    _put(slots[name], value, device)
         _initialise_buffers(model, skeleton, device, prefix)
 
     def _slice(self, there: Any, name: str, skeleton: Any) -> Any:
@@ -254,7 +254,7 @@ def _slots(model: nn.Module, prefix: str) -> dict[str, _Slot]:
     return slots
 
 
-def _put(slot: _Slot, value: torch.Tensor) -> None:
+def _put(slot: _Slot, value: torch.Tensor, device: torch.device) -> None:
     if slot.quantised is not None:
         slot.quantised.take(value)
         return
@@ -266,7 +266,7 @@ def _put(slot: _Slot, value: torch.Tensor) -> None:
         if isinstance(old, nn.Parameter):
             fresh = made.get(id(old))
             if fresh is None:
-                copied = (value.clone() if made or not value.is_cuda else value).to(old.dtype)
+                copied = (value.clone() if made or not value.is_cuda else value).to(device, old.dtype)
                 fresh = made[id(old)] = nn.Parameter(copied, requires_grad=old.requires_grad)
             module._parameters[key] = fresh  # type: ignore[assignment]
         else:
