@@ -549,6 +549,34 @@ def test_what_a_script_keeps_in_evaluation_mode_stays_so(open_run: Callable[...,
         assert [module.training for module in trainer.model] == [True, False, True, True, True]
 
 
+class _Pretrained(nn.Sequential):
+    """Left in evaluation mode by what loads it."""
+
+    @classmethod
+    def from_pretrained(cls) -> _Pretrained:
+        return cls(nn.Linear(3, 3), nn.Dropout()).eval()
+
+
+def test_a_part_in_evaluation_mode_stays_so_and_a_pretrained_one_is_trained(
+    open_run: Callable[..., Run],
+) -> None:
+    """A teacher, frozen or used without gradients, and batch norms whose statistics are kept."""
+    parts = nn.ModuleDict({
+        "student": _model(), "teacher": _model().eval(), "body": _Pretrained.from_pretrained(),
+        "frozen": _Pretrained.from_pretrained().requires_grad_(False),
+    })  # fmt: skip
+    parts["student"][1].eval()
+    with open_run("a") as run:
+        model = _trainer(run, parts).model
+        assert [name for name, module in model.named_children() if module.training] == ["student", "body"]
+        assert [module.training for module in model["student"]] == [True, False, True, True, True]
+        assert all(module.training for module in model["body"])
+        assert not any(module.training for module in model["teacher"].modules())
+        assert not any(module.training for module in model["frozen"].modules())
+    with open_run("b") as run:
+        assert all(module.training for module in _trainer(run, _Pretrained.from_pretrained()).model.modules())
+
+
 def test_without_an_optimizer_it_evaluates_and_does_not_train(open_run: Callable[..., Run]) -> None:
     with open_run("a") as run:
         trained = _trainer(run, _model()).evaluate(_dataset(), batch_size=7)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from stoker import distributed, evaluation, loops, model_state, storage, supervision
+from stoker import distributed, evaluation, loops, model_state, storage, supervision, words
 from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
@@ -38,6 +38,7 @@ from stoker.engine import (
     imagined,
     memory,
     mesh,
+    modes,
     options,
     out_of_memory,
     position,
@@ -78,7 +79,8 @@ class Trainer:
 
     Args:
         run: the run to train.
-        model: is laid out over the devices of this run; use `trainer.model` from then on.
+        model: is laid out over the devices of this run; use `trainer.model` from then on. It is put into
+            training mode, except for parts of it that are in evaluation mode, such as a teacher.
         optimizer: makes the optimizer from the model's trainable parameters, after the model has been laid
             out. For several optimizers: a dict from the name of a submodule to what makes its optimizer.
             None for a model that is only evaluated (`evaluate`, `measure`).
@@ -138,7 +140,7 @@ class Trainer:
             self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm,
             guarded=self.training.on_bad_loss != "stop",
         )  # fmt: skip
-        model.train()
+        evaluating = modes.begin_training(model)
         # Before a strategy gives them other names.
         block = blocks.largest(blocks.find(model, self.training.blocks))
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer or {}, load)
@@ -185,11 +187,13 @@ class Trainer:
             lambda: self.steps_done + (self._batch_is == "trained on"),
         )  # fmt: skip
         supervision.say_where(run.directory.path)
-        self._say(why)
+        self._say(why, evaluating)
         self._restore()
         self._restored_step = self.steps_done
 
-    def _say(self, why: str) -> None:
+    def _say(self, why: str, evaluating: Sequence[str]) -> None:
+        if evaluating and self.world.rank == 0:
+            log.info("in evaluation mode, as the script has set them: %s", words.some(evaluating))
         if self.world.rank == 0:
             because = f" ({why})" if self.training.parallel == "auto" and self.world.size > 1 else ""
             log.info(

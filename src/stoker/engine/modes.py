@@ -1,4 +1,4 @@
-"""Switches to evaluation mode and back, keeping modules in evaluation mode that a script has set so."""
+"""Switches between training and evaluation mode, keeping in evaluation mode what a script has set so."""
 
 from __future__ import annotations
 
@@ -18,3 +18,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in before:
             module.training = was_training
+
+
+def begin_training(model: nn.Module) -> list[str]:
+    """Put a model into training mode, except those parts that a script has put into evaluation mode.
+
+    A model that is in evaluation mode as a whole comes from `from_pretrained`, which leaves it so; and so
+    does a part of it that has such a method and trained parameters. A teacher that is frozen is such a part
+    too, and stays as it is.
+
+    Returns the names of the parts that stay in evaluation mode.
+    """
+    if not model.training:
+        model.train()
+        return []
+    kept = []
+    for name, module in _outermost_in_evaluation(model):
+        if hasattr(module, "from_pretrained") and any(p.requires_grad for p in module.parameters()):
+            module.train()
+        else:
+            kept.append(name)
+    return kept
+
+
+def _outermost_in_evaluation(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for key, child in module.named_children():
+        inner = f"{name}.{key}" if name else key
+        if child.training:
+            yield from _outermost_in_evaluation(child, inner)
+        else:
+            yield inner, child
