@@ -30,7 +30,7 @@ _WEIGHTS = "model.safetensors"
 _SINKS_TIMEOUT = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankJob:
     """What a rank needs to take part in a run."""
 

@@ -37,7 +37,7 @@ _OF_A_SWEEP = ("nproc", "tries", "storage", "format")
 """Settings that may differ between sweeps that share a study."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """All settings that determine the trials and what happens to them."""
 

@@ -135,9 +135,16 @@ def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
         name = directory.new_id()
         job = RankJob(
-            recipe.reference, resolved.values, resolved.sources, Path(folder), "bench", name,
-            profile=None, json=False, accept_drift=False,
-        )  # fmt: skip
+            recipe=recipe.reference,
+            values=resolved.values,
+            sources=resolved.sources,
+            runs=Path(folder),
+            experiment="bench",
+            name=name,
+            profile=None,
+            json=False,
+            accept_drift=False,
+        )
         local.run(run_rank, (job, steps), nproc=ranks, preload=recipe.preload)
         run = finding.locate(Path(folder), "bench", name)
         files = [run.logs / f"timing-rank-{rank}.json" for rank in range(ranks)]
