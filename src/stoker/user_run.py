@@ -273,7 +273,7 @@ class Run:
 
         taken = {folder: f"the {folder} that the run logs" for folder in media.FOLDERS.values()}
         for other, event in self.attempt.recorded.items():
-            folder, _, path = str(event.get("path", "")).partition("/")
+            folder, _, path = str(event["path"]).partition("/")
             if other != name and folder == self.directory.artifacts.name and path:
                 taken[path] = f"the artifact {other!r}"
         return taken

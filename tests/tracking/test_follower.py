@@ -171,11 +171,12 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
     os.truncate(run.artifacts / "big", mlflow_sink.LARGEST_ARTIFACT + 1)
     for name in ("adapter", "report.html"):
         files = artifacts.describe(run, run.artifacts / name)
-        trainer.journal.append("artifact", name=name, kind="file", files=files)
+        trainer.journal.append("artifact", name=name, kind="file", path=f"artifacts/{name}", files=files)
     big = {"path": "artifacts/big", "size": (run.artifacts / "big").stat().st_size, "sha256": ""}
     gone = {"path": "artifacts/gone", "size": 1, "sha256": ""}
-    trainer.journal.append("artifact", name="big", kind="file", files=[big])
-    trainer.journal.append("artifact", name="gone", kind="file", files=[gone])
+    for file in (big, gone):
+        path = str(file["path"])
+        trainer.journal.append("artifact", name=Path(path).name, kind="file", path=path, files=[file])
     trainer.end("failed")
     monkeypatch.chdir(tmp_path)
 
@@ -630,7 +631,7 @@ def _log_artifact(run: RunDirectory, name: str) -> None:
 def _record_artifact(run: RunDirectory, name: str) -> None:
     trainer = Trainer(run)
     files = artifacts.describe(run, run.artifacts / name)
-    trainer.journal.append("artifact", name=name, kind="file", files=files)
+    trainer.journal.append("artifact", name=name, kind="file", path=f"artifacts/{name}", files=files)
     trainer.end("finished")
 
 

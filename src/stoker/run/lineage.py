@@ -64,7 +64,7 @@ def _by_path(path: Path) -> Found:
         if (folder / "run.json").is_file():
             maker = RunDirectory(folder)
             for event in view.load(maker).artifacts.values():
-                if (folder / _place(event)).resolve() == resolved:
+                if (folder / event["path"]).resolve() == resolved:
                     return _recorded(maker, event)
             files = _checked(folder, storage.files_under(resolved))
             return Found(str(resolved.relative_to(folder)), path, files, _identity(maker), maker)
@@ -74,7 +74,7 @@ def _by_path(path: Path) -> Found:
 
 def _recorded(maker: RunDirectory, event: dict[str, Any]) -> Found:
     """An artifact as it was recorded; a file that seems newer than its record is hashed again."""
-    path = maker.path / _place(event)
+    path = maker.path / event["path"]
     if not path.exists():
         raise BadInput(f"artifact {event['name']!r} of run {maker.id!r} is missing: {path}")
     for file in event["files"]:
@@ -86,10 +86,6 @@ def _recorded(maker: RunDirectory, event: dict[str, Any]) -> Found:
         if young and storage.sha256(place) != file["sha256"]:
             raise BadInput(f"{place} is not what run {maker.id!r} recorded: its checksum differs")
     return Found(event["name"], path, event["files"], _identity(maker), maker)
-
-
-def _place(event: dict[str, Any]) -> str:
-    return str(event.get("path") or Path("artifacts") / event["name"])
 
 
 def _identity(run: RunDirectory) -> dict[str, str]:

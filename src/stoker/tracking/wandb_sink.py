@@ -216,7 +216,7 @@ class WandbSink:
             self._run.summary[f"stoker/artifacts/{name}"] = place
         else:
             made = wandb.Artifact(f"{_accepted(name)}-{self._id[:8]}", _accepted(event["kind"]))
-            base = self._directory.path / str(event.get("path") or "")
+            base = self._directory.path / event["path"]
             for _, path in files:
                 if path.is_file():
                     inside = (
