@@ -262,32 +262,28 @@ def _allocated(number: str) -> tuple[list[str], list[str]]:
 
     The others have none yet, or are suspended. Raises StokerError if Slurm does not answer.
     """
-    of = ("squeue", "--noheader", f"--jobs={number}", "--format=%i")
-    running = _listed([*of, "--array", "--states=RUNNING,CONFIGURING"])
-    suspended = _listed([*of, "--array", "--states=SUSPENDED,STOPPED"])
-    steps = [line.split(".", 1) for line in _listed([*of, "--steps"])]
+    of = (f"--jobs={number}", "--format=%i")
+    running = _squeue(*of, "--array", "--states=RUNNING,CONFIGURING").split()
+    suspended = _squeue(*of, "--array", "--states=SUSPENDED,STOPPED").split()
+    steps = [line.split(".", 1) for line in _squeue(*of, "--steps").split()]
     launched = {job for job, step in steps if step.isdecimal()}
     starting = [job for job in running if job not in launched]
     return [job for job in running if job in launched], [*starting, *suspended]
 
 
-def _listed(command: Sequence[str]) -> list[str]:
+def _squeue(*options: str) -> str:
     """The lines of squeue; none for a job that it has forgotten. Raises StokerError."""
-    done = _call(command)
+    done = _call(["squeue", "--noheader", *options])
     if done.returncode != 0 and _FORGOTTEN not in done.stderr:
         raise StokerError(f"Slurm does not answer: {_said(done)}")
-    return done.stdout.split()
+    return done.stdout
 
 
 def _queue(numbers: Sequence[str]) -> dict[str, list[Status]]:
     """Jobs known to squeue, by number: the state of each element. Raises StokerError if it fails."""
-    done = _call([
-        "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r"
-    ])  # fmt: skip
-    if done.returncode != 0 and _FORGOTTEN not in done.stderr:
-        raise StokerError(f"Slurm does not answer: {_said(done)}")
+    lines = _squeue("--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r")
     found: dict[str, list[Status]] = {}
-    for line in done.stdout.splitlines():
+    for line in lines.splitlines():
         number, word, reason = line.split("|", 2)
         found.setdefault(number, []).append(_in_our_words(word, reason))
     return found
