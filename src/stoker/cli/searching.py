@@ -114,7 +114,7 @@ def prepare(asked: Asked) -> Prepared:
         metric=", ".join(one.metric for one in objectives),
         goal=", ".join(one.goal for one in objectives),
         sampler=sampler,
-        scheduler=_said(scheduler, rule, unit),
+        scheduler=_described(scheduler, rule, unit),
         seed=asked.seed,
         nproc=asked.ranks,
         tries=asked.tries,
@@ -442,7 +442,7 @@ def _begin(study: Any, asked: Asked, earlier: Path | None) -> None:
         study.enqueue_trial(values)
 
 
-def _said(name: str, rule: Scheduler, unit: str) -> str:
+def _described(name: str, rule: Scheduler, unit: str) -> str:
     """A scheduler and its settings, as text."""
     settings: dict[str, Any] = dataclasses.asdict(rule)  # type: ignore[call-overload]
     settings |= settings.pop("asha", {})

@@ -60,7 +60,7 @@ def check(job: Job) -> None:
     _check_partition(job.spec)
     done = _sbatch(job, "--test-only", given=render(job))
     if done.returncode != 0:
-        raise BadInput(f"sbatch refuses the job: {_said(done)}")
+        raise BadInput(f"sbatch refuses the job: {_reason(done)}")
 
 
 def render(job: Job) -> str:
@@ -79,7 +79,7 @@ def submit(job: Job, rendered: str) -> str:
     done = _sbatch(job, "--parsable", str(script))
     if done.returncode != 0:
         jobs.forget(job)
-        raise StokerError(f"sbatch did not accept the job: {_said(done)}")
+        raise StokerError(f"sbatch did not accept the job: {_reason(done)}")
     return done.stdout.strip().partition(";")[0]
 
 
@@ -240,10 +240,10 @@ def _do(command: Sequence[str]) -> None:
     """Run a command that must succeed. Raises StokerError."""
     done = _call(command)
     if done.returncode != 0:
-        raise StokerError(f"{shlex.join(command)}: {_said(done)}")
+        raise StokerError(f"{shlex.join(command)}: {_reason(done)}")
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
     """The reason why a command failed."""
     words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
     return "; ".join(word for word in words if word) or f"exit code {done.returncode}"
@@ -254,7 +254,7 @@ def _refusals(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.splitlines()
     if done.returncode == 0 or (lines and all(any(word in line for word in _FINISHED) for line in lines)):
         return ""
-    return _said(done)
+    return _reason(done)
 
 
 def _allocated(number: str) -> tuple[list[str], list[str]]:
@@ -275,7 +275,7 @@ def _squeue(*options: str) -> str:
     """The lines of squeue; none for a job that it has forgotten. Raises StokerError."""
     done = _call(["squeue", "--noheader", *options])
     if done.returncode != 0 and _FORGOTTEN not in done.stderr:
-        raise StokerError(f"Slurm does not answer: {_said(done)}")
+        raise StokerError(f"Slurm does not answer: {_reason(done)}")
     return done.stdout
 
 

@@ -158,12 +158,12 @@ def _print_code(console: Console, code: CodeChanges) -> None:
     elif code.files:
         print_heading(console, "code")
     for change in code.files:
-        console.print(Text(f"  {plain(_said(change))}", "bold"), soft_wrap=True)
+        console.print(Text(f"  {plain(_described(change))}", "bold"), soft_wrap=True)
         for line in change.lines:
             console.print(Text(f"  {plain(line)}".rstrip(), _STYLES.get(line[:1], "")), soft_wrap=True)
 
 
-def _said(change: Change) -> str:
+def _described(change: Change) -> str:
     counts = f", +{change.added} -{change.removed}" if change.lines else ""
     if change.how == "renamed":
         return f"{change.was} renamed to {change.path}"

@@ -62,7 +62,7 @@ class LaunchStore:
         for folder in (self._run.runs, self._run.path.parent):
             with contextlib.suppress(OSError):
                 list(folder.iterdir())  # NFS then asks again what is there
-        here, said = rendezvous.opened(self._run), self._said(_OPENED)
+        here, said = rendezvous.opened(self._run), self._text(_OPENED)
         if not said or (here is not None and here.launch == self._launch):
             return ""
         self._since = time.monotonic() if self._since is None else self._since
@@ -74,9 +74,9 @@ class LaunchStore:
 
     def refusal(self) -> str:
         """Why a rank cannot take part; empty if none has said so."""
-        return self._said(_REFUSED)
+        return self._text(_REFUSED)
 
-    def _said(self, key: str) -> str:
+    def _text(self, key: str) -> str:
         try:
             store = self._connected()
             name = self._name(key)
