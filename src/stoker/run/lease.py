@@ -92,7 +92,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class InFolder:
+class LeasesInFolder:
     """Leases as files."""
 
     folder: Path
@@ -122,7 +122,7 @@ class InFolder:
 
 
 @dataclass(frozen=True)
-class InStore:
+class LeasesInStore:
     """Leases as objects below a run's key."""
 
     store: Store
@@ -159,11 +159,11 @@ def of(run: Path, patience: float = PATIENCE, *, trains: bool = True) -> Lease |
     store = object_store.of(run.parent.parent)
     if store is not None:
         store = dataclasses.replace(store, patience=patience)
-        place = InStore(store, f"{run.parent.name}/{run.name}")
+        place = LeasesInStore(store, f"{run.parent.name}/{run.name}")
         return Lease(place, _visible_at(run, store), run, run / FOLDER / "here", trains=trains)
     if not storage.is_shared(run):
         return None
-    return Lease(InFolder(run / FOLDER), _visible_at(run, None), run, None, trains=trains)
+    return Lease(LeasesInFolder(run / FOLDER), _visible_at(run, None), run, None, trains=trains)
 
 
 def _visible_at(run: Path, store: Store | None) -> str:
