@@ -134,7 +134,7 @@ def machine(views: Sequence[RunView], names: Sequence[str]) -> list[Figure]:
     ]
 
 
-def histograms(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]:
+def histograms(views: Sequence[RunView]) -> list[dict[str, Any]]:
     """The histograms by name and run: {title, run, all, steps: [{step, low, high, counts, bad}]}.
 
     If there are too many steps for a page, some in between are left out; `all` is the original number.

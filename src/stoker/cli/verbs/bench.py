@@ -73,7 +73,7 @@ def scaling(
     report.check(output)
     resolved = configs.resolve(found.config, overrides or (), None)
     counts = _counts(nproc)
-    _check_length(found, resolved.config, steps)
+    _check_length(resolved.config, steps)
     _share_cores(max(counts))
     rows = _measured(found, resolved, counts, steps, repeats)
     result = {
@@ -190,7 +190,7 @@ def summarised(found: Mapping[Way, Sequence[Mapping[str, Any]]]) -> list[dict[st
     return rows
 
 
-def _check_length(recipe: Recipe, config: Any, steps: int) -> None:
+def _check_length(config: Any, steps: int) -> None:
     """Raises BadInput if the config makes the run shorter than the measurement."""
     length = getattr(config, "max_steps", None)
     needed = timing_steps(steps)
