@@ -34,7 +34,7 @@ from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Periodic, Task
-from stoker.reproduce import provenance
+from stoker.reproduce import code_changes, provenance
 from stoker.run import (
     artifacts,
     finding,
@@ -282,8 +282,6 @@ class Attempt:
             code: its code, unless that is known.
             begun: the first event of the attempt.
         """
-        from stoker.reproduce import code_changes
-
         rank, first = f"rank {self.world.rank} on {platform.node()}", f"rank 0 on {begun['host']}"
         if config:
             return (
@@ -336,8 +334,6 @@ class Attempt:
 
     def _other_code(self, code: Path) -> dict[str, str | None]:
         """The code files that have changed since the run began; warns of them once."""
-        from stoker.reproduce import code_changes
-
         changed = code_changes.since_begun(self.directory.provenance, code)
         attempts = self._before.attempts if self._before is not None else ()
         if changed and changed != (attempts[-1].code if attempts else {}):
