@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from stoker import tensors
+from stoker import tensors, words
 from stoker.engine.settings import Training
 from stoker.errors import BadInput, StokerError
 from stoker.words import some
@@ -162,8 +162,5 @@ def _takes(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> bo
 
 
 def _named(value: object) -> str:
-    """A value for a message: a string or function by its name, anything else by its type."""
-    if isinstance(value, str):
-        return repr(value)
-    name = getattr(value, "__name__", None)
-    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"
+    """A value for a message: a string as it is written, anything else as `words.named` says it."""
+    return repr(value) if isinstance(value, str) else words.named(value)
