@@ -34,7 +34,7 @@ from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Periodic, Task
-from stoker.reproduce import provenance
+from stoker.reproduce import code_changes, provenance
 from stoker.run import (
     artifacts,
     finding,
@@ -179,7 +179,9 @@ class Attempt:
 
     # -- opening ------------------------------------------------------------------------
 
-    def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None) -> None:
+    def _lead(
+        self, record: dict[str, Any], code: Path, accept_drift: bool, recorded_provenance: Path | None
+    ) -> None:
         """Create or continue the directory, and begin an attempt."""
         mark = uuid.uuid4().hex
         with contextlib.ExitStack() as undo:
@@ -189,7 +191,7 @@ class Attempt:
             if self._lease is not None:
                 undo.callback(self._lease.release)
             self.continued = self.directory.exists()
-            changes = self._open(record, code, accept_drift, known)
+            changes = self._open(record, code, accept_drift, recorded_provenance)
             if self._lease is not None:
                 self._lease.keep(self._give_up)
             if self.continued:
@@ -201,7 +203,7 @@ class Attempt:
             self._logging = messages.write_to(self.directory.logs / "rank-0.log")
             undo.callback(self._stop_logging)
             self._note_attempt()
-            other = self._other_code(code) if self.continued and known is None else {}
+            other = self._other_code(code) if self.continued and recorded_provenance is None else {}
             self.recorder.event(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
                 opening=mark, world=self.world.size, machines=self.world.machines, step=self.step,
@@ -280,8 +282,6 @@ class Attempt:
             code: its code, unless that is known.
             begun: the first event of the attempt.
         """
-        from stoker.reproduce import code_changes
-
         rank, first = f"rank {self.world.rank} on {platform.node()}", f"rank 0 on {begun['host']}"
         if config:
             return (
@@ -302,12 +302,12 @@ class Attempt:
             log.debug("attempt %d of %s, process %d", self.number, self.directory.path, os.getpid())
 
     def _open(
-        self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None
+        self, record: dict[str, Any], code: Path, accept_drift: bool, recorded_provenance: Path | None
     ) -> dict[str, tuple[Any, Any]]:
         """Create or continue the directory; returns how the config has drifted."""
         if not self.continued:
             self.directory.prepare()
-            record["code"] = self._record_code(code, known)
+            record["code"] = self._record_code(code, recorded_provenance)
             self.directory.create(record)
             return {}
         if not self.directory.journal.is_dir():
@@ -334,8 +334,6 @@ class Attempt:
 
     def _other_code(self, code: Path) -> dict[str, str | None]:
         """The code files that have changed since the run began; warns of them once."""
-        from stoker.reproduce import code_changes
-
         changed = code_changes.since_begun(self.directory.provenance, code)
         attempts = self._before.attempts if self._before is not None else ()
         if changed and changed != (attempts[-1].code if attempts else {}):
@@ -345,13 +343,13 @@ class Attempt:
             )  # fmt: skip
         return changed
 
-    def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
+    def _record_code(self, code: Path, recorded_provenance: Path | None) -> dict[str, Any]:
         """Record what the run is made from; returns what `run.json` says of it."""
-        if known:
-            provenance.link(known, self.directory.provenance)
-            if not (known / provenance.ENVIRONMENT).is_file():  # for a run that is being reproduced
+        if recorded_provenance:
+            provenance.link(recorded_provenance, self.directory.provenance)
+            if not (recorded_provenance / provenance.ENVIRONMENT).is_file():  # of a run that is reproduced
                 provenance.write_environment(self.directory.provenance)
-            return provenance.summary_of(known)
+            return provenance.summary_of(recorded_provenance)
         runs = self.directory.runs
         return provenance.record(self.directory.provenance, code, runs, artifacts.store(runs))
 

@@ -83,7 +83,7 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
     for override in overrides:
         key, value = split(override)
         given[key] = (value, COMMAND_LINE)
-    _all_known(cls, given, leaves)
+    _check_all_known(cls, given, leaves)
     values = {key: _checked(key, leaves[key], *pair) for key, pair in given.items()}
     sources = {key: given[key][1] if key in given else DEFAULT for key in leaves}
     config = _build(cls, values)
@@ -107,7 +107,7 @@ def restore(
     recorded = {key: value for key, value in values.items() if key not in given}
     for source, keys in (("the run's record", recorded), (COMMAND_LINE, given)):
         for key in keys:
-            _known(cls, key, leaves, source)
+            _check_known(cls, key, leaves, source)
     told = {key: sources.get(key, DEFAULT) for key in leaves} | dict.fromkeys(given, COMMAND_LINE)
     recorded, lost = without_secrets(recorded, told)
     if lost:
@@ -203,7 +203,7 @@ def checked(cls: type, key: str, value: Any, source: str = COMMAND_LINE) -> Any:
     Raises BadInput for an unknown key or a value that the key does not take.
     """
     leaves = _leaves(cls)
-    _known(cls, key, leaves, source)
+    _check_known(cls, key, leaves, source)
     return _dump(leaves[key], _checked(key, leaves[key], value, source))
 
 
@@ -214,7 +214,7 @@ def kinds(cls: type, key: str, source: str = COMMAND_LINE) -> frozenset[Any]:
     key.
     """
     leaves = _leaves(cls)
-    _known(cls, key, leaves, source)
+    _check_known(cls, key, leaves, source)
     return _kinds(leaves[key].type)
 
 
@@ -412,7 +412,7 @@ def _unquoted(key: str, value: Any, source: str) -> str:
     return f"{why}, and the whole argument for the shell: {shlex.quote(f'{key}={meant}')}"
 
 
-def _all_known(cls: type, given: Mapping[str, tuple[Any, str]], leaves: Mapping[str, _Leaf]) -> None:
+def _check_all_known(cls: type, given: Mapping[str, tuple[Any, str]], leaves: Mapping[str, _Leaf]) -> None:
     """Raises one BadInput for all unknown keys: a file for another trainer has several.
 
     Args:
@@ -421,7 +421,7 @@ def _all_known(cls: type, given: Mapping[str, tuple[Any, str]], leaves: Mapping[
     wrong = [key for key in given if key not in leaves]
     if len(wrong) == 1:
         value, source = given[wrong[0]]
-        _known(cls, wrong[0], leaves, source, value)
+        _check_known(cls, wrong[0], leaves, source, value)
     if wrong:
         files = sorted({given[key][1] for key in wrong})
         lines = []
@@ -435,7 +435,7 @@ def _all_known(cls: type, given: Mapping[str, tuple[Any, str]], leaves: Mapping[
         raise BadInput("\n  ".join([f"{len(wrong)} unknown keys ({', '.join(files)}):", *lines]))
 
 
-def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str, value: object = ...) -> None:
+def _check_known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str, value: object = ...) -> None:
     """Raises BadInput for an unknown key."""
     if key not in leaves:
         named, why = _why(cls, key, leaves, value)

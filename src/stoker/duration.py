@@ -63,7 +63,7 @@ def shown_clock(seconds: float) -> str:
 
 
 def limit(option: str, text: str) -> float:
-    """The same for the value of an option that limits a time. Raises BadInput, which names the option."""
+    """Like `clock`, for an option that limits a time. Raises BadInput, which names the option."""
     try:
         return clock(text)
     except ValueError as error:

@@ -99,7 +99,7 @@ def _is_of_shipped_recipe(seen: RunView) -> bool:
 def as_it_stands(seen: RunView) -> Path | None:
     """The folder of a run's own export, unverified; None if the run has exported no folder."""
     found = exported(seen, None)
-    folder = None if found is None else seen.directory.path / found.get("path", "")
+    folder = None if found is None else seen.directory.path / found["path"]
     return folder if folder is not None and folder.is_dir() else None
 
 
@@ -172,7 +172,7 @@ def exported(seen: RunView, name: str | None) -> Event | None:
 
 def copy(seen: RunView, artifact: Event, folder: Path) -> None:
     """Copy an artifact's files. Raises BadInput if one differs from what was recorded."""
-    base = seen.directory.path / artifact.get("path", f"artifacts/{artifact['name']}")
+    base = seen.directory.path / artifact["path"]
     for file in artifact["files"]:
         place = seen.directory.path / file["path"]
         if not place.is_file() or storage.sha256(place) != file["sha256"]:

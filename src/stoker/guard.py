@@ -7,7 +7,10 @@ back as they were before the step, or the weights are those of a checkpoint agai
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from stoker.attempt import Attempt
 from stoker.engine import bad_loss
 from stoker.engine.buffers import Buffers
@@ -46,8 +49,22 @@ class Guard:
         several = len(step.optimizers) > 1  # and as many losses, which have no median in common
         self._losses = bad_loss.LossWatch(None if several else training.spike, at_once=asks or at_once)
         self._buffers = Buffers(step.model)
-        self.see, self.look = self._losses.see, self._losses.look
-        self.state, self.restore = self._losses.state, self._losses.restore
+
+    def see(self, loss: torch.Tensor) -> str:
+        """What is wrong with a step's scalar loss, as text; empty if nothing is, or it is not checked now."""
+        return self._losses.see(loss)
+
+    def look(self) -> str:
+        """What is wrong with the newest loss, if `see` did not check it."""
+        return self._losses.look()
+
+    def state(self) -> dict[str, Any]:
+        """What is saved: the last good losses, and how bad ones were handled."""
+        return self._losses.state()
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self._losses.restore(saved)
 
     def keep_buffers(self) -> None:
         """Copy the buffers as they are between updates, if a pass may turn out not to count."""

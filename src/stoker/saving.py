@@ -138,8 +138,18 @@ class Checkpoints:
         )
         self._best_saved: float | None = None
         self._warned = False
-        self.wait = self._saver.wait
-        self.restore, self.checksums = saved.restore, saved.checksums
+
+    def wait(self, timeout: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until the current checkpoint is on disk, see `store.Saver.wait`."""
+        self._saver.wait(timeout, meanwhile)
+
+    def restore(self, checkpoint: manifest.Checkpoint, *, waits: bool = False) -> Restored:
+        """Restore a checkpoint, but for the random state, see `Saved.restore`."""
+        return self._saved.restore(checkpoint, waits=waits)
+
+    def checksums(self) -> dict[str, torch.Tensor]:
+        """Checksums of the trained weights and the buffers that this rank holds, by name."""
+        return self._saved.checksums()
 
     def save(self, position: Mapping[str, Any], *, exact: bool = False) -> None:
         """Start to save the current state at a position: `step`, `samples`, and anything else.

@@ -18,7 +18,7 @@ from typing import Any
 from stoker.attempt import Attempt
 from stoker.errors import BadInput
 from stoker.reproduce import data, provenance
-from stoker.run import artifacts, lineage, view
+from stoker.run import artifacts, lineage, media, view
 from stoker.run.reduction import How
 from stoker.run.series import Goal, Summary
 from stoker.run.values import recorded
@@ -184,14 +184,10 @@ class Run:
             rows: a list of dicts, a list of rows with `columns`, a dict of columns, or a table of pandas,
                 Polars or Arrow.
         """
-        from stoker.run import media
-
         self._media("table", name, lambda: media.table(rows, columns))
 
     def figure(self, name: str, figure: Any) -> None:
         """Log a Matplotlib or Plotly figure at the current step."""
-        from stoker.run import media
-
         self._media("figure", name, lambda: media.figure(figure))
 
     def image(self, name: str, image: Any, caption: str | None = None) -> None:
@@ -200,8 +196,6 @@ class Run:
         Arrays are (height, width), (height, width, channels) or (channels, height, width), of bytes, or of
         floats from 0 to 1. Floats beyond that are clipped, with a warning for each name.
         """
-        from stoker.run import media
-
         found = media.beyond(image) if self.world.rank == 0 and name not in self._clipped else None
         if found is not None:
             self._clipped.add(name)
@@ -217,14 +211,10 @@ class Run:
         kind: type = type(text)
         if not issubclass(kind, str):
             raise TypeError(f"text {name!r} is of type {kind.__name__}: give a string, such as its str()")
-        from stoker.run import media
-
         self._media("text", name, lambda: media.text(text))
 
     def histogram(self, name: str, values: Any, bins: int = 64) -> None:
         """Log a histogram of an array's or a tensor's values at the current step."""
-        from stoker.run import media
-
         about, step = media.histogram(values, bins), self.attempt.step
         self.attempt.held.do(lambda: self.attempt.medium("histogram", name, step, about=about))
 
@@ -232,8 +222,6 @@ class Run:
         """Write a file to look at, and its event."""
         if self.world.rank > 0:
             return
-        from stoker.run import media
-
         encoded, step = encode(), self.attempt.step
 
         def write() -> None:
@@ -269,11 +257,9 @@ class Run:
 
     def _taken(self, name: str) -> dict[str, str]:
         """What lies where below the run's artifacts, but for the artifact of this name."""
-        from stoker.run import media
-
         taken = {folder: f"the {folder} that the run logs" for folder in media.FOLDERS.values()}
         for other, event in self.attempt.recorded.items():
-            folder, _, path = str(event.get("path", "")).partition("/")
+            folder, _, path = str(event["path"]).partition("/")
             if other != name and folder == self.directory.artifacts.name and path:
                 taken[path] = f"the artifact {other!r}"
         return taken

@@ -1,4 +1,4 @@
-"""Counts, sizes, paths and lists of names as text."""
+"""Counts, sizes, paths, values and lists of names as text."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def some(names: Sequence[str], most: int = 8) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def named(value: object) -> str:
+    """A value for a message: a function or class by its name, anything else by its type."""
+    name = getattr(value, "__qualname__", None)
+    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"
 
 
 def shortest(path: Path) -> str:

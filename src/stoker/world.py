@@ -9,12 +9,14 @@ import math
 import os
 from dataclasses import dataclass
 
+from stoker import supervision
+
 PLANNED = "STOKER_PLANNED"
 PLANNED_RANK = "STOKER_PLANNED_RANK"
 """Environment variables for planning ranks that do not exist, see `World.planned`."""
 _OF_A_LAUNCH = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "MASTER_", "TORCHELASTIC_", "STOKER_LAUNCH_FOLDER",
+    "MASTER_", "TORCHELASTIC_", supervision.FOLDER,
 )  # fmt: skip
 _OF_A_SCHEDULER = (
     "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR",
@@ -45,32 +47,40 @@ class World:
     @classmethod
     def current(cls) -> World:
         """Read the place from the variables of torchrun or a similar launcher; without them, size is 1."""
-        known = os.environ.get
-        size = int(known("WORLD_SIZE", "1"))
-        local_size = int(known("LOCAL_WORLD_SIZE", str(size)))
-        job = known("TORCHELASTIC_RUN_ID", "none")
+        environment = os.environ
+        size = int(environment.get("WORLD_SIZE", "1"))
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", str(size)))
+        job = environment.get("TORCHELASTIC_RUN_ID", "none")
         parts = (
             job,
-            known("TORCHELASTIC_RESTART_COUNT", ""),
-            known("MASTER_ADDR", ""),
-            known("MASTER_PORT", ""),
+            environment.get("TORCHELASTIC_RESTART_COUNT", ""),
+            environment.get("MASTER_ADDR", ""),
+            environment.get("MASTER_PORT", ""),
         )
         return cls(
-            rank=int(known("RANK", "0")),
+            rank=int(environment.get("RANK", "0")),
             size=size,
-            local_rank=int(known("LOCAL_RANK", "0")),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
             local_size=local_size,
-            machines=int(known("GROUP_WORLD_SIZE") or math.ceil(size / local_size)),
+            machines=int(environment.get("GROUP_WORLD_SIZE") or math.ceil(size / local_size)),
             launch="/".join(parts) if size > 1 else "",
             job="" if job == "none" else job,
-            planned=int(known(PLANNED, "0")),
-            planned_rank=int(known(PLANNED_RANK, "0")),
+            planned=int(environment.get(PLANNED, "0")),
+            planned_rank=int(environment.get(PLANNED_RANK, "0")),
         )
 
 
 def environment_of_no_rank() -> dict[str, str]:
     """This process's environment without the variables that describe its rank and launch."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCH)}
+
+
+def agents_store() -> tuple[str, int] | None:
+    """The address and port of the store of torchrun's agents; None if another launcher started this rank."""
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or supervision.FOLDER in environment:
+        return None
+    return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
 
 
 def is_unattended() -> bool:
@@ -89,17 +99,18 @@ def comes_one_by_one() -> bool:
 
 def tasks_of_srun() -> int:
     """The number of processes that srun has started with this command; 1 if another launcher has."""
-    known = os.environ
-    if "RANK" in known or "RAY_JOB_ID" in known:
+    environment = os.environ
+    if "RANK" in environment or "RAY_JOB_ID" in environment:
         return 1
-    given = known.get("SLURM_STEP_NUM_TASKS", "")
+    given = environment.get("SLURM_STEP_NUM_TASKS", "")
     return int(given) if given.isdecimal() else 1
 
 
 def slurm_job() -> str:
     """A description of the Slurm job of this process; empty outside one."""
-    known = os.environ.get
-    number = known("SLURM_JOB_ID", "")
+    environment = os.environ
+    number = environment.get("SLURM_JOB_ID", "")
     if not number:
         return ""
-    return f"Slurm job {number}, on node {known('SLURM_NODEID', '0')} of {known('SLURM_JOB_NUM_NODES', '1')}"
+    node, nodes = environment.get("SLURM_NODEID", "0"), environment.get("SLURM_JOB_NUM_NODES", "1")
+    return f"Slurm job {number}, on node {node} of {nodes}"

@@ -123,7 +123,7 @@ def test_a_store_that_seemed_to_fail_gets_all_of_it_once(
     store = object_store.of(job.runs)
     assert store is not None
     (job.folder / "logs").mkdir()
-    there = job_uploader.InStore(job.folder, dataclasses.replace(store, patience=0.0))
+    there = job_uploader.JobLogs(job.folder, dataclasses.replace(store, patience=0.0))
     _write(job, "node-0.log", "begins\n")
     there.push()
     proxy.mode = "lost"
@@ -154,7 +154,7 @@ def test_a_log_that_grows_elsewhere_is_read_in_the_store_and_joined_stretches_ar
     assert store is not None
     nodes = job.folder.parent / "nodes" / job.id
     (nodes / "logs").mkdir(parents=True)
-    there = job_uploader.InStore(nodes, store)
+    there = job_uploader.JobLogs(nodes, store)
     (nodes / "node-0.log").write_text("")
     count, written = 0, 40
 

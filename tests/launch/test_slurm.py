@@ -406,7 +406,7 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
         assert "".join(stretches) == (job / name).read_text().replace(SECRET, "[REDACTED]")
 
 
-def _in_store(folder: Path, attempts: str, cancelled: bool) -> tuple[jobs.Job, job_uploader.InStore]:
+def _in_store(folder: Path, attempts: str, cancelled: bool) -> tuple[jobs.Job, job_uploader.JobLogs]:
     """A job that Slurm does not know, with what is brought to the store of what it wrote of its attempts."""
     runs = object_store.working_copy(f"s3://bucket/{uuid.uuid4().hex}")
     store = object_store.of(runs)
@@ -414,7 +414,7 @@ def _in_store(folder: Path, attempts: str, cancelled: bool) -> tuple[jobs.Job, j
     job = jobs.planned("slurm", JobSpec(name="a", command=("python",), folder=folder), runs, ("ranked/a",))
     (jobs.begin(job, "attempts.txt", attempts).parent / "logs").mkdir()
     jobs.write(dataclasses.replace(job, native="999999", cancelled=cancelled))
-    there = job_uploader.InStore(job.folder, store)
+    there = job_uploader.JobLogs(job.folder, store)
     there.push()
     return job, there
 

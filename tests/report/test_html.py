@@ -41,7 +41,7 @@ def _run(path: Path, run_id: str = "a", said: str = "fine", **config: Any) -> Ru
             about = {"kind": "table", "name": said, "step": step, "file": file, "about": table.about}
             writer.append("media", time=time + step, **about)
         files = [{"path": f"artifacts/{said}", "size": 1, "sha256": said}]
-        writer.append("artifact", time=time + 50, name=said, kind=said, files=files)
+        writer.append("artifact", time=time + 50, name=said, kind=said, path=f"artifacts/{said}", files=files)
         writer.append("tags", time=time + 50, tags={said: said})
         writer.append("attempt_ended", time=time + 60, status="failed", error=said)
         writer.close()
@@ -118,7 +118,10 @@ def test_the_same_run_gives_the_same_bytes_even_once_its_report_is_recorded(tmp_
     output = directory.artifacts / "report.html"
     first = html.write([view.load(directory)], output).read_bytes()
     name = sorted(directory.journal.iterdir())[-1]
-    recorded = {"type": "artifact", "time": 9999.0, "name": "report.html", "kind": "report", "files": []}
+    recorded = {
+        "type": "artifact", "time": 9999.0, "name": "report.html", "kind": "report",
+        "path": "artifacts/report.html", "files": [],
+    }  # fmt: skip
     with name.open("a") as file:
         file.write(json.dumps(recorded) + "\n")
     assert html.write([view.load(directory)], output).read_bytes() == first

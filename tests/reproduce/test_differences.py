@@ -87,7 +87,7 @@ def _recorded(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(content)
     record.mkdir()
-    listed, contents = bundle.read(code.Found(code.Code("modules", str(root)), tuple(files)))
+    listed, contents = bundle.read(code.CodeOnDisk(code.Code("modules", str(root)), tuple(files)))
     provenance.write(record, provenance.Gathered(listed, contents, b""), tmp_path / "store")
     return record
 

@@ -15,7 +15,7 @@ import xxhash
 from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import bundle, code, inputs, packages, place, provenance, shipped
-from stoker.reproduce.code import Code, File, Found
+from stoker.reproduce.code import Code, CodeOnDisk, File
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -531,7 +531,7 @@ def test_of_a_folder_that_was_sent_nothing_is_told_of_the_rest_of_its_repository
     _write(repository, {"train.py": "private\n", "new.py": ""})
     monkeypatch.setenv(shipped.FOLDER, str(part))
 
-    def told() -> Found:
+    def told() -> CodeOnDisk:
         monkeypatch.setenv(shipped.RECORD, shipped.packed(part, runs))
         found = shipped.find(part / "run.py")
         assert found is not None

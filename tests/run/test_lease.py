@@ -17,7 +17,7 @@ import pytest
 from stoker import storage
 from stoker.errors import BadInput
 from stoker.run import lease
-from stoker.run.lease import InFolder, Lease
+from stoker.run.lease import Lease, LeasesInFolder
 
 from support import LONG, until
 
@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _lease(folder: Path, machine: str) -> Lease:
-    return Lease(InFolder(folder / lease.FOLDER), machine, folder, None)
+    return Lease(LeasesInFolder(folder / lease.FOLDER), machine, folder, None)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from stoker import object_store, store_urls
 from stoker.errors import BadInput
 from stoker.object_store import Store, Unreachable
-from stoker.run.lease import InStore, Lease
+from stoker.run.lease import Lease, LeasesInStore
 
 from servers import Proxy
 from support import SOAK
@@ -169,7 +169,7 @@ def test_where_access_is_denied_it_is_said_at_once(store: Store, proxy: Proxy) -
 
 
 def test_a_lease_is_taken_though_the_answer_is_lost(store: Store, proxy: Proxy, tmp_path: Path) -> None:
-    held = Lease(InStore(store, "experiment/a"), "here", tmp_path, None)
+    held = Lease(LeasesInStore(store, "experiment/a"), "here", tmp_path, None)
     proxy._only = lambda method, path: method == "PUT"
     proxy.mode, proxy.left = "lost", 1
     held.take()

@@ -24,7 +24,7 @@ from stoker.run.directory import RunDirectory
 from stoker.run.recorder import Recorder
 from stoker.tracking import feed, follower, ledger, mlflow_sink, sinks, store
 from stoker.tracking.shipper import Shipper
-from stoker.tracking.sink import Batch, Ending, SinkRun
+from stoker.tracking.sink import LARGEST_ARTIFACT, Batch, Ending, SinkRun
 from stoker.world import World
 from synthetic_run import DEADLINE, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
 
@@ -168,14 +168,15 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
     _write(run.artifacts / "adapter" / "deep" / "weights", b"123")
     _write(run.artifacts / "report.html", b"<html>")
     _write(run.artifacts / "big", b"")
-    os.truncate(run.artifacts / "big", mlflow_sink.LARGEST_ARTIFACT + 1)
+    os.truncate(run.artifacts / "big", LARGEST_ARTIFACT + 1)
     for name in ("adapter", "report.html"):
         files = artifacts.describe(run, run.artifacts / name)
-        trainer.journal.append("artifact", name=name, kind="file", files=files)
+        trainer.journal.append("artifact", name=name, kind="file", path=f"artifacts/{name}", files=files)
     big = {"path": "artifacts/big", "size": (run.artifacts / "big").stat().st_size, "sha256": ""}
     gone = {"path": "artifacts/gone", "size": 1, "sha256": ""}
-    trainer.journal.append("artifact", name="big", kind="file", files=[big])
-    trainer.journal.append("artifact", name="gone", kind="file", files=[gone])
+    for file in (big, gone):
+        path = str(file["path"])
+        trainer.journal.append("artifact", name=Path(path).name, kind="file", path=path, files=[file])
     trainer.end("failed")
     monkeypatch.chdir(tmp_path)
 
@@ -630,7 +631,7 @@ def _log_artifact(run: RunDirectory, name: str) -> None:
 def _record_artifact(run: RunDirectory, name: str) -> None:
     trainer = Trainer(run)
     files = artifacts.describe(run, run.artifacts / name)
-    trainer.journal.append("artifact", name=name, kind="file", files=files)
+    trainer.journal.append("artifact", name=name, kind="file", path=f"artifacts/{name}", files=files)
     trainer.end("finished")
 
 

@@ -165,7 +165,9 @@ def test_replaced_artifacts_are_deleted_over_http_if_the_server_allows_it(
                 (folder / name).write_text(str(contents))
             files = artifacts.describe(run, artifacts.bring_in(run, folder, "model"))
             trainer = Trainer(run)
-            trainer.journal.append("artifact", name="model", kind="model", files=files)
+            trainer.journal.append(
+                "artifact", name="model", kind="model", path="artifacts/model", files=files
+            )
             trainer.end("finished")
             assert stoker("sync", run.id).code == 0
             assert pending(run) == 0
@@ -217,7 +219,8 @@ def _mark(name: str) -> str:
 def _ship_artifact(run: RunDirectory, given: Path) -> None:
     files = artifacts.describe(run, artifacts.bring_in(run, given, given.name))
     trainer = Trainer(run)
-    trainer.journal.append("artifact", name=given.name, kind="file", files=files)
+    path = f"artifacts/{given.name}"
+    trainer.journal.append("artifact", name=given.name, kind="file", path=path, files=files)
     trainer.end("finished")
 
 

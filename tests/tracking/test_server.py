@@ -77,7 +77,7 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
     until(lambda: follower.state(run)[0].error is not None)
     (run.artifacts / "report.html").write_text("<html>")
     files = artifacts.describe(run, run.artifacts)
-    trainer.journal.append("artifact", name="report.html", kind="report", files=files)
+    trainer.journal.append("artifact", name="report.html", kind="report", path="artifacts", files=files)
     trainer.end("finished")
     (state,) = follower.wait(run, process, DEADLINE)
     assert process.returncode is None

@@ -217,7 +217,7 @@ def test_what_wandb_refuses_is_renamed_or_left_out_and_the_rest_arrives(tmp_path
     files = artifacts.describe(run, artifacts.bring_in(run, Path(__file__), "größe"))
     kinds = {"größe": "größe x", "gräße": "job", "x" * 200: "wandb-own", "plain": "file"}
     for name, kind in kinds.items():
-        trainer.journal.append("artifact", name=name, kind=kind, files=files)
+        trainer.journal.append("artifact", name=name, kind=kind, path="artifacts/größe", files=files)
     edges = {"edges": [0.0, 1.0, 2.0], "counts": [1]}  # one too few
     trainer.journal.append("media", kind="histogram", name="odd", step=1, file=None, about=edges)
     trainer.log(1, loss=1)

@@ -30,7 +30,16 @@ def all_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(number: int) -> TrialJob:
     return TrialJob(
-        number, "none", {}, {}, Path("runs"), "sweep", f"trial-{number}", ("val_loss",), "step", Path()
+        number=number,
+        recipe="none",
+        values={},
+        sources={},
+        runs=Path("runs"),
+        sweep="sweep",
+        run=f"trial-{number}",
+        metrics=("val_loss",),
+        unit="step",
+        provenance=Path(),
     )
 
 

@@ -110,7 +110,15 @@ def _search(
     kept = stores.JournalFile(folder / "study.journal")
     objectives = tuple(Objective(metric, "min") for metric in metrics)
     study = studies.opened(kept, samplers.make(sampler, SPACE, 0), [one.goal for one in objectives])
-    plan = Plan(folder, "recipe", SPACE.config, objectives, trials, folder / "provenance", **planned)
+    plan = Plan(
+        folder=folder,
+        recipe="recipe",
+        config=SPACE.config,
+        objectives=objectives,
+        trials=trials,
+        provenance=folder / "provenance",
+        **planned,
+    )
     return Search(plan, SPACE, study, kept, rule or schedulers.make("none"), cluster)
 
 

@@ -201,7 +201,14 @@ def test_trials_save_where_the_database_stays_away(
 ) -> None:
     monkeypatch.setattr(tables, "PATIENCE", 0.3)
     study = studies.opened(kept, samplers.make("random", SPACE, 0), ["min"], "stays")
-    plan = Plan(tmp_path, "recipe", SPACE.config, (OBJECTIVE,), 2, tmp_path / "provenance")
+    plan = Plan(
+        folder=tmp_path,
+        recipe="recipe",
+        config=SPACE.config,
+        objectives=(OBJECTIVE,),
+        trials=2,
+        provenance=tmp_path / "provenance",
+    )
     with contextlib.ExitStack() as stack:
         workers = Waiting(stack, database)
         found = Search(

@@ -36,7 +36,6 @@ NAME = directory.MANIFEST
 _GONE = (errno.ENOENT, errno.ESTALE)
 _VOID = "void-manifest.json"
 _THREADS = 2
-_FOLDER = re.compile(r"step-(\d{8,})")
 _OF_ANOTHER = re.compile(
     "the checkpoint (is from a different model|has .*, but the model has no)|the checkpoint's optimizers? "
 )
@@ -90,8 +89,8 @@ class Checkpoint:
 
 
 def folder(checkpoints: Path, step: int) -> Path:
-    """The directory of the checkpoint of a step: `step-00000500`."""
-    return checkpoints / f"step-{step:08d}"
+    """The directory of the checkpoint of a step."""
+    return checkpoints / directory.step_folder(step)
 
 
 def gone(path: Path) -> StokerError:
@@ -306,7 +305,7 @@ def prune(
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint, from the name of its directory."""
-    return int(path.name.removeprefix("step-"))
+    return directory.step_of(path.name)
 
 
 def committed(checkpoints: Path) -> list[Path]:
@@ -328,8 +327,8 @@ def folders(checkpoints: Path) -> list[Path]:
     """Every step directory, finished or not, by step."""
     if not checkpoints.is_dir():
         return []
-    found = [(int(m[1]), p) for p in checkpoints.iterdir() if (m := _FOLDER.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
+    found = [(step_of(path), path) for path in checkpoints.iterdir()]
+    return [path for step, path in sorted(found) if step >= 0]
 
 
 def _read(path: Path) -> dict[str, Any]:

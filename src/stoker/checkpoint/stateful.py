@@ -179,7 +179,7 @@ def check(name: str, given: object) -> None:
     try:
         trees.apart(given.state_dict())
     except trees.Unsavable as error:
-        raise BadInput(_said(name, error)) from None
+        raise BadInput(_refusal(name, error)) from None
 
 
 def _apart(name: str, given: Stateful) -> tuple[Any, Tensors]:
@@ -187,10 +187,10 @@ def _apart(name: str, given: Stateful) -> tuple[Any, Tensors]:
     try:
         return trees.apart(given.state_dict())
     except trees.Unsavable as error:
-        raise StokerError(_said(name, error)) from None
+        raise StokerError(_refusal(name, error)) from None
 
 
-def _said(name: str, error: trees.Unsavable) -> str:
+def _refusal(name: str, error: trees.Unsavable) -> str:
     return (
         f"the state of {name} has {error}, but a checkpoint can hold only {trees.ALLOWED}: leave it out of "
         "state_dict(), and recreate it in load_state_dict()"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
+from stoker import words
 from torch.distributed.tensor import DTensor
 
 Tensors = dict[str, torch.Tensor]
@@ -156,7 +157,7 @@ def _tensor(value: Any, at: str) -> torch.Tensor:
             "to Trainer(optimizer=...); for an average of them set ema.decay=0.999)"
         )
     else:
-        raise Unsavable(f"{_said(value)}{_where(at)}")
+        raise Unsavable(f"{words.named(value)}{_where(at)}")
     if found.layout != torch.strided or found.is_quantized or found.is_meta or found.dtype in _UNKNOWN:
         what = "meta" if found.is_meta else f"{found.layout}, {found.dtype}"
         raise Unsavable(f"a tensor ({what}){_where(at)}")
@@ -172,8 +173,3 @@ def _of_array(array: np.ndarray[Any, Any], at: str) -> torch.Tensor:
 
 def _where(at: str) -> str:
     return f" at {at}" if at else ""
-
-
-def _said(value: object) -> str:
-    name = getattr(value, "__qualname__", None)
-    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"

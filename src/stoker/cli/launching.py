@@ -114,9 +114,17 @@ def start(
     ranks_in_all = max(launch.ranks * machines, World.current().size)
     training.check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * machines)
     job = training.RankJob(
-        recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
-        _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
-    )  # fmt: skip
+        recipe=recipe.reference,
+        values=resolved.values,
+        sources=resolved.sources,
+        runs=runs.absolute(),
+        experiment=experiment,
+        name=name,
+        profile=_steps(launch.profile),
+        json=json,
+        accept_drift=accept_drift,
+        deadline=_deadline(launch.max_time),
+    )
     if not where.here:
         return _submit(launch, where, command, runs.absolute(), experiment, name, json)
     if where.dry_run:

@@ -65,7 +65,7 @@ class Asked(SearchOptions):
     """Values to try first, in the form of the space's `params`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A checked search, ready to start."""
 
@@ -108,12 +108,20 @@ def prepare(asked: Asked) -> Prepared:
         _check_shares(searched, rule)
     name = finding.checked(asked.name or f"{asked.recipe.name}-sweep")
     folder = asked.runs / (record.free_name(asked.runs, name) if asked.new else name)
-    stored = (record.shown(asked.storage), asked.study or folder.name) if asked.storage else ("", "")
     wanted = Record(
-        record.resolved(asked.recipe.reference), searched.described(),
-        ", ".join(one.metric for one in objectives), ", ".join(one.goal for one in objectives), sampler,
-        _said(scheduler, rule, unit), asked.seed, asked.ranks, asked.tries, asked.warm_start, *stored,
-    )  # fmt: skip
+        recipe=record.resolved(asked.recipe.reference),
+        space=searched.described(),
+        metric=", ".join(one.metric for one in objectives),
+        goal=", ".join(one.goal for one in objectives),
+        sampler=sampler,
+        scheduler=_described(scheduler, rule, unit),
+        seed=asked.seed,
+        nproc=asked.ranks,
+        tries=asked.tries,
+        warm_start=asked.warm_start,
+        storage=record.shown(asked.storage) if asked.storage else "",
+        study=(asked.study or folder.name) if asked.storage else "",
+    )
     record.check(folder, wanted)
     if asked.storage and scheduler in schedulers.POPULATIONS:
         raise BadInput(f"--storage: {scheduler} copies checkpoints within one folder; leave out --storage")
@@ -126,8 +134,18 @@ def prepare(asked: Asked) -> Prepared:
     budget = Budget.parse(asked.budget) if asked.budget is not None else None
     counts_by = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
     _check_points(asked)
-    drawn_by = samplers.make(sampler, searched, asked.seed, trials)
-    return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counts_by, whole, budget)
+    return Prepared(
+        asked=asked,
+        record=wanted,
+        folder=folder,
+        objectives=objectives,
+        trials=trials,
+        rule=rule,
+        sampler=samplers.make(sampler, searched, asked.seed, trials),
+        unit=counts_by,
+        whole=whole,
+        budget=budget,
+    )
 
 
 @contextlib.contextmanager
@@ -148,10 +166,20 @@ def begun(
         lock = record.take(made.folder)
         try:
             planned = Plan(
-                made.folder, asked.recipe.reference, asked.recipe.config, made.objectives, made.trials,
-                record.provenance_of(made.folder, asked.recipe.code), asked.seed, asked.ranks, made.unit,
-                made.whole, asked.max_failures, made.budget, deadline,
-            )  # fmt: skip
+                folder=made.folder,
+                recipe=asked.recipe.reference,
+                config=asked.recipe.config,
+                objectives=made.objectives,
+                trials=made.trials,
+                provenance=record.provenance_of(made.folder, asked.recipe.code),
+                seed=asked.seed,
+                ranks=asked.ranks,
+                unit=made.unit,
+                whole=made.whole,
+                max_failures=asked.max_failures,
+                budget=made.budget,
+                deadline=deadline,
+            )
             try:
                 search = _search(made, planned, workers)
             except BadInput:
@@ -414,7 +442,7 @@ def _begin(study: Any, asked: Asked, earlier: Path | None) -> None:
         study.enqueue_trial(values)
 
 
-def _said(name: str, rule: Scheduler, unit: str) -> str:
+def _described(name: str, rule: Scheduler, unit: str) -> str:
     """A scheduler and its settings, as text."""
     settings: dict[str, Any] = dataclasses.asdict(rule)  # type: ignore[call-overload]
     settings |= settings.pop("asha", {})

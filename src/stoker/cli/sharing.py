@@ -30,14 +30,18 @@ class Destination:
 
     name: str
     """The name that others load the model by."""
-    send: Callable[..., str]
-    """`(folder, private=...) -> the model's new location`."""
+    send: Callable[[Path], str]
+    """Sends a folder there; returns the model's new location."""
     revision: str | None = None
     """The revision on the hub; None for the default."""
 
 
-def destination(to: str) -> Destination:
-    """Parse `hub:org/name`, the URL of a folder in an object store, or a local folder. Raises BadInput."""
+def destination(to: str, *, private: bool) -> Destination:
+    """Parse `hub:org/name`, the URL of a folder in an object store, or a local folder. Raises BadInput.
+
+    Args:
+        private: whether a new repository on the hub is private.
+    """
     if to.startswith(_HUB):
         reference = to.removeprefix(_HUB)
         name, _, revision = reference.partition("@")
@@ -45,14 +49,14 @@ def destination(to: str) -> Destination:
 
         hub.check_push(name)
 
-        def push(folder: Path, private: bool) -> str:
+        def push(folder: Path) -> str:
             return hub.push(folder, reference, private=private)
 
         return Destination(name, push, revision or None)
     if store_urls.is_url(to):
         store_urls.check(to)
 
-        def upload(folder: Path, private: bool) -> str:
+        def upload(folder: Path) -> str:
             object_store.upload(folder, to)
             return to
 
@@ -63,7 +67,7 @@ def destination(to: str) -> Destination:
             f"{target} already exists: give a new folder, hub:org/name, or a URL such as s3://bucket/folder"
         )
 
-    def move(folder: Path, private: bool) -> str:
+    def move(folder: Path) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".push-") as scratch:
             shutil.copytree(folder, Path(scratch) / "model").rename(target)

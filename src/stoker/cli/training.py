@@ -30,7 +30,7 @@ _WEIGHTS = "model.safetensors"
 _SINKS_TIMEOUT = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankJob:
     """What a rank needs to take part in a run."""
 
@@ -103,14 +103,14 @@ def check_ranks(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None
     if isinstance(config, Training):
         options.check(
             deepspeed_file.completed(config), ranks=ranks,
-            gpus=_gpus(config, ranks) if gpus is None else gpus,
+            gpus=_gpus(config) if gpus is None else gpus,
             batch_size=getattr(config, "batch_size", None),
         )  # fmt: skip
     if recipe.check_ranks is not None:
         recipe.check_ranks(config, ranks)
 
 
-def _gpus(config: Training, ranks: int) -> int:
+def _gpus(config: Training) -> int:
     """The number of GPUs of this machine; 0, without importing torch, if no option depends on it."""
     if not (config.backend == "nccl" or config.sync_batchnorm or config.fsdp.offload):
         return 0

@@ -34,8 +34,8 @@ _NO_VALUES = frozenset({
 
 def schemas(where: str, tools: Any) -> str:
     """The tools of a record as a JSON array; empty if there are none. Raises BadInput."""
-    found = _read(where, "'tools'", tools) if isinstance(tools, str) and tools.strip() else tools
-    if not found or (isinstance(found, str) and not found.strip()):
+    found = _given(where, "'tools'", tools)
+    if not found:
         return ""
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise BadInput(f"{where}: 'tools' must be a list of JSON schemas, or such a list as a JSON string")
@@ -44,8 +44,8 @@ def schemas(where: str, tools: Any) -> str:
 
 def values(where: str, given: Any) -> str:
     """A record's values for its template, as a JSON object; empty if there are none. Raises BadInput."""
-    found = _read(where, repr(VALUES), given) if isinstance(given, str) and given.strip() else given
-    if not found or (isinstance(found, str) and not found.strip()):
+    found = _given(where, repr(VALUES), given)
+    if not found:
         return ""
     if not isinstance(found, dict):
         raise BadInput(f'{where}: {VALUES!r} must be an object such as {{"enable_thinking": false}}')
@@ -148,6 +148,12 @@ def _arguments(where: str, function: dict[str, Any]) -> dict[str, Any]:
 def _wrapped(function: dict[str, Any]) -> dict[str, Any]:
     """A function, wrapped as a tool of type "function"."""
     return function if "function" in function else {"type": "function", "function": function}
+
+
+def _given(where: str, what: str, value: Any) -> Any:
+    """A record's value, parsed if it is a JSON string; None if it is a blank one. Raises BadInput."""
+    found = _read(where, what, value) if isinstance(value, str) and value.strip() else value
+    return None if isinstance(found, str) and not found.strip() else found
 
 
 def _read(where: str, what: str, text: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from stoker import tensors
+from stoker import tensors, words
 from stoker.engine.settings import Training
 from stoker.errors import BadInput, StokerError
 from stoker.words import some
@@ -90,7 +90,7 @@ def _check_optimizer(name: str, make: object) -> None:
     kind = type(make).__name__ if isinstance(make, torch.optim.Optimizer) else "SGD"
     written = f"lambda parameters: {kind}(parameters, lr=...)"
     raise BadInput(
-        f"optimizer= is {_said(make)}{f' for {name!r}' if name else ''}, but the optimizer is created after "
+        f"optimizer= is {_named(make)}{f' for {name!r}' if name else ''}, but the optimizer is created after "
         f"the model is parallelised: give a function that creates it, optimizer="
         f"{f'{{{name!r}: {written}, ...}}' if name else written}"
     )
@@ -103,7 +103,7 @@ def _check_loss(loss: object) -> None:
     if callable(loss) and not of_torch:
         return
     raise BadInput(
-        f"loss= is {_said(loss)}: give a function (output, batch) -> (sum, weight) that returns the loss "
+        f"loss= is {_named(loss)}: give a function (output, batch) -> (sum, weight) that returns the loss "
         "summed over the batch and what to divide it by, such as "
         'lambda output, batch: (cross_entropy(output, batch[1], reduction="sum"), len(batch[1]))'
     )
@@ -112,7 +112,7 @@ def _check_loss(loss: object) -> None:
 def _check_schedule(schedule: object) -> None:
     if callable(schedule) and _takes(schedule, 0, 1):
         return
-    said = f"{_said(schedule)}, which does not take these" if callable(schedule) else _said(schedule)
+    said = f"{_named(schedule)}, which does not take these" if callable(schedule) else _named(schedule)
     raise BadInput(
         f"schedule= is {said}: give a function (step, total steps) -> learning rate factor, such as "
         'stoker.engine.schedule.build("cosine", warmup=0.05)'
@@ -161,9 +161,6 @@ def _takes(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> bo
     return True
 
 
-def _said(value: object) -> str:
-    """A value for a message: a string or function by its name, anything else by its type."""
-    if isinstance(value, str):
-        return repr(value)
-    name = getattr(value, "__name__", None)
-    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"
+def _named(value: object) -> str:
+    """A value for a message: a string as it is written, anything else as `words.named` says it."""
+    return repr(value) if isinstance(value, str) else words.named(value)

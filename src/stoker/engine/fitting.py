@@ -76,19 +76,19 @@ class Change:
     def of_an_update(self) -> str:
         """Advice if there are no activations to reduce."""
         if self._strategy not in ("single", "ddp"):
-            return self._said("more ranks, or the strategy's offload")
+            return self._advice("more ranks, or the strategy's offload")
         training = dataclasses.replace(self._training, optimizer_in_backward=False)
         ranks = memory.ranks_that_hold(
             self._step.model, self._blocks(), training, _ROOM * self._has(), self._moments()
         )
         without = "optimizer_in_backward=false and " if self._training.optimizer_in_backward else ""
-        return self._said(f"{without}parallel=fsdp over {f'{ranks} such' if ranks else 'more'} ranks")
+        return self._advice(f"{without}parallel=fsdp over {f'{ranks} such' if ranks else 'more'} ranks")
 
     def _tried(self, batch: Any, smaller: Sequence[int], micro: int | None) -> str:
         """The change with which a pass was seen to fit."""
         found = self._largest(batch, smaller)
         if found is not None:
-            return self._said(f"micro_batch={found}, which was tried and fits")
+            return self._advice(f"micro_batch={found}, which was tried and fits")
         recomputing = self._recomputing(micro)
         if recomputing:
             with contextlib.suppress(BadInput):
@@ -101,7 +101,7 @@ class Change:
         """Advice to recompute activations; empty if they are, or if the model has no blocks."""
         if self._training.activation_checkpointing == "full" or not self._block:
             return ""
-        return self._said(f"{'' if micro == 1 else 'micro_batch=1 '}activation_checkpointing=full")
+        return self._advice(f"{'' if micro == 1 else 'micro_batch=1 '}activation_checkpointing=full")
 
     def _of_one_sample(self) -> str:
         """Advice if the activations of a single sample do not fit next to the state."""
@@ -160,7 +160,7 @@ class Change:
         fitting = [size for size in smaller if activations * size <= room * micro]
         if fitting:
             auto = "" if self._training.micro_batch == "auto" else " (auto finds the largest that fits)"
-            return self._said(f"micro_batch={fitting[-1]} or less{auto}")
+            return self._advice(f"micro_batch={fitting[-1]} or less{auto}")
         return self._recomputing(micro) or self._of_one_sample()
 
     def _state(self) -> tuple[float, float]:
@@ -176,7 +176,7 @@ class Change:
         to_come = of["optimizer"] or self._moments() / 4 * of["gradients"]
         return now, of["weights"] + of["gradients"] + to_come + gathered
 
-    def _said(self, change: str) -> str:
+    def _advice(self, change: str) -> str:
         changes = blocks.has_batch_norm(self._step.model)
         return f"Use {change}" + ("" if changes else ": the result stays the same")
 

@@ -28,7 +28,7 @@ def as_on_a_gpu() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and _ON_A_CPU not in str(error):
             raise
-        raise torch.OutOfMemoryError(_said(error)) from error
+        raise torch.OutOfMemoryError(_message(error)) from error
 
 
 def said(error: BaseException, rank: int) -> str:
@@ -51,7 +51,7 @@ def numbers(error: BaseException, device: torch.device) -> tuple[float, float, f
     return wanted, _free(), max(0.0, float(psutil.Process().memory_info().rss - _CODE))
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
     wanted = f"Tried to allocate {words.size(int(asked[1]))}. " if asked else ""
     return f"{wanted}{words.size(_free())} of memory are free."

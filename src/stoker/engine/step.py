@@ -121,7 +121,8 @@ class Setting:
             found = self.loss(output, batch)
         if isinstance(found, tuple | list) and len(found) == 2 and _is_scalar(found[0]):
             return found[0], found[1]
-        said = " and ".join(map(_said, found)) if isinstance(found, tuple | list) else _said(found)
+        parts = found if isinstance(found, tuple | list) else [found]
+        said = " and ".join(map(_type_and_shape, parts))
         raise TypeError(
             f"loss returned {said}: it must return two values, a scalar loss summed over the batch and what "
             'to divide it by, such as (cross_entropy(output, y, reduction="sum"), len(y))'
@@ -136,7 +137,7 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 1
 
 
-def _said(value: Any) -> str:
+def _type_and_shape(value: Any) -> str:
     """A value for a message: its type, and a tensor's shape."""
     shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
     return f"a {type(value).__name__}{shape}"

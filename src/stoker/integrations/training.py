@@ -42,9 +42,18 @@ def job_of(
     resolved: Any = configs.resolve(found.config, overrides)
     training.check(found, resolved.config, ranks)
     return TrialJob(
-        0, found.reference, resolved.values, resolved.sources, run.parent.parent, run.parent.name, run.name,
-        (metric,), "step", None, tags,
-    )  # fmt: skip
+        number=0,
+        recipe=found.reference,
+        values=resolved.values,
+        sources=resolved.sources,
+        runs=run.parent.parent,
+        sweep=run.parent.name,
+        run=run.name,
+        metrics=(metric,),
+        unit="step",
+        provenance=None,
+        tags=tags,
+    )
 
 
 def recipe_of(recipe: str | Path | Callable[..., None]) -> Recipe:

@@ -64,7 +64,7 @@ class Growing:
         os._exit(1)
 
 
-class InStore:
+class JobLogs:
     """The logs of a job in its object store."""
 
     newest: int | None = None
@@ -172,7 +172,7 @@ def main() -> int:
     logs = Growing(folder, given.patience)
     ranks.log_to(logs.path / "uploader.log")
     messages.write_to_stderr()
-    copy = InStore(folder, dataclasses.replace(store, patience=uploader.TRY))
+    copy = JobLogs(folder, dataclasses.replace(store, patience=uploader.TRY))
     with storage.locked(logs.path / "store.lock", timeout=math.inf):  # by one in its last seconds, say
         return 0 if uploader.upload(logs, copy) else 1
 

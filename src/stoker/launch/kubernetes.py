@@ -34,10 +34,10 @@ def check(job: Job) -> None:
     done = _kubectl(["auth", "can-i", "create", RESOURCES[kind], *_namespace(job.spec)])
     answer = done.stdout.strip()
     if answer.startswith("no"):
-        raise BadInput(f"kubectl may not create {RESOURCES[kind]} there: {_said(done) or answer}")
+        raise BadInput(f"kubectl may not create {RESOURCES[kind]} there: {_reason(done) or answer}")
     if answer != "yes":
         raise BadInput(
-            f"no cluster answers kubectl ({_said(done) or done.returncode}): set KUBECONFIG, or check "
+            f"no cluster answers kubectl ({_reason(done) or done.returncode}): set KUBECONFIG, or check "
             "`kubectl config get-contexts`; --dry-run prints the manifest anywhere"
         )
     if job.spec.gpus:
@@ -61,7 +61,7 @@ def submit(job: Job, rendered: str) -> str:
     if done.returncode != 0:
         _kubectl(["delete", "--ignore-not-found", "--filename", str(manifest)])  # the part that was created
         jobs.forget(job)
-        raise StokerError(f"the cluster did not accept the job: {_said(done)}")
+        raise StokerError(f"the cluster did not accept the job: {_reason(done)}")
     if meets(job.spec) and kind_of(job.spec) == "job":
         _own_service(job)
     return name_of(job)
@@ -73,7 +73,7 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
     for job in of:
         done = _kubectl(["get", *_resource(job), "--output", "json", "--ignore-not-found"])
         if done.returncode != 0:
-            raise StokerError(f"kubectl get {job.native}: {_said(done)}")
+            raise StokerError(f"kubectl get {job.native}: {_reason(done)}")
         known = json.loads(done.stdout) if done.stdout.strip() else None
         found[job.id] = _status(job, known)
     return found
@@ -93,7 +93,7 @@ def cancel(job: Job, *, at_once: bool) -> None:
         of_job = ["--selector", f"{LABEL}={job.id}", *_namespace(job.spec)]
         _kubectl(["delete", "pods", *of_job, "--grace-period=0", "--force", "--wait=false"])
     if done.returncode != 0:
-        raise StokerError(f"kubectl delete {name_of(job)}: {_said(done)}")
+        raise StokerError(f"kubectl delete {name_of(job)}: {_reason(done)}")
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
@@ -191,7 +191,7 @@ def _own_service(job: Job) -> None:
     done = _kubectl(["patch", f"service/{name}", "--type", "merge", "--patch", patch, *where])
     if done.returncode != 0:
         log.warning(
-            "the service %s will not be removed if the job is deleted without stoker: %s", name, _said(done)
+            "the service %s will not be removed if the job is deleted without stoker: %s", name, _reason(done)
         )
 
 
@@ -200,7 +200,7 @@ def _kubectl(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return client.call(["kubectl", *command], _NEEDS)
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
     """The reason why kubectl failed, without the lines of its own log."""
     return "; ".join(line for line in done.stderr.splitlines() if line and not _OF_LOG.match(line))
 

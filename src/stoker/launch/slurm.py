@@ -60,7 +60,7 @@ def check(job: Job) -> None:
     _check_partition(job.spec)
     done = _sbatch(job, "--test-only", given=render(job))
     if done.returncode != 0:
-        raise BadInput(f"sbatch refuses the job: {_said(done)}")
+        raise BadInput(f"sbatch refuses the job: {_reason(done)}")
 
 
 def render(job: Job) -> str:
@@ -79,7 +79,7 @@ def submit(job: Job, rendered: str) -> str:
     done = _sbatch(job, "--parsable", str(script))
     if done.returncode != 0:
         jobs.forget(job)
-        raise StokerError(f"sbatch did not accept the job: {_said(done)}")
+        raise StokerError(f"sbatch did not accept the job: {_reason(done)}")
     return done.stdout.strip().partition(";")[0]
 
 
@@ -240,10 +240,10 @@ def _do(command: Sequence[str]) -> None:
     """Run a command that must succeed. Raises StokerError."""
     done = _call(command)
     if done.returncode != 0:
-        raise StokerError(f"{shlex.join(command)}: {_said(done)}")
+        raise StokerError(f"{shlex.join(command)}: {_reason(done)}")
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
     """The reason why a command failed."""
     words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
     return "; ".join(word for word in words if word) or f"exit code {done.returncode}"
@@ -254,7 +254,7 @@ def _refusals(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.splitlines()
     if done.returncode == 0 or (lines and all(any(word in line for word in _FINISHED) for line in lines)):
         return ""
-    return _said(done)
+    return _reason(done)
 
 
 def _allocated(number: str) -> tuple[list[str], list[str]]:
@@ -262,32 +262,28 @@ def _allocated(number: str) -> tuple[list[str], list[str]]:
 
     The others have none yet, or are suspended. Raises StokerError if Slurm does not answer.
     """
-    of = ("squeue", "--noheader", f"--jobs={number}", "--format=%i")
-    running = _listed([*of, "--array", "--states=RUNNING,CONFIGURING"])
-    suspended = _listed([*of, "--array", "--states=SUSPENDED,STOPPED"])
-    steps = [line.split(".", 1) for line in _listed([*of, "--steps"])]
+    of = (f"--jobs={number}", "--format=%i")
+    running = _squeue(*of, "--array", "--states=RUNNING,CONFIGURING").split()
+    suspended = _squeue(*of, "--array", "--states=SUSPENDED,STOPPED").split()
+    steps = [line.split(".", 1) for line in _squeue(*of, "--steps").split()]
     launched = {job for job, step in steps if step.isdecimal()}
     starting = [job for job in running if job not in launched]
     return [job for job in running if job in launched], [*starting, *suspended]
 
 
-def _listed(command: Sequence[str]) -> list[str]:
+def _squeue(*options: str) -> str:
     """The lines of squeue; none for a job that it has forgotten. Raises StokerError."""
-    done = _call(command)
+    done = _call(["squeue", "--noheader", *options])
     if done.returncode != 0 and _FORGOTTEN not in done.stderr:
-        raise StokerError(f"Slurm does not answer: {_said(done)}")
-    return done.stdout.split()
+        raise StokerError(f"Slurm does not answer: {_reason(done)}")
+    return done.stdout
 
 
 def _queue(numbers: Sequence[str]) -> dict[str, list[Status]]:
     """Jobs known to squeue, by number: the state of each element. Raises StokerError if it fails."""
-    done = _call([
-        "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r"
-    ])  # fmt: skip
-    if done.returncode != 0 and _FORGOTTEN not in done.stderr:
-        raise StokerError(f"Slurm does not answer: {_said(done)}")
+    lines = _squeue("--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r")
     found: dict[str, list[Status]] = {}
-    for line in done.stdout.splitlines():
+    for line in lines.splitlines():
         number, word, reason = line.split("|", 2)
         found.setdefault(number, []).append(_in_our_words(word, reason))
     return found

@@ -27,7 +27,7 @@ ASKED = 2.0  # seconds between two requests to a cluster, which serves others to
 
 
 def lines(
-    logs: Callable[[], Mapping[str, Path | InStore]], over: Callable[[], bool] | None = None
+    logs: Callable[[], Mapping[str, Path | StoredLog]], over: Callable[[], bool] | None = None
 ) -> Iterator[Line]:
     """The lines of logs, each with the name of its log.
 
@@ -59,7 +59,7 @@ class Logs:
     def __init__(self, job: Job, *, nodes: bool) -> None:
         self._job, self._nodes = job, nodes
         self._store = object_store.of(job.runs)
-        self._stored: dict[Path, InStore] = {}
+        self._stored: dict[Path, StoredLog] = {}
         self._asked = -math.inf
         self._silent = False
         self._changed = time.monotonic()
@@ -69,8 +69,8 @@ class Logs:
         """Seconds since the store last had anything new, or did not answer."""
         return time.monotonic() - self._changed
 
-    def __call__(self) -> dict[str, Path | InStore]:
-        here: dict[Path, Path | InStore] = {
+    def __call__(self) -> dict[str, Path | StoredLog]:
+        here: dict[Path, Path | StoredLog] = {
             file: file for run in self._job.trains for file in (self._job.runs / run).glob("logs/rank-*.log")
         }
         if self._nodes:
@@ -82,7 +82,7 @@ class Logs:
                 found[file] = stored
         return {file.stem.replace("-", " "): found[file] for file in sorted(found, key=_order)}
 
-    def stored(self) -> dict[Path, InStore]:
+    def stored(self) -> dict[Path, StoredLog]:
         """What the store has, by the file that it belongs to; requested only now and then."""
         if self._store is not None and time.monotonic() - self._asked >= ASKED:
             try:
@@ -113,20 +113,20 @@ class Logs:
         file = self._job.folder / name
         return (_read(file, 0) or _read(self.stored().get(file, file), 0)).decode(errors="replace")
 
-    def _listed(self, store: Store) -> dict[Path, InStore]:
+    def _listed(self, store: Store) -> dict[Path, StoredLog]:
         job, found = self._job, {}
         for run in job.trains:
             for key, stored in store.objects(f"{run}/logs").items():
                 if Path(key).stem.startswith("rank-"):
-                    found[job.runs / key] = InStore(store, key, stored.size)
+                    found[job.runs / key] = StoredLog(store, key, stored.size)
         return found | (of_nodes(job, store) if self._nodes else {})
 
 
-def of_nodes(job: Job, store: Store) -> dict[Path, InStore]:
+def of_nodes(job: Job, store: Store) -> dict[Path, StoredLog]:
     """What a store has of the output of a job's nodes, by file. Raises Unreachable."""
     base = f"{jobs.FOLDER}/{job.id}/{jobs.LOGS}"
     return {
-        job.folder / name: InStore(store, f"{base}/{name}", of_file[-1].end, tuple(of_file))
+        job.folder / name: StoredLog(store, f"{base}/{name}", of_file[-1].end, tuple(of_file))
         for name, of_file in stretches.known(base, store.objects(base)).items()
     }
 
@@ -182,7 +182,7 @@ def together(
 
 
 @dataclass(frozen=True)
-class InStore:
+class StoredLog:
     """A log in an object store."""
 
     store: Store
@@ -202,10 +202,10 @@ class InStore:
         return b"".join(stretches.read(self.store, folder, name, self.stretches, first))
 
 
-def _read(written: Path | InStore, first: int) -> bytes:
+def _read(written: Path | StoredLog, first: int) -> bytes:
     """A log's contents from a byte on; empty if they cannot be read now."""
     try:
-        if isinstance(written, InStore):
+        if isinstance(written, StoredLog):
             return written.read(first)
         with written.open("rb") as file:
             file.seek(first)
@@ -222,7 +222,7 @@ class _Reader:
         self._begun = b""
         """The incomplete last line."""
 
-    def more(self, written: Path | InStore, *, whole: bool) -> list[str]:
+    def more(self, written: Path | StoredLog, *, whole: bool) -> list[str]:
         """The new lines; with `whole`, including an incomplete last one."""
         content = _read(written, self._at)
         self._at += len(content)

@@ -21,12 +21,8 @@ from stoker.errors import BadInput, nearest
 from stoker.reproduce.code import module_file
 from stoker.run import finding
 
-SHIPPED = {
-    "llm": "stoker.recipes.llm:train",
-    "image": "stoker.recipes.image:train",
-    "text": "stoker.recipes.text:train",
-    "evaluation": "stoker.recipes.evaluation:train",
-}
+SHIPPED = ("llm", "image", "text", "evaluation")
+"""The names of the recipes that ship, which are those of their modules."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,8 @@ def load(reference: str) -> Recipe:
     Raises BadInput if it is not found; errors raised by the user's file itself are passed on.
     """
     if reference in SHIPPED:
-        path, _, function = SHIPPED[reference].partition(":")
-        train = getattr(importlib.import_module(path), function)
-        return from_function(train, name=reference, reference=reference)
+        module = importlib.import_module(f"{__name__}.{reference}")
+        return from_function(module.train, name=reference, reference=reference)
     target, _, function = reference.partition(":")
     with _marked_as_loading():
         module = _module(target, reference)

@@ -96,7 +96,7 @@ def load(auto: Any, reference: str, folder: Path, classes: Sequence[str]) -> Loa
     if not last & lacking and not _stand_for(known, ordered):
         _renew(model, last)
         lacking |= last
-    return Loaded(model, ordered, _said(had, ordered, is_new=bool(last & lacking)))
+    return Loaded(model, ordered, _what_became_of_the_layer(had, ordered, is_new=bool(last & lacking)))
 
 
 def _known(config: Any) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def _are_numbers(classes: Sequence[str]) -> bool:
     return sorted(classes) == sorted(str(n) for n in range(len(classes)))
 
 
-def _said(had: Sequence[str], classes: Sequence[str], *, is_new: bool) -> str:
+def _what_became_of_the_layer(had: Sequence[str], classes: Sequence[str], *, is_new: bool) -> str:
     if is_new and had and len(had) == len(classes):
         return (
             f"the last layer is new: the model's was for other classes ({some(had)}) than the data's "

@@ -107,7 +107,7 @@ def _add_metric(table: Table, compared: Comparison, name: str, found: Sequence[S
     best = _best_run(found)
     cells = []
     for index, summary in enumerate(found):
-        cells.append(Text(_said(summary), style="bold green" if index == best else ""))
+        cells.append(Text(_last_and_best(summary), style="bold green" if index == best else ""))
     table.add_row(plain(name), *cells)
     lows = [s.min for s in found if s is not None and s.min is not None]
     highs = [s.max for s in found if s is not None and s.max is not None]
@@ -117,7 +117,7 @@ def _add_metric(table: Table, compared: Comparison, name: str, found: Sequence[S
         table.add_row("", *(Text(line, style="dim") for line in drawn))
 
 
-def _said(summary: Summary | None) -> str:
+def _last_and_best(summary: Summary | None) -> str:
     if summary is None:
         return _NOTHING
     last = facts.number(summary.last)

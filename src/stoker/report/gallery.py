@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 from stoker import words
 from stoker.report import facts
-from stoker.report.markup import Html, tag
+from stoker.report.markup import Html, swatch, tag
 from stoker.run.state import Media, RunView
 
 MOST_BYTES = 20_000_000
@@ -132,7 +132,7 @@ def _exhibit(
     columns = []
     for run in sorted({item.run for item in items}):
         of_run = sorted((item for item in items if item.run == run), key=lambda item: item.age)
-        heading = [tag("h4", _swatch(run), names[run])] if len(views) > 1 else []
+        heading = [tag("h4", swatch(run), names[run])] if len(views) > 1 else []
         frames = [_frame(item, kind, gallery, hidden=i > 0) for i, item in enumerate(of_run)]
         columns.append(tag("div", *heading, *frames, class_="frames"))
     return tag(
@@ -225,7 +225,3 @@ def _tame(value: Any) -> Any:
     if isinstance(value, list):
         return [_tame(of) for of in value]
     return _LINK.sub("&lt;", value) if isinstance(value, str) else value
-
-
-def _swatch(index: int) -> Html:
-    return tag("span", class_=f"swatch swatch-{index % 8}")

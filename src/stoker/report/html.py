@@ -56,7 +56,7 @@ def render(views: Sequence[RunView], scaled: Scaled = ()) -> str:
         "curves": [f for f in figures if not OF_THE_LOOP.fullmatch(f["title"])],
         "performance": performance.figures(figures, views),
         "machine": plots.machine(views, names),
-        "histograms": plots.histograms(views, names),
+        "histograms": plots.histograms(views),
     }
     body = [
         sections.header(views, names),

@@ -60,6 +60,11 @@ def number(value: str) -> Html:
     return tag("td", value, class_="number")
 
 
+def swatch(index: int) -> Html:
+    """A spot in the colour of a run or kind, by its index."""
+    return tag("span", class_=f"swatch swatch-{index % 8}")
+
+
 def details(summary: str, *children: str) -> Html:
     """Content that is collapsed until it is opened."""
     return tag("details", tag("summary", summary), *children)

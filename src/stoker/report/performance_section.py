@@ -7,7 +7,7 @@ from typing import Any
 
 from stoker.progress import clock, short
 from stoker.report import facts, performance, scaling
-from stoker.report.markup import Html, details, join, number, table, tag
+from stoker.report.markup import Html, details, join, number, swatch, table, tag
 from stoker.report.performance import Descent, Memory, RankMemory
 from stoker.report.plots import Figure
 from stoker.report.sections import places_of, run_cell, run_heading, section
@@ -105,7 +105,7 @@ def time_bar(spent: Mapping[str, float], name: str) -> Html:
 
 
 def _kind(kind: str) -> Html:
-    return tag("td", _swatch(_COLORS[kind]), kind, class_="name")
+    return tag("td", swatch(_COLORS[kind]), kind, class_="name")
 
 
 def _share(seconds: float, total: float) -> Html:
@@ -163,7 +163,7 @@ def _memory(views: Sequence[RunView], names: Sequence[str]) -> Html:
         for rank in memory.ranks:
             part = shown if rank in fullest else hidden
             part.append(_rank_bar(rank, memory.capacity, kinds, whole, name))
-    key = [tag("span", _swatch(i), kind) for i, kind in enumerate(kinds)]
+    key = [tag("span", swatch(i), kind) for i, kind in enumerate(kinds)]
     width = f"The full width is {performance.gib(whole)}{_meaning(known.values(), whole)}."
     rest = [details(f"{len(hidden)} more ranks", tag("div", *hidden, class_="bars"))] if hidden else []
     return join([
@@ -258,7 +258,3 @@ def _bar(name: str, parts: Iterable[tuple[int, float, str]], said: str) -> Html:
     return join([
         tag("span", name, class_="of"), tag("div", *drawn, class_="bar"), tag("span", said, class_="said"),
     ])  # fmt: skip
-
-
-def _swatch(index: int) -> Html:
-    return tag("span", class_=f"swatch swatch-{index % 8}")

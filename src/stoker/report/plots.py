@@ -134,7 +134,7 @@ def machine(views: Sequence[RunView], names: Sequence[str]) -> list[Figure]:
     ]
 
 
-def histograms(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]:
+def histograms(views: Sequence[RunView]) -> list[dict[str, Any]]:
     """The histograms by name and run: {title, run, all, steps: [{step, low, high, counts, bad}]}.
 
     If there are too many steps for a page, some in between are left out; `all` is the original number.
@@ -262,7 +262,7 @@ def _marks(view: RunView, clock: Clock, name: str, index: int, *, several: bool)
     """The points from which an attempt resumed and at which a batch was left out, for vertical lines."""
     resumed = [a for a in view.attempts if a.resumed_from is not None]
     found = [
-        *((a.resumed_from, a.started, f"↻ {a.number}", _said(a)) for a in resumed[-_MOST_MARKS:]),
+        *((a.resumed_from, a.started, f"↻ {a.number}", _resumption(a)) for a in resumed[-_MOST_MARKS:]),
         *((b.step, b.time, "✕", _said_left_out(b)) for b in view.left_out[-_MOST_MARKS:]),
     ]
     return [
@@ -278,7 +278,7 @@ def _marks(view: RunView, clock: Clock, name: str, index: int, *, several: bool)
     ]
 
 
-def _said(attempt: AttemptView) -> str:
+def _resumption(attempt: AttemptView) -> str:
     at = datetime.fromtimestamp(attempt.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return f"attempt {attempt.number} resumed from step {attempt.resumed_from} at {at}"
 

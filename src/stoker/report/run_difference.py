@@ -29,7 +29,7 @@ _KINDS = {"packages": "package", "python": "python", "machine": "machine", "vari
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunDifference:
     """Two runs and their differences."""
 
@@ -59,10 +59,18 @@ def compare(before: RunView, now: RunView) -> RunDifference:
     pairs = {name: (data[0].get(name), data[1].get(name)) for name in sorted({*data[0], *data[1]})}
     differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return RunDifference(
-        (before.directory.name, now.directory.name), (before, now), config,
-        len({*values[0], *values[1]}) - len(config), code, tuple(found), differ,
-        len(pairs) - len(differ), journals.compare(before.points, now.points),
-        (*([f"code: {code.unknown}"] if code.unknown else []), *_edited(before), *_edited(now), *unknown),
+        names=(before.directory.name, now.directory.name),
+        views=(before, now),
+        config=config,
+        same_config=len({*values[0], *values[1]}) - len(config),
+        code=code,
+        environment=tuple(found),
+        data=differ,
+        same_data=len(pairs) - len(differ),
+        curves=journals.compare(before.points, now.points),
+        unknown=(
+            *([f"code: {code.unknown}"] if code.unknown else []), *_edited(before), *_edited(now), *unknown,
+        ),
     )  # fmt: skip
 
 
@@ -150,12 +158,12 @@ def _print_code(console: Console, code: CodeChanges) -> None:
     elif code.files:
         print_heading(console, "code")
     for change in code.files:
-        console.print(Text(f"  {plain(_said(change))}", "bold"), soft_wrap=True)
+        console.print(Text(f"  {plain(_described(change))}", "bold"), soft_wrap=True)
         for line in change.lines:
             console.print(Text(f"  {plain(line)}".rstrip(), _STYLES.get(line[:1], "")), soft_wrap=True)
 
 
-def _said(change: Change) -> str:
+def _described(change: Change) -> str:
     counts = f", +{change.added} -{change.removed}" if change.lines else ""
     if change.how == "renamed":
         return f"{change.was} renamed to {change.path}"

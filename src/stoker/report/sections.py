@@ -14,7 +14,7 @@ from stoker import words
 from stoker.progress import clock
 from stoker.report import commands, facts, performance
 from stoker.report.facts import Value
-from stoker.report.markup import Html, details, join, number, table, tag
+from stoker.report.markup import Html, details, join, number, swatch, table, tag
 from stoker.report.plots import Figure
 from stoker.run.series import Summary
 from stoker.run.state import Media, RunView
@@ -54,7 +54,7 @@ def curves(figures: Sequence[Figure], views: Sequence[RunView], names: Sequence[
         hint += " (↻), or a batch was left out (✕)." if any(view.left_out for view in views) else "."
     if any(curve["bad"] for figure in figures for curve in figure["curves"]):
         hint += " Crosses and triangles at the edge: a value is NaN or infinite."
-    key = [tag("span", _swatch(i), name) for i, name in enumerate(names)] if len(names) > 1 else []
+    key = [tag("span", swatch(i), name) for i, name in enumerate(names)] if len(names) > 1 else []
     known = all(view.samples_per_step is not None for view in views if view.points)
     bar = [
         *([tag("div", *key, class_="key")] if key else []),
@@ -422,11 +422,7 @@ def run_cell(views: Sequence[RunView], names: Sequence[str], index: int) -> list
 
 
 def _named(name: str, index: int) -> Html:
-    return tag("td", _swatch(index), name, class_="name")
-
-
-def _swatch(index: int) -> Html:
-    return tag("span", class_=f"swatch swatch-{index % 8}")
+    return tag("td", swatch(index), name, class_="name")
 
 
 def _shown(value: Value | None) -> str:

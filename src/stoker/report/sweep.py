@@ -87,7 +87,7 @@ def _best(study: Study, record: Mapping[str, Any]) -> Html:
     rows = [
         ("trial", _run(best)),
         *((metric, facts.number(value)) for metric, value in values),
-        *((key, _said(value)) for key, value in best.params.items()),
+        *((key, _as_text(value)) for key, value in best.params.items()),
     ]  # fmt: skip
     return section("Best", table((), ([tag("td", key, class_="name"), number(value)] for key, value in rows)))
 
@@ -119,7 +119,7 @@ def _front(study: Study, metrics: Sequence[str]) -> Html:
     names = sorted({name for trial in front for name in trial.params})
     rows = [
         [_run(trial), *(number(facts.number(v)) for v in trial.values),
-         *(number(_said(trial.params.get(name))) for name in names)]
+         *(number(_as_text(trial.params.get(name))) for name in names)]
         for trial in sorted(front, key=lambda trial: trial.values)
     ]  # fmt: skip
     said = tag("p", "No trial is better than any of these in all metrics.")
@@ -262,7 +262,7 @@ def _trials(study: Study, record: Mapping[str, Any]) -> Html:
         [number(str(t.number)), *([_run(t)] if shared else []), _STATES[t.state.name],
          number(f"{max(points_of(t), default=0):,.0f}"),
          *(number(facts.number(value)) for value in _values(t, len(metrics))),
-         *(number(_said(t.params.get(name))) for name in names)]
+         *(number(_as_text(t.params.get(name))) for name in names)]
         for t in _own(study)
     ]  # fmt: skip
     return section(
@@ -304,8 +304,8 @@ def _run(trial: FrozenTrial) -> str:
 
 
 def _params(trial: FrozenTrial) -> str:
-    return " ".join(f"{key}={_said(value)}" for key, value in trial.params.items())
+    return " ".join(f"{key}={_as_text(value)}" for key, value in trial.params.items())
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return facts.number(value) if isinstance(value, float) else "" if value is None else str(value)

@@ -22,7 +22,7 @@ import xxhash
 from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import scanned
-from stoker.reproduce.code import Code, File, Found, LeftOut
+from stoker.reproduce.code import Code, CodeOnDisk, File, LeftOut
 
 NAME = "code.tar.gz"
 _REMEMBERED = 256  # intact archives, remembered in the cache folder
@@ -55,7 +55,7 @@ class _Scan:
     fresh: set[bytes] = field(default_factory=set)
 
 
-def read(found: Found) -> tuple[Code, Mapping[str, bytes]]:
+def read(found: CodeOnDisk) -> tuple[Code, Mapping[str, bytes]]:
     """The code with its list of files, and their contents without secrets."""
     root = Path(found.code.root)
     private = frozenset(filter(redaction.is_secret_file, found.code.untracked))

@@ -73,7 +73,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Found:
+class CodeOnDisk:
     """Code on disk, before any of it is read."""
 
     code: Code
@@ -84,7 +84,7 @@ class Found:
     unread: tuple[LeftOut, ...] = ()
 
 
-def find(source: Path, runs: Path | None = None) -> Found:
+def find(source: Path, runs: Path | None = None) -> CodeOnDisk:
     """The code of a script, or of the repository that contains a folder.
 
     Args:
@@ -100,7 +100,7 @@ def find(source: Path, runs: Path | None = None) -> Found:
     return _repository(Path(top.rstrip("\n")), script, _within(top.rstrip("\n"), runs))
 
 
-def _repository(root: Path, script: Path | None, runs: str | None) -> Found:
+def _repository(root: Path, script: Path | None, runs: str | None) -> CodeOnDisk:
     def outside_of_runs(paths: Iterable[str]) -> list[str]:
         return [path for path in paths if runs is None or not f"{path}/".startswith(runs)]
 
@@ -128,10 +128,10 @@ def _repository(root: Path, script: Path | None, runs: str | None) -> Found:
         dirty=bool(diff.result() or untracked or commit is None),
         untracked=tuple(sorted(untracked)),
     )
-    return Found(code, tuple(sorted(paths)), diff.result(), tuple(listed.unread))
+    return CodeOnDisk(code, tuple(sorted(paths)), diff.result(), tuple(listed.unread))
 
 
-def outside_of_git(source: Path, folder: Path) -> Found:
+def outside_of_git(source: Path, folder: Path) -> CodeOnDisk:
     """The code of a script in a folder: what it imports from there."""
     script = source if source.is_file() else None
     code = Code(
@@ -140,7 +140,7 @@ def outside_of_git(source: Path, folder: Path) -> Found:
         cwd=_relative(Path.cwd(), folder),
         script=_relative(script, folder) if script else None,
     )
-    return Found(code, tuple(sorted(_imported(script, folder))) if script else ())
+    return CodeOnDisk(code, tuple(sorted(_imported(script, folder))) if script else ())
 
 
 _COMPILED = "--exclude=__pycache__/"  # Python's own files, which change with every change of a source

@@ -128,7 +128,7 @@ def _facts(
     for name in names:
         was, is_ = before.get(name), now.get(name)
         if was != is_:
-            yield Difference(kind, name, _said(name, was), _said(name, is_))
+            yield Difference(kind, name, _in_words(name, was), _in_words(name, is_))
 
 
 def _variables(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:
@@ -149,7 +149,7 @@ def _judged(difference: Difference, on_gpu: bool) -> Difference:
     return Difference(difference.kind, difference.name, difference.before, difference.now, why)
 
 
-def _said(name: str, value: Any) -> str | None:
+def _in_words(name: str, value: Any) -> str | None:
     if name == "memory_bytes" and value:
         return f"{value / 2**30:.0f} GiB"
     if isinstance(value, list):

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 from stoker.reproduce import code
-from stoker.reproduce.code import Found, LeftOut
+from stoker.reproduce.code import CodeOnDisk, LeftOut
 
 log = logging.getLogger("stoker")
 
@@ -75,7 +75,7 @@ def _text(said: dict[str, Any]) -> str:
     return base64.b64encode(zlib.compress(orjson.dumps(said), 9)).decode()
 
 
-def find(source: Path) -> Found | None:
+def find(source: Path) -> CodeOnDisk | None:
     """The code of a script, or of a folder, that was sent here with a record; None for other code."""
     record, folder = os.environ.get(RECORD), os.environ.get(FOLDER)
     source = Path(os.path.realpath(source))
@@ -88,7 +88,9 @@ def find(source: Path) -> Found | None:
     unsent = tuple(LeftOut(path, None, _UNSENT) for path in sorted(paths) if _is_missing(root, path))
     if found.code.script not in paths:
         paths |= frozenset(found.paths)
-    return Found(code.from_json(said | here), tuple(sorted(paths)), said.get("diff", "").encode(), unsent)
+    return CodeOnDisk(
+        code.from_json(said | here), tuple(sorted(paths)), said.get("diff", "").encode(), unsent
+    )
 
 
 def _is_missing(root: Path, path: str) -> bool:

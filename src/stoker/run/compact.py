@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import orjson
@@ -21,6 +21,11 @@ from stoker.run.state import AttemptView, LeftOut, Media, RunView, Use
 FORMAT = 7
 _WORTH_IT = 5_000  # points
 _COLUMNS = ("x", "y", "time")
+_APART = (
+    "directory", "record", "attempts", "points", "system", "left_out", "used", "media", "damage",
+)  # fmt: skip
+"""What is known otherwise, or has a form of its own; the rest of a view is written as it is."""
+_REST = tuple(field.name for field in fields(RunView) if field.name not in _APART)
 
 
 def save(view: RunView, sizes: Mapping[str, int]) -> None:
@@ -66,12 +71,6 @@ def load(directory: RunDirectory, sizes: Mapping[str, int]) -> Callable[[dict[st
         return lambda record: _restored(directory, record, about, groups)
     except (OSError, SafetensorError, orjson.JSONDecodeError, LookupError, TypeError):
         return None
-
-
-_REST = (
-    "trained", "total_steps", "samples_per_step", "tokens_per_step", "samples_per_epoch", "best",
-    "checkpoints", "artifacts", "used_by", "params", "goals", "tags", "notes",
-)  # fmt: skip
 
 
 def _restored(

@@ -13,6 +13,7 @@ runs/<experiment>/<run-id>/
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import time
 import uuid
@@ -34,6 +35,18 @@ BEST = "best.json"
 FORMAT = 1  # of run.json and of the journal
 MANIFEST = "manifest.json"
 """The manifest of a checkpoint, written after all its other files."""
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def step_folder(step: int) -> str:
+    """The name of the directory of a step's checkpoint: `step-00000500`."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: str) -> int:
+    """The step of a checkpoint, from the name of its directory; -1 for a folder of another kind."""
+    match = _STEP_FOLDER.fullmatch(folder)
+    return int(match[1]) if match else -1
 
 
 def gone(path: Path) -> StokerError:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import os
 import platform
 import time
 from typing import Any
 
-from stoker import supervision
 from stoker.run import rendezvous
 from stoker.run.directory import RunDirectory
-from stoker.world import World
+from stoker.world import World, agents_store
 
 log = logging.getLogger("stoker")
 
@@ -39,9 +37,7 @@ class LaunchStore:
     """
 
     def __init__(self, world: World, run: RunDirectory) -> None:
-        known = os.environ
-        by_agents = known.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and supervision.FOLDER not in known
-        self._there = by_agents and world.machines > 1
+        self._address = agents_store() if world.machines > 1 else None
         self._run, self._launch = run, world.launch
         self._store: Any = None
         self._since: float | None = None
@@ -66,7 +62,7 @@ class LaunchStore:
         for folder in (self._run.runs, self._run.path.parent):
             with contextlib.suppress(OSError):
                 list(folder.iterdir())  # NFS then asks again what is there
-        here, said = rendezvous.opened(self._run), self._said(_OPENED)
+        here, said = rendezvous.opened(self._run), self._text(_OPENED)
         if not said or (here is not None and here.launch == self._launch):
             return ""
         self._since = time.monotonic() if self._since is None else self._since
@@ -78,9 +74,9 @@ class LaunchStore:
 
     def refusal(self) -> str:
         """Why a rank cannot take part; empty if none has said so."""
-        return self._said(_REFUSED)
+        return self._text(_REFUSED)
 
-    def _said(self, key: str) -> str:
+    def _text(self, key: str) -> str:
         try:
             store = self._connected()
             name = self._name(key)
@@ -102,14 +98,15 @@ class LaunchStore:
 
     def _connected(self) -> Any:
         """The store, or None where there is none. Raises RuntimeError if it does not answer."""
-        if self._there and self._store is None:
+        if self._address is not None and self._store is None:
             from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = TCPStore(*where, is_master=False, timeout=_ANSWERS_WITHIN, wait_for_workers=False)
+            self._store = TCPStore(
+                *self._address, is_master=False, timeout=_ANSWERS_WITHIN, wait_for_workers=False
+            )
         return self._store
 
     def _is_away(self, error: RuntimeError) -> None:
         """Ask no more: torchrun's ranks do not outlive its store."""
-        self._there, self._store = False, None
+        self._address, self._store = None, None
         log.debug("the store of the launcher does not answer: %s", error)

@@ -92,7 +92,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class InFolder:
+class LeasesInFolder:
     """Leases as files."""
 
     folder: Path
@@ -122,7 +122,7 @@ class InFolder:
 
 
 @dataclass(frozen=True)
-class InStore:
+class LeasesInStore:
     """Leases as objects below a run's key."""
 
     store: Store
@@ -159,12 +159,17 @@ def of(run: Path, patience: float = PATIENCE, *, trains: bool = True) -> Lease |
     store = object_store.of(run.parent.parent)
     if store is not None:
         store = dataclasses.replace(store, patience=patience)
-        place = InStore(store, f"{run.parent.name}/{run.name}")
-        here = f"{store.copy} {storage.reach_of_locks(run)}"  # several machines may share a home directory
-        return Lease(place, here, run, run / FOLDER / "here", trains=trains)
+        place = LeasesInStore(store, f"{run.parent.name}/{run.name}")
+        return Lease(place, _visible_at(run, store), run, run / FOLDER / "here", trains=trains)
     if not storage.is_shared(run):
         return None
-    return Lease(InFolder(run / FOLDER), storage.reach_of_locks(run), run, None, trains=trains)
+    return Lease(LeasesInFolder(run / FOLDER), _visible_at(run, None), run, None, trains=trains)
+
+
+def _visible_at(run: Path, store: Store | None) -> str:
+    """Where the run's lock on this machine is visible, see `Holder.locks`."""
+    reach = storage.reach_of_locks(run)
+    return f"{store.copy} {reach}" if store is not None else reach  # machines may share a home directory
 
 
 class Lease:
@@ -375,7 +380,5 @@ def held_elsewhere(run: Path) -> str:
         return ""
     if holder is None or holder.released or time.time() - holder.at > EXPIRES:
         return ""
-    store = object_store.of(run.parent.parent)
-    reach = storage.reach_of_locks(run)
-    here = f"{store.copy} {reach}" if store is not None else reach
+    here = _visible_at(run, object_store.of(run.parent.parent))
     return holder.host if holder.locks != here else ""

@@ -19,7 +19,7 @@ _CLOCKS = 2.0  # seconds by which a file may seem newer than its record on a net
 
 
 @dataclass(frozen=True)
-class Found:
+class UsedArtifact:
     """An artifact that is about to be used."""
 
     name: str
@@ -30,7 +30,7 @@ class Found:
     directory: RunDirectory | None
 
 
-def resolve(runs: Path, reference: Path | str) -> Found:
+def resolve(runs: Path, reference: Path | str) -> UsedArtifact:
     """The artifact that `RUN:NAME` or a path refers to. Raises BadInput."""
     path = Path(reference)
     if path.exists():
@@ -46,7 +46,7 @@ def resolve(runs: Path, reference: Path | str) -> Found:
     return _recorded(maker, made[name])
 
 
-def tell_maker(found: Found, user: RunDirectory, uid: str) -> None:
+def tell_maker(found: UsedArtifact, user: RunDirectory, uid: str) -> None:
     """Record in the journal of the run that made an artifact which run uses it, if that can be written.
 
     If the journal's copy in an object store cannot be, a warning says so.
@@ -58,23 +58,23 @@ def tell_maker(found: Found, user: RunDirectory, uid: str) -> None:
         additions.add(found.directory, {"used_by": {"name": found.name, "run": about}})
 
 
-def _by_path(path: Path) -> Found:
+def _by_path(path: Path) -> UsedArtifact:
     resolved = path.resolve()
     for folder in resolved.parents:
         if (folder / "run.json").is_file():
             maker = RunDirectory(folder)
             for event in view.load(maker).artifacts.values():
-                if (folder / _place(event)).resolve() == resolved:
+                if (folder / event["path"]).resolve() == resolved:
                     return _recorded(maker, event)
             files = _checked(folder, storage.files_under(resolved))
-            return Found(str(resolved.relative_to(folder)), path, files, _identity(maker), maker)
+            return UsedArtifact(str(resolved.relative_to(folder)), path, files, _identity(maker), maker)
     base = resolved if resolved.is_dir() else resolved.parent
-    return Found(path.name, path, _checked(base, storage.files_under(resolved)), None, None)
+    return UsedArtifact(path.name, path, _checked(base, storage.files_under(resolved)), None, None)
 
 
-def _recorded(maker: RunDirectory, event: dict[str, Any]) -> Found:
+def _recorded(maker: RunDirectory, event: dict[str, Any]) -> UsedArtifact:
     """An artifact as it was recorded; a file that seems newer than its record is hashed again."""
-    path = maker.path / _place(event)
+    path = maker.path / event["path"]
     if not path.exists():
         raise BadInput(f"artifact {event['name']!r} of run {maker.id!r} is missing: {path}")
     for file in event["files"]:
@@ -85,11 +85,7 @@ def _recorded(maker: RunDirectory, event: dict[str, Any]) -> Found:
         young = status.st_mtime > event["time"] + _CLOCKS
         if young and storage.sha256(place) != file["sha256"]:
             raise BadInput(f"{place} is not what run {maker.id!r} recorded: its checksum differs")
-    return Found(event["name"], path, event["files"], _identity(maker), maker)
-
-
-def _place(event: dict[str, Any]) -> str:
-    return str(event.get("path") or Path("artifacts") / event["name"])
+    return UsedArtifact(event["name"], path, event["files"], _identity(maker), maker)
 
 
 def _identity(run: RunDirectory) -> dict[str, str]:

@@ -23,7 +23,7 @@ from stoker import object_store, storage
 from stoker.errors import StokerError
 from stoker.object_store import Store, Stored
 from stoker.run import lease, stretches, view
-from stoker.run.directory import MANIFEST, RunDirectory
+from stoker.run.directory import MANIFEST, RunDirectory, step_folder, step_of
 from stoker.run.stretches import Stretch
 
 log = logging.getLogger("stoker")
@@ -251,7 +251,7 @@ class Mirror:
 
         Checkpoints made here after the one that it resumed from are void.
         """
-        stand = {f"step-{step:08d}" for step in view.fold(self._run, self._run.record()).checkpoints}
+        stand = {step_folder(step) for step in view.fold(self._run, self._run.record()).checkpoints}
         known = self._checkpoints(there)
         for manifest in self._run.checkpoints.glob(f"*/{MANIFEST}"):
             folder = manifest.parent.name
@@ -549,12 +549,6 @@ def _uid(record: bytes) -> str | None:
         return orjson.loads(record).get("uid")  # type: ignore[no-any-return]
     except (orjson.JSONDecodeError, AttributeError):
         return None
-
-
-def step_of(folder: str) -> int:
-    """The step of a checkpoint; -1 for a folder of another kind."""
-    step = folder.removeprefix("step-")
-    return int(step) if step.isdecimal() else -1
 
 
 def _is_copied(path: Path) -> bool:

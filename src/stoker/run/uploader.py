@@ -24,7 +24,7 @@ from typing import Protocol
 from stoker import signals, storage
 from stoker.periodic import backoff
 from stoker.run import messages, mirror, view
-from stoker.run.directory import MANIFEST, RunDirectory
+from stoker.run.directory import MANIFEST, RunDirectory, step_of
 from stoker.run.mirror import Lost, Mirror
 from stoker.status import KILLED
 
@@ -104,7 +104,7 @@ class Uploads:
     def _warn_if_behind(self, said: State) -> None:
         """Say once that the store's newest checkpoint is several behind, as deleted ones count too."""
         newest = -1 if said.checkpoint is None else said.checkpoint
-        made = {mirror.step_of(file.parent.name) for file in self._run.checkpoints.glob(f"*/{MANIFEST}")}
+        made = {step_of(file.parent.name) for file in self._run.checkpoints.glob(f"*/{MANIFEST}")}
         now = time.monotonic()
         known = {**dict.fromkeys(made, now), **self._lacking}
         self._lacking = {step: seen for step, seen in known.items() if step > newest}

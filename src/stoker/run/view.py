@@ -162,14 +162,14 @@ def _begun_from(view: RunView, event: Event) -> None:
 
 
 def _layout(view: RunView, event: Event) -> None:
-    view.attempts[-1].layout = _said(event)
+    view.attempts[-1].layout = _fields(event)
 
 
 def _data(view: RunView, event: Event) -> None:
-    view.attempts[-1].data = _said(event)
+    view.attempts[-1].data = _fields(event)
 
 
-def _said(event: Event) -> dict[str, Any]:
+def _fields(event: Event) -> dict[str, Any]:
     return {k: v for k, v in event.items() if k not in ("type", "time", "seq")}
 
 

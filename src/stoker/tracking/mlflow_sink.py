@@ -28,12 +28,11 @@ from stoker.errors import StokerError
 from stoker.run import finding, media
 from stoker.run.directory import BEST, SWEEP, RunDirectory
 from stoker.status import FAILED, FINISHED, RUNNING
-from stoker.tracking import identity, store
+from stoker.tracking import identity, sink, store
 from stoker.tracking.sink import Batch, Ending, SinkRun
 
 log = logging.getLogger(__name__)
 
-LARGEST_ARTIFACT = 512 * 2**20  # bytes; a larger one is not copied: a tag holds its path
 _METRICS_PER_REQUEST = 1000
 _TEXTS_PER_REQUEST = 50  # MLflow accepts 100, but only 1 MB per request
 _LONGEST_PARAM = 6000
@@ -366,11 +365,11 @@ class MlflowSink:
         """
         root, files, tag = self._directory.path.absolute(), event["files"], f"stoker.artifact.{name}"
         paths = [PurePosixPath(file["path"]) for file in files]
-        places = [] if _is_too_large(files) else _places(name, paths)
+        places = [] if sink.is_too_large(files) else _places(name, paths)
         self._delete_replaced(name, event["replaced"], places)
-        if _is_too_large(files):
+        if sink.is_too_large(files):
             return {tag: os.path.commonpath([root / path for path in paths])}
-        if any(_is_too_large(before) for before in event["replaced"]):
+        if any(sink.is_too_large(before) for before in event["replaced"]):
             self._delete_tag(key(tag))
         for path, place in zip(paths, places, strict=True):
             if (root / path).is_file():
@@ -400,7 +399,7 @@ class MlflowSink:
         before = {
             place
             for files in replaced
-            if not _is_too_large(files)
+            if not sink.is_too_large(files)
             for place in _places(name, [PurePosixPath(file["path"]) for file in files])
         }
         gone = before - set(places)
@@ -508,10 +507,6 @@ def _path(name: str) -> PurePosixPath:
 
 def _json(content: Any) -> str:
     return orjson.dumps(content, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
-
-
-def _is_too_large(files: Sequence[Mapping[str, Any]]) -> bool:
-    return sum(int(file["size"]) for file in files) > LARGEST_ARTIFACT
 
 
 def _places(name: str, paths: Sequence[PurePosixPath]) -> list[PurePosixPath]:

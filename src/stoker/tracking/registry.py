@@ -80,7 +80,7 @@ class Registry:
         if not _NAME.fullmatch(name):
             raise BadInput(f"{name!r} is not a valid model name: use letters, digits, '.', '_' and '-'")
         run = self._shipped(view.directory)
-        with self._said(), tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
+        with self._errors_translated(), tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
             packed = _packed(folder, Path(scratch) / "model", kind)
             place = f"registered/{name}/{uuid.uuid4().hex[:8]}"
             self._client.log_artifacts(run, str(packed), place)
@@ -92,14 +92,14 @@ class Registry:
 
     def models(self) -> list[Version]:
         """Every version of every model, by model; the newest version of each first."""
-        with self._said():
+        with self._errors_translated():
             return [version for name in self._names() for version in self._versions(name)]
 
     def versions(self, name: str) -> list[Version]:
         """The versions of a model, the newest first. Raises BadInput if there is no such model."""
         from mlflow.exceptions import MlflowException
 
-        with self._said():
+        with self._errors_translated():
             try:
                 return self._versions(name)
             except MlflowException as error:
@@ -129,7 +129,7 @@ class Registry:
     def promote(self, reference: str, stage: Stage) -> Version:
         """Move a version to a stage. Others that were in it are archived, if it is staging or production."""
         version = self.version(reference)
-        with self._said():
+        with self._errors_translated():
             # First, in one request: at every moment, also after a kill, there is a version of that stage.
             self._client.set_registered_model_alias(version.name, stage, str(version.version))
             for known in self._versions(version.name):
@@ -146,7 +146,7 @@ class Registry:
             raise BadInput(f"{target} is there already: give another folder with -o")
         from mlflow import artifacts
 
-        with self._said(), tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
+        with self._errors_translated(), tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
             where = self._client.get_model_version_download_uri(version.name, str(version.version))
             copied = artifacts.download_artifacts(where, dst_path=scratch, tracking_uri=self._uri)
             data = _data_of(Path(copied))
@@ -200,7 +200,7 @@ class Registry:
         self._client.set_model_version_tag(version.name, str(version.version), _STAGE_TAG, stage)
 
     @contextlib.contextmanager
-    def _said(self) -> Iterator[None]:
+    def _errors_translated(self) -> Iterator[None]:
         """Turns an MLflow exception into a StokerError of one line."""
         from mlflow.exceptions import MlflowException
 

@@ -6,9 +6,11 @@ recorded that a batch was shipped, the same data are shipped again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+LARGEST_ARTIFACT = 512 * 2**20  # bytes; a larger one is not copied: the sink only says where it is
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class SinkRun:
 def key(media: Mapping[str, Any]) -> str:
     """A name for a media event that differs from those of metrics and of other kinds of media."""
     return f"{media['kind']}s/{media['name']}"
+
+
+def is_too_large(files: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an artifact of these files is too large to be copied into a sink."""
+    return sum(int(file["size"]) for file in files) > LARGEST_ARTIFACT
 
 
 class Sink(Protocol):

@@ -72,7 +72,7 @@ class TensorBoardSink:
             value = self._shown(event)
             if value is not None:
                 self._add(value, event["step"], event["time"])
-        for name, text in _said(batch):
+        for name, text in _texts(batch):
             self._add_text(name, text)
         return self._flushed()
 
@@ -142,7 +142,7 @@ class TensorBoardSink:
         return None
 
 
-def _said(batch: Batch) -> list[tuple[str, str]]:
+def _texts(batch: Batch) -> list[tuple[str, str]]:
     """The parts of a batch that are written as texts, by name."""
     said = [(f"stoker/params/{name}", str(value)) for name, value in batch.params.items()]
     said += [(f"stoker/tags/{name}", value or "(removed)") for name, value in batch.tags.items()]

@@ -40,7 +40,6 @@ from wandb.sdk.interface.interface_sock import InterfaceSock
 
 log = logging.getLogger(__name__)
 
-LARGEST_ARTIFACT = 512 * 2**20  # bytes; a larger one is not copied: the summary holds its path
 _LARGEST_TABLE = 10_000  # rows that W&B shows
 _WRITER_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0  # for which W&B buffers an offline run; by default 15
@@ -210,14 +209,14 @@ class WandbSink:
         self._run.log({sink.key(event): shown, _STEP: event["step"], "_timestamp": event["time"]})
 
     def _ship_artifact(self, name: str, event: Mapping[str, Any]) -> None:
-        files = [(file, self._directory.path / file["path"]) for file in event["files"]]
-        if sum(file["size"] for file, _ in files) > LARGEST_ARTIFACT:
-            place = os.path.commonpath([path for _, path in files])
+        files = [self._directory.path / file["path"] for file in event["files"]]
+        if sink.is_too_large(event["files"]):
+            place = os.path.commonpath(files)
             self._run.summary[f"stoker/artifacts/{name}"] = place
         else:
             made = wandb.Artifact(f"{_accepted(name)}-{self._id[:8]}", _accepted(event["kind"]))
-            base = self._directory.path / str(event.get("path") or "")
-            for _, path in files:
+            base = self._directory.path / event["path"]
+            for path in files:
                 if path.is_file():
                     inside = (
                         path.relative_to(base) if path != base and path.is_relative_to(base) else path.name

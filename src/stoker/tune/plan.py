@@ -61,7 +61,7 @@ class Budget:
         return cls(found.count, found.unit)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The settings of a search, apart from its space, sampler and scheduler."""
 

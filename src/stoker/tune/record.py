@@ -37,7 +37,7 @@ _OF_A_SWEEP = ("nproc", "tries", "storage", "format")
 """Settings that may differ between sweeps that share a study."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """All settings that determine the trials and what happens to them."""
 
@@ -89,7 +89,7 @@ def check(folder: Path, wanted: Record) -> None:
 def begin(folder: Path, wanted: Record) -> None:
     """Write the settings of a new search once they are known to work; does nothing if the search resumes."""
     if not is_sweep(folder):
-        storage.write_json(folder / SWEEP, _said(wanted) | {"uid": uuid.uuid4().hex})
+        storage.write_json(folder / SWEEP, _as_dict(wanted) | {"uid": uuid.uuid4().hex})
 
 
 def provenance_of(folder: Path, code: Path) -> Path:
@@ -151,7 +151,7 @@ def check_study(study: Study, wanted: Record) -> None:
 
     Raises BadInput.
     """
-    told = {key: value for key, value in _said(wanted).items() if key not in _OF_A_SWEEP}
+    told = {key: value for key, value in _as_dict(wanted).items() if key not in _OF_A_SWEEP}
     known = study.user_attrs.get("search")
     if known is None:
         study.set_user_attr("search", told)
@@ -188,7 +188,7 @@ def free_name(runs: Path, name: str) -> str:
     return found
 
 
-def _said(wanted: Record) -> dict[str, Any]:
+def _as_dict(wanted: Record) -> dict[str, Any]:
     """The settings as written to disk, without the secrets among the fixed values."""
     said: dict[str, Any] = redaction.tree(dataclasses.asdict(wanted))
     return said
@@ -197,7 +197,7 @@ def _said(wanted: Record) -> dict[str, Any]:
 def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> None:
     if known.get("format", 0) > FORMAT:
         raise BadInput(f"{folder / SWEEP} has format {known['format']}, of a newer stoker: upgrade stoker")
-    changes = _differences(known, _said(wanted))
+    changes = _differences(known, _as_dict(wanted))
     if changes:
         raise BadInput(
             f"the search in {folder} has different settings: {'; '.join(changes)}. Give --new to start a "

@@ -544,10 +544,18 @@ class Search:
         share = [f"data_share={trial.share / 100}"] if trial.share is not None else []
         resolved: Any = configs.resolve(self.plan.config, self._space.overrides(trial.params) + share)
         return TrialJob(
-            trial.number, self.plan.recipe, resolved.values, resolved.sources, self.plan.folder.parent,
-            self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
-            self.plan.unit, self.plan.provenance, waits=self._waits,
-        )  # fmt: skip
+            number=trial.number,
+            recipe=self.plan.recipe,
+            values=resolved.values,
+            sources=resolved.sources,
+            runs=self.plan.folder.parent,
+            sweep=self.plan.folder.name,
+            run=trial.run,
+            metrics=tuple(one.metric for one in self.plan.objectives),
+            unit=self.plan.unit,
+            provenance=self.plan.provenance,
+            waits=self._waits,
+        )
 
     @staticmethod
     def _advanced(trial: Seen, step: float) -> None:

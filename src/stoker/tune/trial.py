@@ -20,7 +20,7 @@ from stoker.supervision import Heart
 from stoker.tune.plan import SHARE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrialJob:
     """Everything that the processes of a trial need to know."""
 

@@ -73,7 +73,7 @@ def scaling(
     report.check(output)
     resolved = configs.resolve(found.config, overrides or (), None)
     counts = _counts(nproc)
-    _check_length(found, resolved.config, steps)
+    _check_length(resolved.config, steps)
     _share_cores(max(counts))
     rows = _measured(found, resolved, counts, steps, repeats)
     result = {
@@ -135,9 +135,16 @@ def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
         name = directory.new_id()
         job = RankJob(
-            recipe.reference, resolved.values, resolved.sources, Path(folder), "bench", name,
-            profile=None, json=False, accept_drift=False,
-        )  # fmt: skip
+            recipe=recipe.reference,
+            values=resolved.values,
+            sources=resolved.sources,
+            runs=Path(folder),
+            experiment="bench",
+            name=name,
+            profile=None,
+            json=False,
+            accept_drift=False,
+        )
         local.run(run_rank, (job, steps), nproc=ranks, preload=recipe.preload)
         run = finding.locate(Path(folder), "bench", name)
         files = [run.logs / f"timing-rank-{rank}.json" for rank in range(ranks)]
@@ -183,7 +190,7 @@ def summarised(found: Mapping[Way, Sequence[Mapping[str, Any]]]) -> list[dict[st
     return rows
 
 
-def _check_length(recipe: Recipe, config: Any, steps: int) -> None:
+def _check_length(config: Any, steps: int) -> None:
     """Raises BadInput if the config makes the run shorter than the measurement."""
     length = getattr(config, "max_steps", None)
     needed = timing_steps(steps)

@@ -179,7 +179,7 @@ def _answer(
     numbers: Sequence[Mapping[str, Numbers]],
     shown: Sequence[Sequence[Sample]],
 ) -> dict[str, Any]:
-    shares = _shares(found, rows)
+    shares = _shares(rows)
     return {
         **about,
         "sources": [
@@ -217,7 +217,7 @@ def _looked_at(source: Source) -> dict[str, int] | None:
     return {"parts": len(sources.looked_at(source.stream)), "of": len(source.stream)}
 
 
-def _shares(found: Sequence[Source], rows: Rows) -> list[dict[str, float]]:
+def _shares(rows: Rows) -> list[dict[str, float]]:
     """Each source's share of the training rows, and how many passes over it an epoch makes."""
     from stoker.data.mixture import Mixture
 
@@ -278,12 +278,12 @@ def _print_stretch(out: Console, label: str, tokens: Sequence[Token], whole: boo
     lines: Iterable[Text] = text.split("\n")
     if out.is_terminal:
         wide = max(20, out.width - _GUTTER)
-        lines = (wrapped for line in lines for wrapped in _wrapped(out, line, wide))
+        lines = (wrapped for line in lines for wrapped in _wrapped(line, wide))
     for number, line in enumerate(lines):
         out.print(Text(f"{'' if number else label:{_GUTTER}}", "dim"), line, sep="", soft_wrap=True)
 
 
-def _wrapped(out: Console, line: Text, width: int) -> Iterator[Text]:
+def _wrapped(line: Text, width: int) -> Iterator[Text]:
     """Wrap a line at exactly `width` columns, so that no space is lost."""
     while line.cell_len > width:
         at = width
@@ -382,7 +382,7 @@ def _print_histogram(out: Console, split: str, numbers: Numbers, row: int) -> No
 def _print_mixture(out: Console, found: Sequence[Source], rows: Rows) -> None:
     numbers = ("weight", "share of rows", "rows per epoch", "passes per epoch")
     made = table(["mixture", *numbers], right=numbers, dim=True)
-    for source, share in zip(found, _shares(found, rows), strict=True):
+    for source, share in zip(found, _shares(rows), strict=True):
         made.add_row(
             Text(plain(source.name)), f"{source.weight:g}", f"{share['share']:.1%}",
             f"{share['rows_per_epoch']:,}", f"{share['passes']:.2f}",

@@ -94,7 +94,7 @@ def logs(
     if not written:
         status = _states([found])[found.id]
         where = "" if wanted is None else f" under {finding.shown(found.runs)}"
-        log.info("%s has written nothing%s yet; the job is %s", wanted or found.id, where, _said(status))
+        log.info("%s has written nothing%s yet; the job is %s", wanted or found.id, where, _described(status))
 
 
 @app.command()
@@ -111,7 +111,7 @@ def cancel(
     target = targets.of(found.target)
     status = target.states([found])[found.id]
     if status.over:
-        raise BadInput(f"job {found.id} is over: {_said(status)}")
+        raise BadInput(f"job {found.id} is over: {_described(status)}")
     target.cancel(found, at_once=now)
     jobs.write(dataclasses.replace(found, cancelled=True))
     if json:
@@ -161,7 +161,7 @@ def _print(known: Sequence[Job], states: dict[str, Status]) -> None:
     for job in known:
         status, step = states[job.id], _step(job)
         made.add_row(
-            job.id, job.target, job.native, Text(_said(status), _STYLES.get(status.state, "yellow")),
+            job.id, job.target, job.native, Text(_described(status), _STYLES.get(status.state, "yellow")),
             ", ".join(job.trains), "" if step is None else f"{step:,}", str(job.spec.nodes), _when(job),
         )  # fmt: skip
     print_whole(console(), made)
@@ -181,7 +181,7 @@ def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
     }
     return [
         ("job", f"{job.id}, {job.target}'s {job.native}"),
-        ("state", _said(status)),
+        ("state", _described(status)),
         ("runs", ", ".join(job.trains)),
         ("needs", ", ".join(needs)),
         *((name, value) for name, value in given.items() if value),
@@ -206,7 +206,7 @@ def _code(code: Any) -> str:
     return f"{code['commit'][:10]}{' with uncommitted changes' if code['dirty'] else ''}"
 
 
-def _said(status: Status) -> str:
+def _described(status: Status) -> str:
     return f"{status.state} ({status.reason})" if status.reason else status.state
 
 

@@ -162,7 +162,7 @@ def push(
     """Share a run's model with a model card. Its files load with transformers and peft."""
     show_messages()
     seen = view.load(finding.find(runs, run))
-    destination = sharing.destination(to)
+    destination = sharing.destination(to, private=not public)
     with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
@@ -173,7 +173,7 @@ def push(
         )  # fmt: skip
         if dtype is not None:
             exports.cast(ready, dtype)
-        where = destination.send(ready, private=not public)
+        where = destination.send(ready)
         files = [str(file.relative_to(ready)) for file in storage.files_under(ready)]
     answer(json, {"run": seen.directory.name, "to": where, "files": files}, where)
 
