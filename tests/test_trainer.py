@@ -380,6 +380,51 @@ def test_a_changed_rate_that_a_scheduler_does_not_know_is_said(
     assert "the learning rate is [0.5] now, but falls continues from [0.01]" in caplog.text
 
 
+class _Rates:
+    """A scheduler in an object of the script's own, which saves its state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.falls = SCHEDULERS["lambda"](optimizer)
+        self.state_dict, self.load_state_dict = self.falls.state_dict, self.falls.load_state_dict
+
+
+@pytest.mark.parametrize(
+    ("registered", "warnings"),
+    [(None, 1), (lambda scheduler: scheduler, 0), (lambda scheduler: _Rates(scheduler.optimizer), 0)],
+)
+def test_a_scheduler_that_no_checkpoint_will_have_is_said_once(
+    registered: Callable[[Any], Any] | None,
+    warnings: int,
+    open_run: Callable[..., Run],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        scheduler = SCHEDULERS["sequence"](trainer.optimizer)
+        trainer.register_for_checkpointing(curriculum=_Curriculum())
+        if registered is not None:
+            trainer.register_for_checkpointing(scheduler=registered(scheduler))
+        for steps in (1, 2):
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+    said = [one for one in caplog.messages if "register_for_checkpointing(scheduler=scheduler)" in one]
+    assert len(said) == warnings
+    assert all("the optimizer has a learning rate scheduler that is not registered" in one for one in said)
+
+
+def test_the_optimizer_whose_scheduler_is_not_registered_is_named(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 2)})
+        trainer = _trainer(run, model, optimizer=dict.fromkeys(model, torch.optim.Adam))
+        first, second = (SCHEDULERS["steps"](trainer.optimizers[name]) for name in model)
+        trainer.register_for_checkpointing(scheduler=first)
+        for _ in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=1):
+            assert second.optimizer is trainer.optimizers["second"]
+    assert "the optimizer of second has a learning rate scheduler" in caplog.text
+
+
 def test_a_rewind_puts_registered_states_back_with_the_weights(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         spoilt = {5}
