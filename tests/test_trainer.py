@@ -973,10 +973,28 @@ def test_a_parameter_that_is_not_the_models_has_no_name_in_a_checkpoint(open_run
         _assert_goes_on(open_run, _model, give_another)
 
 
+def test_a_part_that_is_frozen_once_the_trainer_has_it_is_trained_in_a_later_stage(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), optimizer=dict.fromkeys("04", torch.optim.Adam))
+        first = trainer.model.get_submodule("0").requires_grad_(False)
+        initial, weights = first.weight.detach().clone(), []
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=4):
+            if trainer.steps_done == 2:
+                weights.append(first.weight.detach().clone())
+                first.requires_grad_(True)
+            for name in "4" if trainer.steps_done < 2 else "04":
+                trainer.backward(*_loss(trainer.forward(batch), batch))
+                trainer.update(trainer.optimizers[name])
+    assert torch.equal(weights[0], initial)
+    assert not torch.equal(first.weight, initial)
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())
-        with pytest.raises(ValueError, match="one Trainer"):
+        with pytest.raises(ValueError, match=r"one Trainer.* optimizer=\{'first': \.\.\., 'second'"):
             _trainer(run, _model())
 
 
@@ -1735,6 +1753,14 @@ class _Graph(nn.Module):
          r"have no shape yet \(0.weight, 0.bias\): call it once on a batch"),
         ({"model": _Graph(persistent=True)},
          r"sparse tensors \(adjacency\), which a checkpoint cannot hold: .* buffers with persistent=False"),
+        ({"model": [nn.Linear(6, 3)]}, r"of type list, but must be .*: put several .*ModuleDict\(\{"),
+        ({"model": nn.Flatten}, r"the model is Flatten, but must be .*: give an instance, Flatten\(\."),
+        ({"optimizer": {"gen": torch.optim.Adam}, "model": nn.ModuleDict({"genes": nn.Linear(6, 3)})},
+         "names 'gen', but ModuleDict has no such submodule; did you mean 'genes'.* submodules are genes"),
+        ({"optimizer": {"2": torch.optim.Adam}}, "names '2', which has no parameters: leave it out"),
+        ({"optimizer": dict.fromkeys("01", torch.optim.Adam),
+          "model": nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3))},
+         r"names '0', whose parameters are all frozen: .*get_submodule\('0'\)\.requires_grad_\(False\)"),
     ],
 )  # fmt: skip
 def test_an_argument_of_another_kind_is_refused_with_what_to_give(
