@@ -965,6 +965,21 @@ def test_a_loop_that_steps_its_optimizer_by_itself_is_saved_when_it_is_due(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("updates_every", "warnings"), [(0, 1), (90, 0)])
+def test_an_update_that_is_forgotten_is_said_once(
+    updates_every: int, warnings: int, open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), checkpoint_every=20)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=180):
+            trainer.backward(*_loss(trainer.forward(batch), batch))
+            if updates_every and trainer.every(updates_every):
+                trainer.update()
+    said = [one for one in caplog.messages if "call trainer.update() after trainer.backward(...)" in one]
+    assert len(said) == warnings
+    assert all("by step 100 no update has used the gradients of the last 100 steps" in one for one in said)
+
+
 def test_a_parameter_that_is_not_the_models_has_no_name_in_a_checkpoint(open_run: Callable[..., Run]) -> None:
     def give_another(trainer: Trainer) -> None:
         trainer.optimizer.add_param_group({"params": nn.Linear(2, 3).parameters()})
