@@ -166,6 +166,71 @@ def test_a_key_without_default_must_be_given() -> None:
     assert configs.resolve(Needs, ["path=a"]).config == Needs(path="a")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Lora):
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    lora: Lora = Lora(rank=2)
+    name: str = "part"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned(Config):
+    """Overrides the default of an inherited group, and has groups of its own."""
+
+    lora: Lora = field(default_factory=lambda: Lora(rank=3))
+    part: Part = Part(lora=Lora(rank=5, targets=("k",)))
+    other: Part = field(default_factory=Part)
+    adapter: Lora = Adapter(scale=0.5)
+
+
+def test_the_default_of_a_group_is_where_its_keys_begin(write_file: Callable[..., Path]) -> None:
+    found = configs.resolve(Tuned)
+    assert found.config == Tuned()
+    assert found.values["part.lora.rank"] == 5
+    assert found.values["other.lora.rank"] == 2
+    assert found.values["adapter.scale"] == 0.5
+    assert found.values == configs.record(Tuned()) == configs.restore(Tuned, {}, {}).values
+    described = configs.describe(Tuned)
+    assert {key: default for key, (_, default) in described.items()}.items() >= {
+        "lora.rank": 3, "part.lora.rank": 5, "part.lora.targets": ("k",), "part.name": "part",
+        "other.lora.rank": 2, "adapter.scale": 0.5,
+    }.items()  # fmt: skip
+    file = write_file("c.yaml", ["part:", "  lora: {targets: [v]}"])
+    given = configs.resolve(Tuned, ["lora.targets=[k]", "adapter.rank=1"], file)
+    assert given.config == Tuned(
+        lora=Lora(rank=3, targets=("k",)),
+        part=Part(lora=Lora(rank=5, targets=("v",))),
+        adapter=Adapter(rank=1, scale=0.5),
+    )
+    assert configs.restore(Tuned, given.values, given.sources) == given
+    assert configs.drift(configs.record(Tuned(part=Part())), found.values) == {
+        "part.lora.rank": (2, 5), "part.lora.targets": (["q", "v"], ["k"])
+    }  # fmt: skip
+
+
+def test_a_config_with_other_groups_than_its_defaults_is_recorded_as_it_is() -> None:
+    assert configs.record(Tuned(adapter=Lora(rank=7)))["adapter.rank"] == 7
+    assert configs.record(Config(lora=Adapter(scale=3)))["lora.scale"] == 3
+
+
+def test_a_group_that_its_class_makes_may_have_keys_without_a_default() -> None:
+    needs = make_dataclass("Needs", [("path", str), ("rank", int, field(default=1))], frozen=True)
+    group = make_dataclass("Group", [("needs", needs, field(default_factory=needs))], frozen=True)
+    with pytest.raises(BadInput, match=r"needs\.path needs a value"):
+        configs.resolve(group)
+    assert configs.resolve(group, ["needs.path=a"]).values == {"needs.path": "a", "needs.rank": 1}
+
+
+def test_a_default_that_is_no_group_is_refused() -> None:
+    group = make_dataclass("Group", [("lora", Lora, field(default=None))], frozen=True)
+    with pytest.raises(BadInput, match="lora is a group of keys, but its default is None: give it a Lora"):
+        configs.resolve(group)
+
+
 def test_a_record_gives_the_same_config_back() -> None:
     found = configs.resolve(Config, ["lr=3e-4", "every=2ep", "lora.rank=8"])
     assert configs.restore(Config, found.values, found.sources) == found

@@ -380,6 +380,51 @@ def test_a_changed_rate_that_a_scheduler_does_not_know_is_said(
     assert "the learning rate is [0.5] now, but falls continues from [0.01]" in caplog.text
 
 
+class _Rates:
+    """A scheduler in an object of the script's own, which saves its state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.falls = SCHEDULERS["lambda"](optimizer)
+        self.state_dict, self.load_state_dict = self.falls.state_dict, self.falls.load_state_dict
+
+
+@pytest.mark.parametrize(
+    ("registered", "warnings"),
+    [(None, 1), (lambda scheduler: scheduler, 0), (lambda scheduler: _Rates(scheduler.optimizer), 0)],
+)
+def test_a_scheduler_that_no_checkpoint_will_have_is_said_once(
+    registered: Callable[[Any], Any] | None,
+    warnings: int,
+    open_run: Callable[..., Run],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        scheduler = SCHEDULERS["sequence"](trainer.optimizer)
+        trainer.register_for_checkpointing(curriculum=_Curriculum())
+        if registered is not None:
+            trainer.register_for_checkpointing(scheduler=registered(scheduler))
+        for steps in (1, 2):
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+    said = [one for one in caplog.messages if "register_for_checkpointing(scheduler=scheduler)" in one]
+    assert len(said) == warnings
+    assert all("the optimizer has a learning rate scheduler that is not registered" in one for one in said)
+
+
+def test_the_optimizer_whose_scheduler_is_not_registered_is_named(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 2)})
+        trainer = _trainer(run, model, optimizer=dict.fromkeys(model, torch.optim.Adam))
+        first, second = (SCHEDULERS["steps"](trainer.optimizers[name]) for name in model)
+        trainer.register_for_checkpointing(scheduler=first)
+        for _ in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=1):
+            assert second.optimizer is trainer.optimizers["second"]
+    assert "the optimizer of second has a learning rate scheduler" in caplog.text
+
+
 def test_a_rewind_puts_registered_states_back_with_the_weights(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         spoilt = {5}
@@ -948,6 +993,21 @@ def test_a_loop_that_steps_its_optimizer_by_itself_is_saved_when_it_is_due(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("updates_every", "warnings"), [(0, 1), (90, 0)])
+def test_an_update_that_is_forgotten_is_said_once(
+    updates_every: int, warnings: int, open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), checkpoint_every=20)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=180):
+            trainer.backward(*_loss(trainer.forward(batch), batch))
+            if updates_every and trainer.every(updates_every):
+                trainer.update()
+    said = [one for one in caplog.messages if "call trainer.update() after trainer.backward(...)" in one]
+    assert len(said) == warnings
+    assert all("by step 100 no update has used the gradients of the last 100 steps" in one for one in said)
+
+
 def test_a_parameter_that_is_not_the_models_has_no_name_in_a_checkpoint(open_run: Callable[..., Run]) -> None:
     def give_another(trainer: Trainer) -> None:
         trainer.optimizer.add_param_group({"params": nn.Linear(2, 3).parameters()})
@@ -956,10 +1016,28 @@ def test_a_parameter_that_is_not_the_models_has_no_name_in_a_checkpoint(open_run
         _assert_goes_on(open_run, _model, give_another)
 
 
+def test_a_part_that_is_frozen_once_the_trainer_has_it_is_trained_in_a_later_stage(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), optimizer=dict.fromkeys("04", torch.optim.Adam))
+        first = trainer.model.get_submodule("0").requires_grad_(False)
+        initial, weights = first.weight.detach().clone(), []
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=4):
+            if trainer.steps_done == 2:
+                weights.append(first.weight.detach().clone())
+                first.requires_grad_(True)
+            for name in "4" if trainer.steps_done < 2 else "04":
+                trainer.backward(*_loss(trainer.forward(batch), batch))
+                trainer.update(trainer.optimizers[name])
+    assert torch.equal(weights[0], initial)
+    assert not torch.equal(first.weight, initial)
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())
-        with pytest.raises(ValueError, match="one Trainer"):
+        with pytest.raises(ValueError, match=r"one Trainer.* optimizer=\{'first': \.\.\., 'second'"):
             _trainer(run, _model())
 
 
@@ -1718,6 +1796,14 @@ class _Graph(nn.Module):
          r"have no shape yet \(0.weight, 0.bias\): call it once on a batch"),
         ({"model": _Graph(persistent=True)},
          r"sparse tensors \(adjacency\), which a checkpoint cannot hold: .* buffers with persistent=False"),
+        ({"model": [nn.Linear(6, 3)]}, r"of type list, but must be .*: put several .*ModuleDict\(\{"),
+        ({"model": nn.Flatten}, r"the model is Flatten, but must be .*: give an instance, Flatten\(\."),
+        ({"optimizer": {"gen": torch.optim.Adam}, "model": nn.ModuleDict({"genes": nn.Linear(6, 3)})},
+         "names 'gen', but ModuleDict has no such submodule; did you mean 'genes'.* submodules are genes"),
+        ({"optimizer": {"2": torch.optim.Adam}}, "names '2', which has no parameters: leave it out"),
+        ({"optimizer": dict.fromkeys("01", torch.optim.Adam),
+          "model": nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3))},
+         r"names '0', whose parameters are all frozen: .*get_submodule\('0'\)\.requires_grad_\(False\)"),
     ],
 )  # fmt: skip
 def test_an_argument_of_another_kind_is_refused_with_what_to_give(

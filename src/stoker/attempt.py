@@ -481,7 +481,11 @@ class Attempt:
             trained: returns the number of steps that the run has made.
         """
         if self._stepped_by_trainer:
-            raise ValueError("a run has one Trainer, to which its checkpoints belong")
+            raise ValueError(
+                "a run has one Trainer, to which its checkpoints belong: put several models into one, such "
+                "as torch.nn.ModuleDict({'first': ..., 'second': ...}), and give each its own optimizer, "
+                "optimizer={'first': ..., 'second': ...}"
+            )
         self._stepped_by_trainer = True
         self._finish, self._conclude, self._trained = finish, conclude, trained
         threads.at_end_of_script(self._conclude_script)

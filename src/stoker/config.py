@@ -140,7 +140,7 @@ def without_secrets(
 
 def record(config: Any) -> dict[str, Any]:
     """A config as JSON types by dotted key."""
-    return {key: _dump(leaf, _get(config, key)) for key, leaf in _leaves(type(config)).items()}
+    return {key: _dump(leaf, leaf.default) for key, leaf in _leaves(type(config), of=config).items()}
 
 
 def shown(value: Any) -> str:
@@ -280,7 +280,12 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
+def _leaves(cls: type, prefix: str = "", of: Any = dataclasses.MISSING) -> dict[str, _Leaf]:
+    """The keys of a config.
+
+    Args:
+        of: an instance of the class, whose values are the defaults.
+    """
     if not dataclasses.is_dataclass(cls):
         raise BadInput(
             f"{cls.__name__} is not a dataclass: decorate it with @dataclass(frozen=True, kw_only=True)"
@@ -288,29 +293,55 @@ def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
     hints = _hints(cls)
     leaves: dict[str, _Leaf] = {}
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
+        key, kind = prefix + field.name, hints[field.name]
+        default = _default(field, kind, of)
         if is_group(kind):
-            leaves.update(_leaves(kind, f"{prefix}{field.name}."))
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        leaves[prefix + field.name] = _Leaf(kind, default)
+            leaves.update(_leaves(_group(key, kind, default), f"{key}.", default))
+        else:
+            leaves[key] = _Leaf(kind, default)
     return leaves
 
 
-def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
+def _default(field: dataclasses.Field[Any], kind: Any, of: Any) -> Any:
+    """The default of a field, or its value in an instance, if there is one.
+
+    MISSING if it has none, or if it is a group as its class makes it: that may have keys without a default.
+    """
+    if of is not dataclasses.MISSING:
+        return getattr(of, field.name)
+    make: Any = field.default_factory
+    if make is dataclasses.MISSING:
+        return field.default
+    return dataclasses.MISSING if is_group(kind) and make is kind else make()
+
+
+def _group(key: str, kind: type, default: Any) -> type:
+    """The class of a group of keys: that of its default, which may inherit from the annotated one."""
+    if default is dataclasses.MISSING:
+        return kind
+    if not isinstance(default, kind):
+        raise BadInput(
+            f"{key} is a group of keys, but its default is {default!r}: give it a {kind.__name__}, such as "
+            f"{kind.__name__}()"
+        )
+    return type(default)
+
+
+def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "", of: Any = dataclasses.MISSING) -> C:
+    """A config with these values by dotted key, and those of an instance, or its defaults, for the others."""
     hints = _hints(cls)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key = prefix + field.name
-        kind = hints[field.name]
+        key, kind = prefix + field.name, hints[field.name]
+        default = _default(field, kind, of)
         if is_group(kind):
-            arguments[field.name] = _build(kind, values, f"{key}.")
+            arguments[field.name] = _build(_group(key, kind, default), values, f"{key}.", default)
         elif key in values:
             arguments[field.name] = values[key]
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        elif default is dataclasses.MISSING:
             raise BadInput(f"{key} needs a value: add {key}=... to the command")
+        elif field.init:
+            arguments[field.name] = default
     try:
         return cls(**arguments)
     except ValueError as error:  # a config's own __post_init__
@@ -456,12 +487,6 @@ def _why(cls: type, key: str, leaves: Mapping[str, _Leaf], value: object = ...) 
         "with a config dataclass"
     )
     return f"unknown key {key!r}", unknown_keys.meant(cls, key, leaves, value) if leaves else why
-
-
-def _get(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def _dump(leaf: _Leaf, value: Any) -> Any:

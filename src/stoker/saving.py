@@ -33,6 +33,7 @@ from stoker.world import World
 log = logging.getLogger("stoker")
 
 _NAMED = 5  # names in a message
+_MANY_UNUSED = 100  # steps whose gradients no update has used, from which it seems to be forgotten
 
 
 class Restored(NamedTuple):
@@ -297,6 +298,7 @@ class Due:
         """Whether the current step may have measured the best's metric: true on all ranks, or on none."""
         self.saved_step: int | None = None
         """The step of the newest one."""
+        self._warned = False
         self.begin()
 
     def begin(self) -> None:
@@ -321,6 +323,21 @@ class Due:
         """
         self.asked = self.asked or self._by_count(loader, step, samples) or self._is_best()
         return self.asked
+
+    def put_off(self, step: int, unused: int) -> None:
+        """One waits for accumulated gradients. Warns, once, if an update of them seems to be forgotten.
+
+        Args:
+            unused: how many steps have added to the gradients since the last update.
+        """
+        if unused < _MANY_UNUSED or self._warned or self._checkpoints.world.rank > 0:
+            return
+        self._warned = True
+        log.warning(
+            "by step %d no update has used the gradients of the last %d steps, and checkpoints and requests "
+            "to stop wait for it: call trainer.update() after trainer.backward(...), or nothing is trained",
+            step, unused,
+        )  # fmt: skip
 
     def _by_count(self, loader: Loader, step: int, samples: int) -> bool:
         """Whether this step has completed an interval of steps, samples or tokens."""

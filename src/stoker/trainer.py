@@ -107,6 +107,8 @@ class Trainer:
 
     _resumption: Resumption | None = None
     """What was restored, if the run is resumed."""
+    _unused = 0
+    """How many steps have added to the gradients since the last update."""
 
     def __init__(
         self,
@@ -426,7 +428,10 @@ class Trainer:
             self._due.asked = True
         due = self._due.after_step(loader, self.steps_done, loop.samples(self._at))
         waits = self._adding_up  # a checkpoint does not hold accumulated gradients
-        if due and not waits:
+        self._unused = self._unused + 1 if waits else 0
+        if waits and (due or requests.stop):
+            self._due.put_off(self.steps_done, self._unused)
+        elif due:
             self._save()
             self._due.asked = False
         stop = None if waits else requests.stop

@@ -46,11 +46,16 @@ class Registered:
         self._checkpoint: Checkpoint | None = None
         self._held: dict[str, Any] = {}
         self._groups: dict[str, list[dict[str, Any]]] = {}
+        self._warned = False
 
     def schedulers(self, objects: Mapping[str, Stateful]) -> dict[str, LRScheduler]:
         """Those of the objects that set the learning rates of the Trainer's optimizers."""
-        ours = [getattr(o, "optimizer", o) for o in self._optimizers.values()]  # of ZeRO's, what it wraps
+        ours = list(self._scheduled().values())
         return {n: s for n, s in objects.items() if isinstance(s, LRScheduler) and s.optimizer in ours}
+
+    def _scheduled(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers as schedulers take them: of ZeRO's, what it wraps."""
+        return {name: getattr(made, "optimizer", made) for name, made in self._optimizers.items()}
 
     def add(self, objects: Mapping[str, Stateful], *, whole: bool = True) -> None:
         """Save these with every checkpoint from now on, and restore them from the one that was restored.
@@ -113,7 +118,10 @@ class Registered:
                 self._put(name)
 
     def begin(self) -> None:
-        """Training begins: later registered objects start fresh. Warns of saved states not restored."""
+        """Training begins: later registered objects start fresh.
+
+        Warns of saved states that were not restored, and of schedulers that will not be saved.
+        """
         lost = [name for name in self._held if name not in self._objects]
         if lost and self._world.rank == 0:
             log.warning(
@@ -121,6 +129,24 @@ class Registered:
                 ", ".join(lost),
             )
         self._checkpoint, self._held, self._groups = None, {}, {}
+        self._warn_of_schedulers()
+
+    def _warn_of_schedulers(self) -> None:
+        """Warn, once, of an optimizer with one of torch's schedulers when none of its own is registered."""
+        without = [
+            name
+            for name, optimizer in self._scheduled().items()
+            if hasattr(optimizer.step, "_wrapped_by_lr_sched")
+            and not any(_is_for(given, optimizer) for given in self._objects.values())
+        ]
+        if without and not self._warned and self._world.rank == 0:
+            self._warned = True
+            log.warning(
+                "%s has a learning rate scheduler that is not registered: no checkpoint has its state, and a "
+                "resumed run would train with other rates; before the loop, add "
+                "trainer.register_for_checkpointing(scheduler=scheduler)",
+                "the optimizer" if len(self._optimizers) == 1 else f"the optimizer of {', '.join(without)}",
+            )  # fmt: skip
 
     def _put(self, name: str) -> bool:
         """Whether the checkpoint has a state for it."""
@@ -142,6 +168,12 @@ class Registered:
         tensors = _read(self._checkpoint, values, _prefix(name, rank), self._device)
         self._objects[name].load_state_dict(trees.together(values, tensors))
         return True
+
+
+def _is_for(given: object, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an object is a scheduler of an optimizer, or has one in an attribute."""
+    held = (given, *getattr(given, "__dict__", {}).values())
+    return any(getattr(one, "optimizer", None) is optimizer for one in held)
 
 
 def _began(scheduler: LRScheduler) -> list[Any]:

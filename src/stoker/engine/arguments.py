@@ -13,19 +13,24 @@ from typing import Any
 import torch
 from stoker import tensors, words
 from stoker.engine.settings import Training
-from stoker.errors import BadInput, StokerError
+from stoker.errors import BadInput, StokerError, nearest
 from stoker.words import some
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 _UNUSED = "Expected to have finished reduction"  # the beginning of DDP's error
 _NAMED = 4  # parameters named in a message
+_LISTED = 20  # submodules listed in one
 
 
-def check(training: object, model: nn.Module, optimizer: object, loss: object, schedule: object) -> None:
+def check(training: object, model: object, optimizer: object, loss: object, schedule: object) -> None:
     """Raises BadInput, or TypeError, for arguments of a kind that Trainer does not take."""
     _check_training(training)
+    if not isinstance(model, nn.Module):
+        raise BadInput(_no_module(model))
     _check_model(model)
+    for name in optimizer if isinstance(optimizer, Mapping) else ():
+        _check_part(model, name)
     if optimizer is not None:
         for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
             _check_optimizer(name, make)
@@ -64,6 +69,39 @@ def _check_training(training: object) -> None:
         raise TypeError(
             f"training= is a {name}, which has no settings for devices, precision and checkpoints: give a "
             f"stoker.Training, or let {name} inherit from it"
+        )
+
+
+def _no_module(model: object) -> str:
+    """What is wrong with a model that is no module, such as a list of several."""
+    said = f"the model is {_said(model)}, but must be a torch.nn.Module"
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return f"{said}: give an instance, {model.__name__}(...)"
+    return (
+        f"{said}: put several models into one, such as torch.nn.ModuleDict({{'first': ..., 'second': ...}}), "
+        "and give each its own optimizer, optimizer={'first': ..., 'second': ...}"
+    )
+
+
+def _check_part(model: nn.Module, name: str) -> None:
+    """Raises BadInput for a submodule that does not exist, or that an optimizer has nothing to train of."""
+    try:
+        parameters = list(model.get_submodule(name).parameters())
+    except AttributeError:
+        known = [known for known, _ in model.named_modules() if known]
+        children = [child for child, _ in model.named_children()]
+        raise BadInput(
+            f"optimizer= names {name!r}, but {type(model).__name__} has no such submodule"
+            f"{nearest(str(name), known)}; its submodules are {some(children, _LISTED)}"
+        ) from None
+    if not parameters:
+        raise BadInput(f"optimizer= names {name!r}, which has no parameters: leave it out")
+    if not any(p.requires_grad for p in parameters):
+        part = f"trainer.model.get_submodule({name!r}).requires_grad_"
+        raise BadInput(
+            f"optimizer= names {name!r}, whose parameters are all frozen: leave it out, or, if a later stage "
+            f"trains it, freeze it only after the Trainer is created, {part}(False), and unfreeze it when "
+            f"that stage begins, {part}(True)"
         )
 
 
