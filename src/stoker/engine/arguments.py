@@ -74,7 +74,7 @@ def _check_training(training: object) -> None:
 
 def _no_module(model: object) -> str:
     """What is wrong with a model that is no module, such as a list of several."""
-    said = f"the model is {_said(model)}, but must be a torch.nn.Module"
+    said = f"the model is {_named(model)}, but must be a torch.nn.Module"
     if isinstance(model, type) and issubclass(model, nn.Module):
         return f"{said}: give an instance, {model.__name__}(...)"
     return (
