@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -51,6 +52,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[None]:
+    """The log is as it was when the test began: a command that ran in this process shows its messages."""
+    stoker = logging.getLogger("stoker")
+    level, propagates, handlers = stoker.level, stoker.propagate, [*stoker.handlers]
+    yield
+    stoker.setLevel(level)
+    stoker.propagate, stoker.handlers[:] = propagates, handlers
 
 
 @pytest.fixture(scope="session")

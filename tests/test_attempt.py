@@ -242,7 +242,6 @@ def test_tables_tags_and_artifacts_are_recorded(open_run: Callable[..., Run], tm
 
 
 def test_a_changed_fingerprint_warns(open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("stoker").propagate = True
     for value in ("one", "one", "two", "two", "one"):
         with open_run() as run:
             run.fingerprint("data", value)

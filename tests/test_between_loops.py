@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,10 +165,8 @@ def test_a_scheduler_that_steps_between_loops_steps_once(dies_at: tuple[int, ...
 
 
 def test_weights_that_are_set_before_the_loop_are_those_of_the_checkpoint_later(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
-
     def train(run: Run, dies_at: int) -> dict[str, torch.Tensor]:
         trainer = _trainer(run)
         nn.init.constant_(trainer.model[2].weight, 0.01)

@@ -1468,7 +1468,6 @@ def test_going_on_with_another_number_of_samples_is_said(
     open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture, samples: int, share: float, warns: bool
 ) -> None:
     caplog.set_level(logging.WARNING, "stoker")
-    logging.getLogger("stoker").propagate = True
     for size, part, steps in [(50, 1.0, 2), (samples, share, 4)]:
         with open_run(config=Training(data_share=part), accept_drift=True) as run:
             trainer = _trainer(run, _model(), data_share=part)
@@ -1523,7 +1522,6 @@ def test_a_length_that_the_run_is_past_is_said_and_the_run_is_as_long_as_it_was(
     open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "stoker")
-    logging.getLogger("stoker").propagate = True
     for steps in (4, 1):
         with open_run() as run:
             trainer = _trainer(run, _model())

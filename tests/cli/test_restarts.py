@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
-import logging
 import math
 import os
 import re
@@ -172,7 +171,6 @@ def test_a_process_alone_that_takes_long_is_only_warned_of(
 ) -> None:
     """Where no limit was given: nobody starts it again, and an evaluation may just be long."""
     monkeypatch.delenv(supervision.FOLDER, raising=False)
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
 
     def warnings() -> list[str]:
         once = {id(record): record.getMessage() for record in caplog.records}  # two loggers may hand it on

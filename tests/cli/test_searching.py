@@ -32,9 +32,7 @@ def test_a_grid_is_tried_whole_unless_fewer_trials_are_asked_for(
     planned: int,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     caplog.set_level(logging.INFO)
     points = ("x=uniform(0.1, 1.5, step=0.1)", "kind=[near, far]")
     assert _prepared(tmp_path, *points, sampler="grid", trials=trials).trials == planned
@@ -79,10 +77,7 @@ def test_a_population_that_is_to_grow_is_told_that_it_is_its_trials(tmp_path: Pa
         _prepared(tmp_path, "x=uniform(0, 1)", trials=8, **given)
 
 
-def test_a_key_whose_condition_never_holds_is_named(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+def test_a_key_whose_condition_never_holds_is_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     found = parse(["x=uniform(0, 1) if kind == far", "kind=near"], recipes.load(str(RECIPE)).config)
     assert not found.parameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import shutil
 import signal
@@ -116,7 +115,6 @@ def test_a_sink_that_fails_is_asked_less_and_less_often_and_the_search_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     monkeypatch.setattr(follower, "INTERVAL", 0.05)
     attempts: list[float] = []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import math
 import shutil
 import time
@@ -126,7 +125,6 @@ def test_a_search_waits_where_the_machine_of_its_trial_is_lost_until_there_is_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(search, "_LOOK", 0.001)
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     cluster = Cluster([True, *[False] * 7], {0: ["killed"]})
     searched = _search(tmp_path, cluster, 2)
     searched.run()
@@ -146,9 +144,8 @@ def test_a_search_that_is_over_waits_for_no_machine(tmp_path: Path, monkeypatch:
 
 
 def test_trials_that_end_long_before_a_whole_one_are_told_of_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     rule = schedulers.make("asha", least=20, most=100)
     _search(tmp_path, Cluster([], {}), 3, rule, whole=100.0).run()
     assert caplog.text.count("rungs are laid out over --most 100") == 1
@@ -427,7 +424,6 @@ def test_another_donor_is_chosen_if_one_fails_before_its_first_checkpoint(tmp_pa
 def test_a_fork_that_fails_at_once_is_followed_by_one_that_keeps_what_is_no_float(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     monkeypatch.setattr(forking, "take_checkpoint", lambda donor, run, *, ended: 20)
     error = "the checkpoint is from a different model; tensors with a different shape: weight"
     rest = [Ended(4, "failed", error), Report(5, 30, 1.5), *_REST, Ended(5, "finished", logged=("val_loss",))]
@@ -458,7 +454,6 @@ def test_a_fork_that_fails_at_once_for_another_reason_is_followed_by_one_that_ex
     ends: list[Report | Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     monkeypatch.setattr(forking, "take_checkpoint", lambda donor, run, *, ended: 20)
     rest = [*ends, Report(5, 30, 1.5), *_REST, Ended(5, "finished", logged=("val_loss",))]
     rule = schedulers.make("pbt", least=10, most=40, population=4, resample=1.0)
@@ -476,9 +471,8 @@ def test_a_fork_that_fails_at_once_for_another_reason_is_followed_by_one_that_ex
 
 
 def test_of_an_unfit_fork_in_a_space_of_floats_only_its_error_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     error = "the checkpoint is from a different model; tensors missing: weight"
     unfit = Seen(4, {"x": 0.5}, "failed", parent=3, error=error)
     forking.say_unfit(unfit, {4: unfit}, parse(["x=uniform(0, 1)"], Searched))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -46,7 +45,6 @@ def database() -> Iterator[str]:
 def kept(database: str, monkeypatch: pytest.MonkeyPatch) -> stores.Database:
     monkeypatch.setattr(tables, "_FIRST", 0.05)
     monkeypatch.setattr(tables, "_LONGEST", 0.05)
-    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
     return stores.Database(database)
 
 
