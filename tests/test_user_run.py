@@ -818,6 +818,24 @@ def _copies(folder: Path) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], said
 
 
+@pytest.mark.parametrize(
+    ("told", "local", "machines"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "8"}, (0, 1), 8),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (1, 4), 2),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}, (5, 8), 1),
+    ],
+)
+def test_a_rank_of_whose_machine_nothing_is_said_has_it_to_itself(
+    told: dict[str, str], local: tuple[int, int], machines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Kubeflow's PyTorchJob, whose pods have one GPU each."""
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    world = World.current()
+    assert ((world.local_rank, world.local_size), world.machines) == (local, machines)
+
+
 def test_several_processes_without_a_name_agree_on_their_launchers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ class World:
     local_size: int = 1
     """Processes of this run on this machine."""
     machines: int = 1
-    """Machines of this launch; one whose launcher does not say so is taken to have as many ranks on each."""
+    """Machines of this launch, each with as many ranks as this one where the launcher does not say more."""
     launch: str = ""
     """Identifies the launch, with the same value on all its ranks; empty for a single process."""
     job: str = ""
@@ -46,10 +46,14 @@ class World:
 
     @classmethod
     def current(cls) -> World:
-        """Read the place from the variables of torchrun or a similar launcher; without them, size is 1."""
+        """Read the place from the variables of torchrun or a similar launcher; without them, size is 1.
+
+        A rank whose launcher says nothing of its machine has that to itself, as in Kubeflow's PyTorchJob.
+        """
         environment = os.environ
         size = int(environment.get("WORLD_SIZE", "1"))
-        local_size = int(environment.get("LOCAL_WORLD_SIZE", str(size)))
+        together = size if "LOCAL_RANK" in environment else 1
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", str(together)))
         job = environment.get("TORCHELASTIC_RUN_ID", "none")
         parts = (
             job,
