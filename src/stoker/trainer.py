@@ -631,14 +631,19 @@ class Trainer:
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
         """Add the gradient of a summed loss, a scalar; `update` divides by the sum of the weights.
 
-        Raises StokerError if an operation has no deterministic form under `deterministic=true`.
+        Raises StokerError if an operation has no deterministic form under `deterministic=true`, or for a
+        gradient of a gradient under fsdp.
         """
         step = only_loop_of_its_own(self._step)
         self._note("computed")
         if self._scale.enabled and self._scale.divisor is None:
             self._scale.fit(self._over_ranks(weight))
-        with determinism.explained():
-            step.backward(loss_sum)
+        try:
+            with determinism.explained():
+                step.backward(loss_sum)
+        except RuntimeError as error:
+            arguments.explain_freed(self.strategy, error)
+            raise
         self._loss = self._loss + gradients.counted(loss_sum.detach().float().sum(), weight)
         self._weight = self._weight + weight
 

@@ -20,6 +20,7 @@ from stoker.engine import optimizers
 from stoker.engine.metrics import Max, Mean, Metric, Perplexity, Sum
 from stoker.engine.random_state import seed_everything
 from stoker.engine.settings import Ddp, DeepSpeed, Ema, Fsdp, Pipeline
+from stoker.errors import StokerError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -406,6 +407,25 @@ def without_deterministic_form(folder: Path, name: str, settings: dict[str, Any]
                 else:
                     trainer.step(batch)
         except Exception as error:  # a pipeline's first stage hears only that the last one is gone
+            return str(error)
+    return ""
+
+
+def with_a_gradient_penalty(folder: Path, strategy: str) -> str:
+    """What is said of a loop whose loss has a gradient of a gradient."""
+    with Run("test", strategy, runs=folder) as run:
+        trainer = Trainer(
+            run, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1), inputs=lambda x: (x,),
+            training=Training(precision="fp32", parallel=strategy),
+        )  # fmt: skip
+        try:
+            for batch in trainer.steps(trainer.loader(torch.ones(16, 4), batch_size=4), max_steps=2):
+                x = batch.requires_grad_(True)
+                (slope,) = torch.autograd.grad(trainer.forward(x).sum(), x, create_graph=True)
+                trainer.backward((slope.norm(dim=1) - 1).square().sum(), len(x))
+                trainer.update()
+        except StokerError as error:
             return str(error)
     return ""
 

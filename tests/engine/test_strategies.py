@@ -391,6 +391,16 @@ def test_a_parameter_may_have_a_gradient_on_one_rank_only(folder: Path) -> None:
         torch.testing.assert_close(found[1][name], tensor, msg=name)
 
 
+def test_a_gradient_penalty_that_fsdp_cannot_compute_is_said(tmp_path: Path) -> None:
+    said = [
+        ranks.run(strategies_run.with_a_gradient_penalty, 2, tmp_path, tmp_path, strategy)[0]
+        for strategy in ("ddp", "fsdp")
+    ]
+    assert said[0] == ""
+    assert "a loss with a gradient of a gradient" in said[1]
+    assert said[1].endswith("use parallel=ddp")
+
+
 def test_ranks_agree_after_each_update_of_a_step_and_on_metrics_that_are_reduced(tmp_path: Path) -> None:
     first, second = ranks.run(strategies_run.of_several_updates, 2, tmp_path, tmp_path)
     assert first[:2] == second[:2] == ([2, 4], [False, True, True, True])

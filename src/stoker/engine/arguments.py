@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 _UNUSED = "Expected to have finished reduction"  # the beginning of DDP's error
+_FREED = "setStorage"  # the beginning of autograd's error if FSDP has freed a weight that it needs
 _NAMED = 4  # parameters named in a message
 _LISTED = 20  # submodules listed in one
 
@@ -183,6 +184,16 @@ def explain_unused(model: nn.Module, error: RuntimeError) -> None:
     raise StokerError(
         f"parameters{said} did not contribute to the loss of the previous step, and the ranks are waiting "
         "for their gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
+    ) from error
+
+
+def explain_freed(strategy: str, error: RuntimeError) -> None:
+    """Raises StokerError if a backward pass needed a whole weight that FSDP had freed."""
+    if strategy != "fsdp" or not str(error).startswith(_FREED):
+        return
+    raise StokerError(
+        "the backward pass needs a weight that parallel=fsdp has freed: a loss with a gradient of a gradient "
+        "(create_graph=True, as for a gradient penalty) is not supported there: use parallel=ddp"
     ) from error
 
 
