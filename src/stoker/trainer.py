@@ -56,8 +56,17 @@ from stoker.engine.metrics import Mean, Metric
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule, warn_of_no_peak
 from stoker.engine.settings import Training
-from stoker.engine.step import Load, LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
+from stoker.engine.step import (
+    Load,
+    LossFunction,
+    OptimizerFactory,
+    PlainStep,
+    Setting,
+    only_loop_of_its_own,
+    parameters_of,
+)
 from stoker.engine.timing import Timing
+from stoker.engine.unheld import Unheld
 from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
 from stoker.guard import Guard
@@ -148,8 +157,12 @@ class Trainer:
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer or {}, load)
         self.model, self.optimizers = self._step.model, self._step.optimizers
         decays = self.training.ema.decay is not None
-        self._ema = Ema(self._step.weights(), self.training.ema, self._step.publish) if decays else None
+        self._ema = Ema(self._step, self.training.ema) if decays else None
         self._made.holds(self._step, self._ema, self.training, self.strategy)
+        self._unheld = Unheld(
+            self.model, self.optimizers.values(),
+            looks=self.mesh.data.rank == 0 and self.strategy != "deepspeed",  # whose optimizer has others
+        )  # fmt: skip
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
@@ -234,6 +247,7 @@ class Trainer:
             raise ValueError(
                 f"{next(iter(schedulers))} and schedule= would both set the learning rate: leave one out"
             )
+        self._unheld.know(states.values())
         self._registered.add(states, whole=self._resumption is None or self._resumption.whole)
 
     @property
@@ -400,6 +414,7 @@ class Trainer:
         if self.steps_done < loop.end:
             self._registered.begin()
             self._modes.begin()
+            self._unheld.begin()
         self._due.begin()
         self._gauge.pace.begin()
         self._heart.begin(self.steps_done)
@@ -575,7 +590,9 @@ class Trainer:
         with self._telling_what_fits(), determinism.explained(lambda: self._trace(batch)):
             if self.training.optimizer_in_backward:
                 self._set_rates(self.optimizer)
-            return self._judged_update(self.optimizer, *self._gradients(batch))
+            if self._ema is not None:
+                self._ema.include()
+            return self._judged_update([self.optimizer], *self._gradients(batch))
 
     def _note(self, done: Literal["computed", "trained on"]) -> None:
         if self._batch_is:
@@ -647,39 +664,48 @@ class Trainer:
         self._loss = self._loss + gradients.counted(loss_sum.detach().float().sum(), weight)
         self._weight = self._weight + weight
 
-    def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def update(self, *optimizers: torch.optim.Optimizer) -> None:
         """Step an optimizer (by default the only one) with the accumulated gradients, and clear them all.
 
-        The mean of the losses is judged as that of `step` is.
+        Several optimizers that step with the gradients of the same losses are given together: the gradients
+        are divided once, and clipped by one norm over the weights of them all. The mean of the losses is
+        judged as that of `step` is.
+
+        Raises ValueError for an optimizer whose gradients an earlier update has cleared.
         """
         only_loop_of_its_own(self._step)
+        if self._ema is not None:
+            self._ema.include()
         self._agreement.start(torch.as_tensor(self._loss, device=self.device), self._weight)
         self._loss = self._weight = 0.0
-        self._judged_update(self.optimizer if optimizer is None else optimizer, *self._agreement.finish())
+        self._judged_update(optimizers or [self.optimizer], *self._agreement.finish())
         self._keep_buffers()  # a step can have several updates
 
     def _judged_update(
-        self, optimizer: torch.optim.Optimizer, loss_sum: torch.Tensor, weight: torch.Tensor
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        loss_sum: torch.Tensor,
+        weight: torch.Tensor,
     ) -> torch.Tensor:
-        """Step an optimizer unless the loss or a gradient is bad; returns the mean loss."""
+        """Step optimizers unless the loss or a gradient is bad; returns the mean loss."""
         loss = loss_sum / gradients.divisor(weight)
         wrong = self._guard.see(loss)
         if wrong:
             self._step.clear()
-        elif not self._update(optimizer, weight) and not self._scale.enabled:
+        elif not self._update(optimizers, weight) and not self._scale.enabled:
             wrong = "a gradient is not finite"
         if wrong:
             self._guard.answer(wrong, self._at, self._loop.loader.batch_size if self._loop is not None else 1)
         self._note("trained on")
         return loss
 
-    def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
-        self._set_rates(optimizer)
-        stepped = self._step.update(optimizer, weight)
+    def _update(self, optimizers: Sequence[torch.optim.Optimizer], weight: torch.Tensor) -> bool:
+        for optimizer in optimizers:
+            self._set_rates(optimizer)
+        self._unheld.look(self.steps_done)
+        stepped = self._step.update(optimizers, weight)
         if self._ema is not None and stepped:
-            several = len(self.optimizers) > 1
-            moved = [p for group in optimizer.param_groups for p in group["params"]] if several else None
-            self._ema.update(self.steps_done, moved)
+            self._ema.update(self.steps_done, parameters_of(optimizers) if len(self.optimizers) > 1 else None)
         return stepped
 
     def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:

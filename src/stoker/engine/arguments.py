@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -173,17 +173,20 @@ def explain_inputs(model: nn.Module, inputs: Mapping[str, Any], error: TypeError
     ) from error
 
 
-def explain_unused(model: nn.Module, error: RuntimeError) -> None:
-    """Raises StokerError if DDP waited for gradients of parameters that the loss does not depend on."""
+def explain_unused(names: Sequence[str], error: RuntimeError) -> None:
+    """Raises StokerError if DDP waited for gradients of parameters that the loss does not depend on.
+
+    Args:
+        names: the parameters that DDP reduces, in its order.
+    """
     if not str(error).startswith(_UNUSED):
         return
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
     found = re.search(r"did not receive grad for rank \d+:((?: \d+)+)", str(error))
     unused = [names[int(i)] for i in found[1].split() if int(i) < len(names)] if found else []
     said = f" ({some(unused, _NAMED)})" if unused else ""
     raise StokerError(
-        f"parameters{said} did not contribute to the loss of the previous step, and the ranks are waiting "
-        "for their gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
+        f"parameters{said} did not contribute to the loss of a step, and the ranks are waiting for their "
+        "gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
     ) from error
 
 

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from stoker.engine import settings
 from stoker.engine.precision import wide
+from stoker.engine.step import Step
+from stoker.engine.trained import Trained
 from stoker.tensors import local
 
 
 class Ema:
     """The average of the trained weights, in float32 or wider, each on the same rank as its weight's shard.
 
-    Args:
-        weights: by name, see `Step.weights`.
-        publish: called after the weights were written, if the model uses copies of them.
+    A weight that is unfrozen later is averaged from then on, also while it is frozen again.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        asked: settings.Ema,
-        publish: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, step: Step, asked: settings.Ema) -> None:
         assert asked.decay is not None
         self._decay, self._warmup = asked.decay, asked.warmup
-        self._weights, self._publish = dict(weights), publish
-        self.values = {n: w.detach().clone().to(wide(w.dtype)) for n, w in self._weights.items()}
+        self._step, self._trained = step, Trained(step.model)
+        self._weights: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
         """By name; saved with a checkpoint."""
+        self.include()
+
+    def include(self) -> None:
+        """Begin the averages of weights that were unfrozen, with their values before they are trained."""
+        if self._trained.changed():
+            self._begin(self._step.weights())
+
+    def _begin(self, weights: Mapping[str, torch.Tensor]) -> None:
+        new = {n: w for n, w in weights.items() if n not in self._weights}
+        self._weights.update(new)
+        self.values.update({n: w.detach().clone().to(wide(w.dtype)) for n, w in new.items()})
 
     def take(self) -> None:
         """Set the average to the current weights."""
@@ -37,9 +44,10 @@ class Ema:
 
     @torch.no_grad()
     def restore(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Restore saved values; without any, the average starts from the current weights."""
-        for name, value in (values or self._weights).items():
-            local(self.values[name]).copy_(local(value))
+        """Restore saved values; an average without one starts from the current weight."""
+        self._begin({n: p for n, p in self._step.model.named_parameters() if n in values})
+        for name, weight in self._weights.items():
+            local(self.values[name]).copy_(local(values.get(name, weight)))
 
     @torch.no_grad()
     def update(self, step: int, moved: Iterable[torch.Tensor] | None = None) -> None:
@@ -72,4 +80,4 @@ class Ema:
     def _put(self, values: dict[str, torch.Tensor]) -> None:
         for name, weight in self._weights.items():
             local(weight.detach()).copy_(local(values[name]))
-        self._publish()
+        self._step.publish()

@@ -8,6 +8,7 @@ the numbers of micro-batches, and each stage looks up what it needs of a micro-b
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from stoker import distributed, tensors
 from stoker.engine import batches, blocks, device, gradients, imagined, modes, parallel, stages
 from stoker.engine.agreement import Agreement, Weight
+from stoker.engine.replicas import Replicas
 from stoker.engine.settings import Training
 from stoker.engine.step import (
     Load,
@@ -25,8 +27,10 @@ from stoker.engine.step import (
     average_statistics,
     build_optimizers,
     named_trainable,
+    parameters_of,
     running_statistics,
 )
+from stoker.engine.trained import Trained
 from stoker.errors import BadInput
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
@@ -67,7 +71,11 @@ class PipelineStep:
         self._stages = [stage for stage in known if stage.index in self._held]
         self._imagined = known if planned else []
         del model
-        self._called = [self._data_parallel(stage, training) for stage in self._stages]
+        self._replicas: dict[int, Replicas] = {}
+        if self._mesh.data.size > 1:
+            for stage in self._stages:
+                self._share_data(stage, training)
+        self._trained = Trained(self.model)
         self.optimizers = build_optimizers(self.model, make)
         self.norm: torch.Tensor | float | None = None
         self._schedule_class = _SCHEDULES[training.pipeline.schedule]
@@ -106,6 +114,7 @@ class PipelineStep:
                 f"a rank's share of the batch (currently {[s[0][0][0] for s in shapes if s]} samples)"
             )
         self.parts, self._collected = parts, []
+        self._follow_trained()
         schedule = self._schedule(len(parts), shapes[0])
         numbers = torch.arange(len(parts))
         schedule.step(
@@ -135,10 +144,10 @@ class PipelineStep:
         self.parts = ()
         return self._stages[-1].whole(output) if self.is_last else None
 
-    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
+    def update(self, optimizers: Sequence[torch.optim.Optimizer], weight: torch.Tensor) -> bool:
         """See `Step`."""
-        found = gradients.of(p for group in optimizer.param_groups for p in group["params"])
-        stepped, self.norm = apply(found, optimizer, weight, self._setting)
+        found = gradients.of(parameters_of(optimizers))
+        stepped, self.norm = apply(found, optimizers, weight, self._setting)
         self.clear()
         average_statistics(self._statistics, self._mesh)
         return stepped
@@ -146,6 +155,13 @@ class PipelineStep:
     def clear(self) -> None:
         """See `Step`."""
         self.model.zero_grad(set_to_none=True)
+
+    def _follow_trained(self) -> None:
+        """Fit what is called to what is trained now."""
+        if self._trained.changed():
+            for replicas in self._replicas.values():
+                replicas.begin()
+            self._schedules.clear()
 
     def _loss(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         loss_sum, weight = self._setting.loss_of(self._stages[-1].whole(output), self.part(number))
@@ -157,7 +173,7 @@ class PipelineStep:
         if (count, shapes) not in self._schedules:
             self._measure()
             options = {"loss_fn": self._loss, "scale_grads": False}
-            made = [self._pipeline_stage(s, c) for s, c in zip(self._stages, self._called, strict=True)]
+            made = [self._pipeline_stage(stage) for stage in self._stages]
             several = self._schedule_class is ScheduleInterleaved1F1B
             self._schedules[count, shapes] = self._schedule_class(
                 made if several else made[0], count, **options
@@ -187,7 +203,8 @@ class PipelineStep:
         """A micro-batch of the current step; in a plan, which has no numbers, any of them."""
         return self.parts[0] if self._imagined else self.parts[int(number)]
 
-    def _pipeline_stage(self, stage: _Stage, called: nn.Module) -> PipelineStage:
+    def _pipeline_stage(self, stage: _Stage) -> PipelineStage:
+        called = self._replicas[stage.index].called if stage.index in self._replicas else stage
         received, output = stage.seen
         example = torch.zeros(1, dtype=torch.long) if received is None else _example(received)
         stage.seen = (None, None)
@@ -196,13 +213,13 @@ class PipelineStep:
             input_args=(example,), output_args=(_example(output),), group=self._mesh.group("stage"),
         )  # fmt: skip
 
-    def _data_parallel(self, stage: _Stage, training: Training) -> nn.Module:
-        if self._mesh.data.size == 1:
-            return stage
+    def _share_data(self, stage: _Stage, training: Training) -> None:
+        """Lay a stage out over the ranks that share the data."""
         if training.pipeline.data == "ddp":
-            return parallel.data_parallel(stage, training, self._mesh)
-        stage.casts = parallel.shard(stage, blocks.find(stage, training.blocks), training, self._setting)
-        return stage
+            build = functools.partial(parallel.data_parallel, stage, training, self._mesh)
+            self._replicas[stage.index] = Replicas(stage, build)
+        else:
+            stage.casts = parallel.shard(stage, blocks.find(stage, training.blocks), training, self._setting)
 
     def _send(self, tensor: torch.Tensor, stage: int) -> None:
         if stage % self._ranks == self._mesh.stage:

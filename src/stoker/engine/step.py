@@ -7,7 +7,7 @@ here, for a model that is called (single, DDP, FSDP), `PipelineStep` and `DeepSp
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,9 +19,9 @@ from stoker.engine.in_backward import InBackward
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.mesh import Mesh
 from stoker.engine.precision import Resolved, autocast
+from stoker.engine.replicas import Replicas
 from stoker.errors import StokerError
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 LossFunction = Callable[[Any, Any], tuple[torch.Tensor, Weight]]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -69,8 +69,8 @@ class Step(Protocol):
         """A full parameter or buffer of this rank's part of the model. Ranks that share the part call it."""
         ...
 
-    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
-        """Divide by the weight of the global batch, clip, step, clear.
+    def update(self, optimizers: Sequence[torch.optim.Optimizer], weight: torch.Tensor) -> bool:
+        """Divide by the weight of the global batch, clip, step these optimizers, clear.
 
         Returns False if nothing was changed: fp16 overflowed, or a gradient was found not to be finite.
         """
@@ -148,7 +148,7 @@ class PlainStep:
 
     Args:
         model: the model, with its parameters under their original names.
-        called: what is called in training: the model, or DDP around it.
+        replicas: what is called in training, if several ranks hold copies of the model.
         casts: whether the strategy itself casts to the precision, as FSDP does.
         in_backward: whether the optimizer steps within the backward pass, see `engine.in_backward`.
     """
@@ -159,7 +159,7 @@ class PlainStep:
         model: nn.Module,
         optimizers: Optimizers,
         *,
-        called: nn.Module | None = None,
+        replicas: Replicas | None = None,
         casts: bool = False,
         in_backward: bool = False,
     ) -> None:
@@ -174,23 +174,25 @@ class PlainStep:
         for optimizer in optimizers.values():
             optimizer.register_step_post_hook(self._used)
         self._setting = setting
-        self._called = called or model
         self._parameters = list(model.parameters())  # finding them takes as long as clearing them
         self._casts = casts
-        self._ddp = called if isinstance(called, DistributedDataParallel) else None
+        self._replicas = replicas
         self._reduced = True
-        self._learned = False
+        self._discarded: set[int] = set()
         self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`. DDP reduces with the last micro-batch; FSDP, which keeps only shards, with each."""
         for one in self._in_backward:
             one.begin()
+        if self._replicas is not None:
+            self._replicas.begin()
         loss_sum: torch.Tensor | None = None
         weight: Weight = 0.0
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
-            self._reduce_next(last)
+            if self._replicas is not None:
+                self._replicas.reduce_next(last)
             with self.context():
                 part_sum, part_weight = self._setting.loss_of(self._call(part), part)
             loss_sum = part_sum.detach() if loss_sum is None else loss_sum + part_sum.detach()
@@ -201,16 +203,16 @@ class PlainStep:
                 self._backward(part_sum)
             elif not part_sum.is_cpu or part_sum.isfinite():  # do not wait for a GPU
                 self._backward(part_sum / gradients.divisor(torch.as_tensor(part_weight)))
+        if self._replicas is not None:
+            self._replicas.check()
         self._reduced = True
 
     def _call(self, part: Any) -> Any:
         """The output in training. Raises StokerError if DDP waits for gradients that never come."""
-        try:
-            return self._setting.call(self._called, part)
-        except RuntimeError as error:
-            if self._ddp is not None:
-                arguments.explain_unused(self.model, error)
-            raise
+        if self._replicas is None:
+            return self._setting.call(self.model, part)
+        with self._replicas.explained():
+            return self._setting.call(self._replicas.called, part)
 
     def forward(self, batch: Any) -> Any:
         """See `Step`; with gradients if they are enabled, for a loop with its own backward pass."""
@@ -237,21 +239,24 @@ class PlainStep:
         """The backward pass of a user's own loop; `update` reduces its gradients."""
         self._backward(loss_sum)
         self._reduced, self._adds_up = False, True
+        self._discarded.clear()
 
-    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
-        """See `Step`."""
+    def update(self, optimizers: Sequence[torch.optim.Optimizer], weight: torch.Tensor) -> bool:
+        """See `Step`. Raises ValueError if an earlier update has cleared all gradients of an optimizer."""
         setting = self._setting
         if self.in_backward:
             for one in self._in_backward:
                 one.end()
             return True
-        updated = [p for group in optimizer.param_groups for p in group["params"]]
-        if self._ddp is not None and not self._reduced:
+        updated = parameters_of(optimizers)
+        if self._replicas is not None and not self._reduced:
             group = setting.mesh.group("replicate")
             gradients.agree(updated, group)
             gradients.average(gradients.of(updated), group)
-        found = gradients.of(updated)
-        stepped, self.norm = apply(found, optimizer, weight, setting)
+        self._check_cleared(optimizers)
+        if len(self.optimizers) > 1:
+            self._discarded |= {id(p) for p in self._parameters if p.grad is not None} - {*map(id, updated)}
+        stepped, self.norm = apply(gradients.of(updated), optimizers, weight, setting)
         self.clear()
         average_statistics(self._statistics, setting.mesh)
         return stepped
@@ -261,6 +266,17 @@ class PlainStep:
         self._adds_up = False
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _check_cleared(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        for optimizer in optimizers if self._discarded else ():
+            own = parameters_of([optimizer])
+            if not gradients.of(own) and any(id(p) in self._discarded for p in own):
+                raise ValueError(
+                    f"update() of {type(optimizer).__name__} has no gradients left: the update before it has "
+                    "cleared those of all optimizers. Optimizers that step with the gradients of the same "
+                    "losses take them in one call, trainer.update(a, b); others take a trainer.backward(...) "
+                    "of their own before their update"
+                )
 
     def _used(self, *_: Any) -> None:
         self._adds_up = False
@@ -274,17 +290,17 @@ class PlainStep:
         """See `Step`."""
         return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
-    def _reduce_next(self, reduce: bool) -> None:
-        """Gradients that were averaged already are unchanged when averaged again with the added ones."""
-        if self._ddp is not None:
-            # With a static graph, DDP learns the order in its first backward pass, which must reduce.
-            learns = self._ddp.static_graph and not self._learned
-            self._ddp.require_backward_grad_sync = reduce or learns  # what its no_sync() sets
-            self._learned = True
+
+def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """The parameters that these optimizers have, each once."""
+    return list(dict.fromkeys(p for o in optimizers for group in o.param_groups for p in group["params"]))
 
 
 def apply(
-    found: list[torch.Tensor], optimizer: torch.optim.Optimizer, weight: torch.Tensor, setting: Setting
+    found: list[torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    weight: torch.Tensor,
+    setting: Setting,
 ) -> tuple[bool, torch.Tensor | None]:
     """Turn gradients of sums, averaged over the data ranks, into gradients of the mean; clip; step.
 
@@ -306,7 +322,8 @@ def apply(
         mean = norm * factor
         factor = gradients.clipped(factor, norm, setting.clip_norm)
     gradients.scale(found, factor)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return True, mean
 
 

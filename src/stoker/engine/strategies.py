@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from stoker import distributed, words
 from stoker.engine import activation, blocks, device, memory, precision
 from stoker.engine.mesh import Mesh
 from stoker.engine.parallel import check_real, data_parallel, shard
+from stoker.engine.replicas import Replicas
 from stoker.engine.settings import Training
 from stoker.engine.step import Blocks, Load, OptimizerFactory, PlainStep, Setting, Step, build_optimizers
 from stoker.errors import BadInput
@@ -99,11 +101,10 @@ def ddp(given: Layout) -> Step:
     """Every rank holds the whole model; gradients are averaged during the backward pass."""
     given.load(given.model, given.setting.mesh.device, "")
     mesh = given.setting.mesh
-    trained = any(p.requires_grad for p in given.model.parameters())
+    build = functools.partial(data_parallel, given.model, given.training, mesh)
     # With imaginary ranks nothing is reduced; gradients are in buckets even so.
-    reduces = trained and not mesh.world.planned
-    called = data_parallel(given.model, given.training, mesh) if reduces else given.model
-    return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make), called=called)
+    replicas = None if mesh.world.planned else Replicas(given.model, build)
+    return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make), replicas=replicas)
 
 
 def fsdp(given: Layout) -> Step:

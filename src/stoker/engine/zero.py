@@ -130,13 +130,13 @@ class DeepSpeedStep:
         """See `Step`."""
         return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
-    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
+    def update(self, optimizers: Sequence[torch.optim.Optimizer], weight: torch.Tensor) -> bool:
         """See `Step`."""
         setting = self._setting
         average_statistics(self._statistics, setting.mesh)
         if self.stage == 0:
             found = gradients.of(self.model.parameters())
-            stepped, self.norm = apply(found, self._optimizer, weight, setting)
+            stepped, self.norm = apply(found, [self._optimizer], weight, setting)
             self.clear()
             return stepped
         factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
