@@ -22,6 +22,7 @@ from stoker.checkpoint import manifest, store, trees
 from stoker.duration import Duration
 from stoker.engine import batches, optimizers, schedule
 from stoker.engine.random_state import seed_everything
+from stoker.engine.settings import Ema
 from stoker.errors import OutOfMemory
 from stoker.run import journal, view
 from stoker.status import FAILED
@@ -1742,6 +1743,52 @@ def test_the_best_is_of_the_weights_that_were_measured_where_asked_or_watched(
     if best in measured:
         weights = load_file(store.export_model(manifest.read(found), found.parent / "best.safetensors"))
         assert torch.equal(weights["0.weight"], measured[best]["0.weight"])
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_after_the_loop_the_best_weights_are_tested(
+    open_run: Callable[..., Run], decay: float | None
+) -> None:
+    """Also where the run is continued, and without a trace in what it goes on from."""
+    values, seen = {2: 3.0, 4: 1.0, 6: 2.0}, {}
+
+    def train(until: int) -> tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        with open_run("a") as run:
+            run.goal(score="min")
+            trainer = _trainer(run, _model(), best="score", checkpoint_best=True, ema=Ema(decay=decay))
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=until):
+                run.log(loss=trainer.step(batch))
+                if run.step in values:
+                    run.log(score=values[run.step])
+                    seen[run.step] = trainer.state_dict()
+            last = trainer.state_dict()
+            step = trainer.load_best()
+            trainer.checkpoint()
+            with pytest.raises(ValueError, match="after the last loop"):
+                next(iter(trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=99)))
+            return step, trainer.state_dict(), last
+
+    for until in (7, 7, 9):
+        step, weights, last = train(until)
+        assert step == 4
+        assert weights.keys() == seen[4].keys()
+        assert all(torch.equal(weights[name], seen[4][name]) for name in weights)
+    with open_run("b") as run:
+        whole = _trainer(run, _model(), ema=Ema(decay=decay))
+        for batch in whole.steps(whole.loader(_dataset(), batch_size=8), max_steps=9):
+            whole.step(batch)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_best_weights_that_there_are_not_are_said(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=2):
+            trainer.step(batch)
+            with pytest.raises(ValueError, match="within a loop"):
+                trainer.load_best()
+        with pytest.raises(StokerError, match="no checkpoint has the metric val_loss"):
+            trainer.load_best()
 
 
 @pytest.mark.parametrize(

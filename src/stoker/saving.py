@@ -200,6 +200,23 @@ class Checkpoints:
             found = manifest.read(manifest.folder(self._folder, agreed))
         return found, passed_over
 
+    def best_one(self) -> manifest.Checkpoint | None:
+        """The best checkpoint, verified by rank 0, on every rank; None if none has the metric that decides.
+
+        All ranks call it. Raises StokerError on each if it cannot be used.
+        """
+
+        def look() -> int | None:
+            goal = goal_of(self.best, self._attempt.goals)
+            path = manifest.best(self._folder, self.best, goal) if goal is not None else None
+            try:
+                return None if path is None else manifest.mended(path, self._attempt.mend).step
+            except manifest.InvalidCheckpoint as error:
+                raise StokerError(f"the best checkpoint cannot be used: {error}") from error
+
+        step = distributed.done_by_rank_zero(self.world, look)
+        return None if step is None else manifest.read(manifest.folder(self._folder, step))
+
     def check_none_lost(self, passed_over: Sequence[str]) -> None:
         """Raises StokerError if the run had checkpoints and none is left. All ranks call it.
 

@@ -55,6 +55,11 @@ class StopRequests:
         return told
 
     @property
+    def in_loop(self) -> bool:
+        """Whether a loop is running, which answers requests at its step boundaries."""
+        return self._in_loop
+
+    @property
     def requested(self) -> str | None:
         """The run's status after the requested stop: preempted, interrupted, paused or stopped; else None."""
         if self._asked is None and self.deadline is not None and time.monotonic() >= self.deadline:

@@ -116,6 +116,8 @@ class Trainer:
 
     _resumption: Resumption | None = None
     """What was restored, if the run is resumed."""
+    _best_step: int | None = None
+    """The step of the best checkpoint, once the model has its weights."""
     _unused = 0
     """How many steps have added to the gradients since the last update."""
 
@@ -328,6 +330,8 @@ class Trainer:
             raise ValueError("give steps() either epochs or max_steps")
         if not self.optimizers:
             raise ValueError(_NO_OPTIMIZER)
+        if self._best_step is not None:
+            raise ValueError("steps() after load_best(): call that after the last loop")
         length = loops.length(epochs, max_steps)
         loops.check_loader(loader)
         self._leave_loop(another=True)
@@ -924,9 +928,42 @@ class Trainer:
             return
         self._save()
 
+    def load_best(self) -> int:
+        """Give the model the weights of the best checkpoint, for a test or an export; returns its step.
+
+        All ranks call it, after the last loop: the Trainer evaluates and exports from then on, and no longer
+        trains. With `ema.decay` the averages of that checkpoint are measured and exported. The best is that
+        of `Trainer(best=...)`; with `stale`, or `checkpoint_best=true`, its weights are those that were
+        measured. A run that is continued still goes on from its newest checkpoint.
+
+        Raises:
+            ValueError: it is called within a loop.
+            StokerError: no checkpoint has the metric, or the best one is damaged.
+        """
+        if self._attempt.stop.in_loop:
+            raise ValueError("load_best() was called within a loop: call it after the last one")
+        self._leave_loop()
+        if not self._made.is_real:
+            return self.steps_done
+        self._finish_saving()
+        found = self._checkpoints.best_one()
+        if found is None:
+            best = self._checkpoints.best
+            raise StokerError(
+                f"no checkpoint has the metric {best}, by which the best is known: log it before one is "
+                "saved, or name another with Trainer(best=...); run.goal(...) says whether low or high is "
+                "better"
+            )
+        self._checkpoints.restore(found)
+        self._best_step = found.step
+        if self.world.rank == 0:
+            by = self._checkpoints.best
+            log.info("the model has the weights of step %d, the best by %s", found.step, by)
+        return found.step
+
     def _save(self) -> None:
         """Save now, between steps."""
-        if self._due.saved_step == self.steps_done or not self._made.is_real:
+        if self._due.saved_step == self.steps_done or not self._made.is_real or self._best_step is not None:
             return
         if wrong := self._guard.look():
             raise StokerError(f"by step {self.steps_done} {wrong}; no checkpoint is saved of the result")

@@ -136,6 +136,30 @@ def train(
     return losses, weights
 
 
+Tested = tuple[dict[str, torch.Tensor], float]
+"""The weights on rank 0, and their loss over some rows."""
+
+
+def best(folder: Path, name: str, settings: dict[str, Any]) -> tuple[Tested, int, Tested]:
+    """What a step with the best metric came to, and after the loop which step was loaded, and what it has."""
+    warnings.simplefilter("ignore")
+    some = torch.utils.data.Subset(Rows(), range(8))
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, llama(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), inputs=inputs, loss=token_loss,
+            training=Training(**{"precision": "fp32", "checkpoint_best": True, **built(settings)}),
+        )  # fmt: skip
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=4):
+            run.log(loss=trainer.step(batch))
+            if run.step == 2:
+                measured = trainer.state_dict(), trainer.evaluate(some, batch_size=4)
+                run.log(val_loss=measured[1])
+            if run.step == 3:
+                run.log(val_loss=measured[1] + 1)
+        step = trainer.load_best()
+        return measured, step, (trainer.state_dict(), trainer.evaluate(some, batch_size=4))
+
+
 def decaying(
     folder: Path,
     name: str,

@@ -323,6 +323,21 @@ def test_a_run_goes_on_under_other_strategies_and_on_other_numbers_of_ranks(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("decay", [None, 0.9])
+@pytest.mark.parametrize("name", STRATEGIES if SOAK else ["fsdp"])
+def test_the_best_weights_are_loaded_under_every_strategy(
+    name: str, decay: float | None, tmp_path: Path
+) -> None:
+    size, settings = STRATEGIES[name]
+    settings = {**settings, "ema": {"decay": decay}}
+    measured, step, loaded = ranks.run(strategies_run.best, size, tmp_path, tmp_path, "a", settings)[0]
+    assert step == 2
+    assert loaded[1] == measured[1]
+    assert loaded[0].keys() == measured[0].keys()
+    assert all(torch.equal(tensor, measured[0][key]) for key, tensor in loaded[0].items())
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["fsdp", "1f1b", *(["ddp", "zero-1", "zero-3"] if SOAK else [])])
 def test_averaged_weights_are_the_same_under_every_strategy(
     name: str, folder: Path, averaged_alone: Trained
