@@ -318,3 +318,25 @@ def test_a_path_may_look_like_a_list() -> None:
 def test_a_key_of_a_recipe_without_a_config_says_how_it_gets_one() -> None:
     with pytest.raises(BadInput, match="the script takes no keys: to declare some, annotate the second"):
         configs.resolve(make_dataclass("NoConfig", [], frozen=True), ["lr=1"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    lr: float = 0.1
+    warm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.warm is None:
+            object.__setattr__(self, "warm", 10 * self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfDerived:
+    made: Derived = field(default_factory=Derived)
+    given: Derived = Derived()
+
+
+def test_what_a_group_derives_follows_from_the_keys_that_are_given() -> None:
+    """However its default is spelled."""
+    found = configs.resolve(OfDerived, ["made.lr=1", "given.lr=1"]).config
+    assert (found.made.warm, found.given.warm) == (10.0, 10.0)

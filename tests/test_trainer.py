@@ -1844,7 +1844,7 @@ class _Graph(nn.Module):
         ({"model": [nn.Linear(6, 3)]}, r"of type list, but must be .*: put several .*ModuleDict\(\{"),
         ({"model": nn.Flatten}, r"the model is Flatten, but must be .*: give an instance, Flatten\(\."),
         ({"optimizer": {"gen": torch.optim.Adam}, "model": nn.ModuleDict({"genes": nn.Linear(6, 3)})},
-         "names 'gen', but ModuleDict has no such submodule; did you mean 'genes'.* submodules are genes"),
+         "names 'gen', but ModuleDict has no such submodule; did you mean 'genes'.* it has genes"),
         ({"optimizer": {"2": torch.optim.Adam}}, "names '2', which has no parameters: leave it out"),
         ({"optimizer": dict.fromkeys("01", torch.optim.Adam),
           "model": nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3))},

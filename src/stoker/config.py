@@ -305,14 +305,23 @@ def _leaves(cls: type, prefix: str = "", of: Any = dataclasses.MISSING) -> dict[
 def _default(field: dataclasses.Field[Any], kind: Any, of: Any) -> Any:
     """The default of a field, or its value in an instance, if there is one.
 
-    MISSING if it has none, or if it is a group as its class makes it: that may have keys without a default.
+    MISSING if it has none, or if it is a group as its class makes it: that may have keys without a default,
+    or derive some from others.
     """
     if of is not dataclasses.MISSING:
         return getattr(of, field.name)
     make: Any = field.default_factory
-    if make is dataclasses.MISSING:
-        return field.default
-    return dataclasses.MISSING if is_group(kind) and make is kind else make()
+    if is_group(kind) and make is kind:
+        return dataclasses.MISSING
+    default = field.default if make is dataclasses.MISSING else make()
+    return dataclasses.MISSING if is_group(kind) and _is_made_by(kind, default) else default
+
+
+def _is_made_by(kind: Any, default: object) -> bool:
+    try:
+        return bool(default == kind())
+    except TypeError:  # it has keys without a default
+        return False
 
 
 def _group(key: str, kind: type, default: Any) -> type:

@@ -23,7 +23,9 @@ def meanings_of(config: type, prefix: str = "") -> dict[str, str]:
             found.update({prefix + name: text for name, text in _documented(cls).items()})
     for name, kind in typing.get_type_hints(config).items():
         if is_group(kind):
-            found.update(meanings_of(kind, f"{prefix}{name}."))
+            default = getattr(config, name, None)
+            of = type(default) if isinstance(default, kind) else kind  # may inherit from the annotated one
+            found.update(meanings_of(of, f"{prefix}{name}."))
     return found
 
 

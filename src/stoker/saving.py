@@ -352,7 +352,7 @@ class Due:
         self._warned = True
         log.warning(
             "by step %d no update has used the gradients of the last %d steps, and checkpoints and requests "
-            "to stop wait for it: call trainer.update() after trainer.backward(...), or nothing is trained",
+            "to stop wait for one: if none follows, call trainer.update() after trainer.backward(...)",
             step, unused,
         )  # fmt: skip
 

@@ -89,7 +89,8 @@ class Trainer:
     Args:
         run: the run to train.
         model: is laid out over the devices of this run; use `trainer.model` from then on. It is put into
-            training mode, except for parts of it that are in evaluation mode, such as a teacher.
+            training mode, except for parts of it that are in evaluation mode, such as a teacher. A part from
+            `from_pretrained`, which leaves it so, stays so if it is frozen (`requires_grad_(False)`).
         optimizer: makes the optimizer from the model's trainable parameters, after the model has been laid
             out. For several optimizers: a dict from the name of a submodule to what makes its optimizer.
             None for a model that is only evaluated (`evaluate`, `measure`).
@@ -210,7 +211,11 @@ class Trainer:
 
     def _say(self, why: str, evaluating: Sequence[str]) -> None:
         if evaluating and self.world.rank == 0:
-            log.info("in evaluation mode, as the script has set them: %s", words.some(evaluating))
+            log.warning(
+                "trained in evaluation mode, without dropout, since the model came so: %s; before the "
+                "Trainer is created, call train() on it, or requires_grad_(False) if it is not to be trained",
+                words.some(evaluating),
+            )
         if self.world.rank == 0:
             because = f" ({why})" if self.training.parallel == "auto" and self.world.size > 1 else ""
             log.info(

@@ -54,6 +54,17 @@ def test_what_is_unfrozen_in_every_stage_of_a_pipeline_is_trained_on_all_ranks(t
     _assert_same(found, unfreezing_run.plain("biases", 0.5))
 
 
+def test_ranks_that_freeze_different_weights_are_refused(tmp_path: Path) -> None:
+    said = ranks.run(unfreezing_run.freeze_apart, 2, tmp_path, tmp_path)
+    assert all("some ranks train 0.bias, 2.bias, and others have frozen it" in one for one in said)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_is_unfrozen_in_one_stage_of_a_pipeline_is_trained(size: int, tmp_path: Path) -> None:
+    found = ranks.run(unfreezing_run.train, size, tmp_path, tmp_path, "a", "a bias", {**PIPELINE, **EMA})
+    _assert_same(found[0], unfreezing_run.plain("a bias", 0.5))
+
+
 @pytest.mark.parametrize("way", ["one loop", "two loops", "in turn"])
 def test_what_is_unfrozen_on_the_way_goes_on_after_a_kill(way: str, tmp_path: Path) -> None:
     """Before that, right after it, and later."""
@@ -135,11 +146,11 @@ def test_what_gets_gradients_but_has_no_optimizer_is_named_once(
     """When it is unfrozen; what the loss does not depend on, such as a teacher, is not."""
     with Run("test", "a", runs=tmp_path) as run:
         _thawing(run, 2, gives=False, teacher=True)
-    assert "no optimizer has" not in caplog.text
+    assert "no optimizer of the Trainer has" not in caplog.text
     with Run("test", "b", runs=tmp_path) as run:
         _thawing(run, 6, gives=False, teacher=True)
-    (said,) = [r.getMessage() for r in caplog.records if "no optimizer has" in r.getMessage()]
-    assert said.startswith("no optimizer has decoder.weight, decoder.bias, which get gradients")
+    (said,) = [r.getMessage() for r in caplog.records if "no optimizer of the Trainer has" in r.getMessage()]
+    assert "Trainer has decoder.weight, decoder.bias, which get gradients" in said
 
 
 def test_what_is_given_to_the_optimizer_where_it_is_unfrozen_goes_on_after_a_restart(
@@ -151,7 +162,7 @@ def test_what_is_given_to_the_optimizer_where_it_is_unfrozen_goes_on_after_a_res
             with Run("test", name, runs=tmp_path) as run:
                 model = _thawing(run, steps, gives=True)
         found.append(model.state_dict())
-    assert "no optimizer has" not in caplog.text
+    assert "no optimizer of the Trainer has" not in caplog.text
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
     assert not torch.equal(found[0]["decoder.weight"], unfreezing_run.Coder().decoder.weight)
 
@@ -171,4 +182,4 @@ def test_what_an_optimizer_of_the_script_has_is_not_named(
             trainer.backward(*unfreezing_run.loss(trainer.forward(batch), batch))
             own.step()
             trainer.update()
-    assert "no optimizer has" not in caplog.text
+    assert "no optimizer of the Trainer has" not in caplog.text

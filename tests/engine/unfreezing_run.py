@@ -33,8 +33,28 @@ def _model() -> nn.Sequential:
 
 def _turned(model: nn.Module, way: str) -> list[nn.Parameter]:
     """The parameters that are frozen at first."""
-    turned = ("0.weight", "0.bias") if way != "biases" else ("0.bias", "2.bias", "4.bias")
+    of_ways = {"biases": ("0.bias", "2.bias", "4.bias"), "a bias": ("0.bias",)}
+    turned = of_ways.get(way, ("0.weight", "0.bias"))
     return [p for name, p in model.named_parameters() if name in turned]
+
+
+def freeze_apart(folder: Path) -> str:
+    """What is said where each of two ranks freezes another layer, of the same shape."""
+    model = _model()
+    with Run("test", "apart", runs=folder) as run:
+        trainer = Trainer(
+            run, model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss=loss,
+            training=Training(precision="fp32", parallel="ddp"),
+        )  # fmt: skip
+        try:
+            for batch in trainer.steps(trainer.loader(dataset(), batch_size=8), max_steps=3):
+                if run.step == 2:
+                    model[2].bias.requires_grad_(run.world.rank == 0)
+                    model[0].bias.requires_grad_(run.world.rank == 1)
+                trainer.step(batch)
+        except StokerError as error:
+            return str(error)
+    return ""
 
 
 def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
@@ -47,11 +67,11 @@ def train(
     """The weights after some steps, and their averages.
 
     `way`: "one loop" unfreezes the first layer in the middle of it, "in turn" also freezes the last one then,
-    "two loops" unfreezes the first layer between them, and "biases" those of all layers. `die_at`: every rank
-    kills itself in the middle of that step.
+    "two loops" unfreezes the first layer between them, "a bias" that of the first layer, and "biases" those
+    of all layers. `die_at`: every rank kills itself in the middle of that step.
     """
     warnings.simplefilter("ignore")
-    model, loops = _model(), way in ("two loops", "biases")
+    model, loops = _model(), way in ("two loops", "a bias", "biases")
     for p in _turned(model, way):
         p.requires_grad_(False)
 

@@ -122,10 +122,10 @@ def watched_reads() -> list[int]:
     sizes: list[int] = []
     put = loading._put
 
-    def seen(slot: Any, value: torch.Tensor) -> None:
+    def seen(slot: Any, value: torch.Tensor, device: torch.device) -> None:
         local = value.to_local() if isinstance(value, DTensor) else value
         sizes.append(local.nbytes)
-        put(slot, value)
+        put(slot, value, device)
 
     loading._put = seen
     return sizes

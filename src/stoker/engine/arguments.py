@@ -90,10 +90,10 @@ def _check_part(model: nn.Module, name: str) -> None:
         parameters = list(model.get_submodule(name).parameters())
     except AttributeError:
         known = [known for known, _ in model.named_modules() if known]
-        children = [child for child, _ in model.named_children()]
+        children = some([child for child, _ in model.named_children()], _LISTED)
         raise BadInput(
             f"optimizer= names {name!r}, but {type(model).__name__} has no such submodule"
-            f"{nearest(str(name), known)}; its submodules are {some(children, _LISTED)}"
+            f"{nearest(str(name), known)}; it has {children or 'none at all'}"
         ) from None
     if not parameters:
         raise BadInput(f"optimizer= names {name!r}, which has no parameters: leave it out")

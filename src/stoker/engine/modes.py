@@ -27,16 +27,18 @@ def begin_training(model: nn.Module) -> list[str]:
     does a part of it that has such a method and trained parameters. A teacher that is frozen is such a part
     too, and stays as it is.
 
-    Returns the names of the parts that stay in evaluation mode.
+    Returns the names of parts that are trained and stay in evaluation mode, without single modules, such as
+    batch norms whose statistics are kept.
     """
     if not model.training:
         model.train()
         return []
     kept = []
     for name, module in _outermost_in_evaluation(model):
-        if hasattr(module, "from_pretrained") and any(p.requires_grad for p in module.parameters()):
+        trained = any(p.requires_grad for p in module.parameters())
+        if trained and hasattr(module, "from_pretrained"):
             module.train()
-        else:
+        elif trained and any(True for _ in module.children()):
             kept.append(name)
     return kept
 

@@ -69,6 +69,7 @@ class PipelineStep:
             for n in (range(self._count) if planned else self._held)
         ]
         self._stages = [stage for stage in known if stage.index in self._held]
+        self._own = {stage.index: stage for stage in self._stages}
         self._imagined = known if planned else []
         del model
         self._replicas: dict[int, Replicas] = {}
@@ -80,6 +81,7 @@ class PipelineStep:
         self.norm: torch.Tensor | float | None = None
         self._schedule_class = _SCHEDULES[training.pipeline.schedule]
         self._schedules: dict[tuple[int, Shapes], Any] = {}
+        self._pipelined: list[PipelineStage] = []
         self._statistics = running_statistics(self.model) if self._mesh.data.size > 1 else []
         self.parts: Sequence[Any] = ()
         """The micro-batches of the current step."""
@@ -157,11 +159,18 @@ class PipelineStep:
         self.model.zero_grad(set_to_none=True)
 
     def _follow_trained(self) -> None:
-        """Fit what is called to what is trained now."""
-        if self._trained.changed():
-            for replicas in self._replicas.values():
-                replicas.begin()
-            self._schedules.clear()
+        """Fit what the schedules call to what is trained now. Nothing is sent: other stages may stay."""
+        if not self._trained.changed():
+            return
+        for made in self._pipelined:  # what it has called so far goes before there is another
+            made.submod = self._own[made.stage_index]
+        for replicas in self._replicas.values():
+            replicas.begin()
+        for made in self._pipelined:
+            made.submod = self._called(made.stage_index)
+
+    def _called(self, index: int) -> nn.Module:
+        return self._replicas[index].called if index in self._replicas else self._own[index]
 
     def _loss(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         loss_sum, weight = self._setting.loss_of(self._stages[-1].whole(output), self.part(number))
@@ -204,20 +213,21 @@ class PipelineStep:
         return self.parts[0] if self._imagined else self.parts[int(number)]
 
     def _pipeline_stage(self, stage: _Stage) -> PipelineStage:
-        called = self._replicas[stage.index].called if stage.index in self._replicas else stage
         received, output = stage.seen
         example = torch.zeros(1, dtype=torch.long) if received is None else _example(received)
         stage.seen = (None, None)
-        return PipelineStage(
-            called, stage.index, self._count, self._mesh.device,
+        made = PipelineStage(
+            self._called(stage.index), stage.index, self._count, self._mesh.device,
             input_args=(example,), output_args=(_example(output),), group=self._mesh.group("stage"),
         )  # fmt: skip
+        self._pipelined.append(made)
+        return made
 
     def _share_data(self, stage: _Stage, training: Training) -> None:
         """Lay a stage out over the ranks that share the data."""
         if training.pipeline.data == "ddp":
             build = functools.partial(parallel.data_parallel, stage, training, self._mesh)
-            self._replicas[stage.index] = Replicas(stage, build)
+            self._replicas[stage.index] = Replicas(stage, build, self._mesh.group("replicate"))
         else:
             stage.casts = parallel.shard(stage, blocks.find(stage, training.blocks), training, self._setting)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch.distributed as dist
 from stoker.engine import arguments
 from stoker.engine.trained import Trained
+from stoker.errors import StokerError
+from stoker.words import some
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -19,28 +24,45 @@ class Replicas:
 
     Args:
         build: makes DDP around the model.
+        group: the ranks that hold copies.
     """
 
-    def __init__(self, model: nn.Module, build: Callable[[], DistributedDataParallel]) -> None:
+    def __init__(
+        self, model: nn.Module, build: Callable[[], DistributedDataParallel], group: ProcessGroup | None
+    ) -> None:
         self.called = model
         """What is called in training: DDP, or the model itself if nothing is trained."""
-        self._model, self._build = model, build
+        self._model, self._build, self._group = model, build, group
         self._trained = Trained(model)
         self._ddp: DistributedDataParallel | None = None
         self._names: list[str] = []
         self._learned = False
 
     def begin(self) -> None:
-        """Begin a step: fit DDP to what is trained now. All ranks call it."""
+        """Begin a step: fit DDP to what is trained now. All ranks call it.
+
+        Raises StokerError if they train different parameters: gradients of equal shapes would be mixed.
+        """
         if not self._trained.changed():
             return
         if self._ddp is not None:
             self._ddp._remove_autograd_hooks()  # type: ignore[no-untyped-call]
         self._ddp, self.called = None, self._model  # its buckets go before there are others
         self._names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        self._check_same()
         if self._names:
             self.called = self._ddp = self._build()
         self._learned = False
+
+    def _check_same(self) -> None:
+        of_ranks: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(of_ranks, self._names, group=self._group)
+        apart = sorted(set().union(*of_ranks) - set(of_ranks[0]).intersection(*of_ranks))
+        if apart:
+            raise StokerError(
+                f"some ranks train {some(apart)}, and others have frozen it: freeze and unfreeze the same "
+                "parameters in the same step on all ranks; random numbers differ between ranks"
+            )
 
     def reduce_next(self, reduce: bool) -> None:
         """Whether the next backward pass reduces gradients.

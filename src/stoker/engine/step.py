@@ -293,7 +293,7 @@ class PlainStep:
 
 def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
     """The parameters that these optimizers have, each once."""
-    return list(dict.fromkeys(p for o in optimizers for group in o.param_groups for p in group["params"]))
+    return list({id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}.values())
 
 
 def apply(

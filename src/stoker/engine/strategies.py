@@ -103,7 +103,7 @@ def ddp(given: Layout) -> Step:
     mesh = given.setting.mesh
     build = functools.partial(data_parallel, given.model, given.training, mesh)
     # With imaginary ranks nothing is reduced; gradients are in buckets even so.
-    replicas = None if mesh.world.planned else Replicas(given.model, build)
+    replicas = None if mesh.world.planned else Replicas(given.model, build, mesh.group("replicate"))
     return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make), replicas=replicas)
 
 

@@ -1,4 +1,4 @@
-"""A warning of parameters that get gradients, but that no optimizer has: they never change."""
+"""A warning of parameters that get gradients, but that no optimizer has."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Unheld:
         self._said.update(new)
         if new:
             log.warning(
-                "no optimizer has %s, which get gradients but never change: let optimizer= take them too, "
+                "no optimizer of the Trainer has %s, which get gradients: let optimizer= take them too, "
                 "frozen or not (lambda _: AdamW(model.parameters())); or in the step that unfreezes them, "
                 'optimizer.add_param_group({"params": ..., "lr": ...}). Freeze what is not to be trained '
-                "with requires_grad_(False)",
+                "with requires_grad_(False); register an optimizer of your own for checkpointing",
                 words.some(new, _NAMED),
             )  # fmt: skip
