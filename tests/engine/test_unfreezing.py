@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from unfreezing_run import TURNS_AT, Weights
 
 import ranks
+from support import SOAK
 
 EMA: dict[str, Any] = {"ema": {"decay": 0.5, "warmup": False}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -39,8 +41,15 @@ def _assert_same(found: tuple[Weights, Weights], expected: tuple[Weights, Weight
             torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("way", ["one loop", "two loops", "in turn"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+WAYS = ("one loop", "two loops", "in turn")
+SOME = [
+    ("single", "one loop"), ("ddp-accumulating", "one loop"), ("ddp-accumulating", "two loops"),
+    ("ddp-static", "in turn"), ("fsdp", "two loops"),
+]  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("layout", "way"), list(itertools.product(LAYOUTS, WAYS)) if SOAK else SOME)
 def test_what_is_unfrozen_on_the_way_is_trained_as_in_plain_torch(
     layout: str, way: str, tmp_path: Path
 ) -> None:
@@ -49,6 +58,7 @@ def test_what_is_unfrozen_on_the_way_is_trained_as_in_plain_torch(
     _assert_same(found, unfreezing_run.plain(way, 0.5))
 
 
+@pytest.mark.soak(small=False)
 def test_what_is_unfrozen_in_every_stage_of_a_pipeline_is_trained_on_all_ranks(tmp_path: Path) -> None:
     found = ranks.run(unfreezing_run.train, 4, tmp_path, tmp_path, "a", "biases", {**PIPELINE, **EMA})[0]
     _assert_same(found, unfreezing_run.plain("biases", 0.5))
@@ -59,13 +69,15 @@ def test_ranks_that_freeze_different_weights_are_refused(tmp_path: Path) -> None
     assert all("some ranks train 0.bias, 2.bias, and others have frozen it" in one for one in said)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.soak
+@pytest.mark.parametrize("size", [2, 4] if SOAK else [4])
 def test_what_is_unfrozen_in_one_stage_of_a_pipeline_is_trained(size: int, tmp_path: Path) -> None:
     found = ranks.run(unfreezing_run.train, size, tmp_path, tmp_path, "a", "a bias", {**PIPELINE, **EMA})
     _assert_same(found[0], unfreezing_run.plain("a bias", 0.5))
 
 
-@pytest.mark.parametrize("way", ["one loop", "two loops", "in turn"])
+@pytest.mark.soak
+@pytest.mark.parametrize("way", WAYS if SOAK else WAYS[:1])
 def test_what_is_unfrozen_on_the_way_goes_on_after_a_kill(way: str, tmp_path: Path) -> None:
     """Before that, right after it, and later."""
     size, settings = LAYOUTS["ddp-accumulating"]
@@ -75,7 +87,8 @@ def test_what_is_unfrozen_on_the_way_goes_on_after_a_kill(way: str, tmp_path: Pa
     _assert_same(found, unfreezing_run.plain(way, 0.5))
 
 
-@pytest.mark.parametrize("layout", ["single", "ddp", "ddp-accumulating", "fsdp"])
+@pytest.mark.soak
+@pytest.mark.parametrize("layout", ["ddp-accumulating", "fsdp", *(["single", "ddp"] if SOAK else [])])
 def test_optimizers_that_share_a_loss_step_together_as_in_plain_torch(layout: str, tmp_path: Path) -> None:
     size, settings = LAYOUTS[layout]
     found = ranks.run(unfreezing_run.train_together, size, tmp_path, tmp_path, settings, 0.1)[0]
