@@ -30,13 +30,16 @@ class Replicas:
     def __init__(
         self, model: nn.Module, build: Callable[[], DistributedDataParallel], group: ProcessGroup | None
     ) -> None:
-        self.called = model
-        """What is called in training: DDP, or the model itself if nothing is trained."""
         self._model, self._build, self._group = model, build, group
         self._trained = Trained(model)
         self._ddp: DistributedDataParallel | None = None
         self._names: list[str] = []
         self._learned = False
+
+    @property
+    def called(self) -> nn.Module:
+        """What is called in training: DDP, or the model itself if nothing is trained."""
+        return self._model if self._ddp is None else self._ddp
 
     def begin(self) -> None:
         """Begin a step: fit DDP to what is trained now. All ranks call it.
@@ -47,11 +50,11 @@ class Replicas:
             return
         if self._ddp is not None:
             self._ddp._remove_autograd_hooks()  # type: ignore[no-untyped-call]
-        self._ddp, self.called = None, self._model  # its buckets go before there are others
+        self._ddp = None  # its buckets go before there are others
         self._names = [name for name, p in self._model.named_parameters() if p.requires_grad]
         self._check_same()
         if self._names:
-            self.called = self._ddp = self._build()
+            self._ddp = self._build()
         self._learned = False
 
     def _check_same(self) -> None:
