@@ -17,16 +17,16 @@ from stoker.launch import local as launch
 from stoker.tune import local as tune
 
 machine.visible_gpus = lambda: ["0"]
-modules = [*launch.PRELOAD, *tune.PRELOAD, "bitsandbytes", "json", "my_models"]
+others = ["bitsandbytes", "json", "my_models"]
 for recipe in recipes.SHIPPED:
-    modules += recipes.load(recipe).preload
+    others += recipes.load(recipe).preload
 
 def looked(*_):
     raise SystemExit(f"{name} has looked for GPUs")
 
 for function in ("is_available", "get_device_capability", "init", "_lazy_init"):
     setattr(torch.cuda, function, looked)
-for name in forkserver.harmless(modules):
+for name in (*forkserver.harmless(others), *launch.PRELOAD, *tune.PRELOAD, "stoker.data.loader"):
     importlib.import_module(name)
     print(name)
 """

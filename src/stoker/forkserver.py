@@ -19,21 +19,21 @@ _QUANTISERS = ("bitsandbytes", "torchao")
 """They initialise CUDA as they are imported; transformers' models and peft import them where they are."""
 _WITH_THEM = {"stoker", "peft", "transformers"}
 _WITHOUT_CUDA = {"datasets", "numpy", "pandas", "pyarrow", "scipy", "sklearn", "tokenizers", "torch"}
-_OWN = {"stoker.preloaded", "stoker.cli.trial", "stoker.data.loader"}
 
 
-def start(modules: Sequence[str]) -> None:
+def start(own: Sequence[str], others: Sequence[str] = ()) -> None:
     """Start it, unless it runs, with `ENDED_BY` blocked, also in the processes that it forks.
 
     Processes that only serve the training one must not die before it has saved its checkpoint; they end when
     it does. In this process the signals are only blocked in the meantime, not ignored, so none is lost.
 
     Args:
-        modules: what it imports in advance, as far as that is `harmless`.
+        own: modules that it imports in advance, which do not touch CUDA.
+        others: modules that it imports before those, as far as they are `harmless`.
     """
     from multiprocessing import forkserver, resource_tracker  # late, since importing delays signal handlers
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(harmless(modules))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*harmless(others), *own])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
     sys.warnoptions.append(_CLEANED)
     try:
@@ -54,8 +54,8 @@ def harmless(modules: Sequence[str]) -> list[str]:
 
     A process forked from one that has initialised CUDA, or has only looked for devices, cannot use it.
     """
-    if not machine.visible_gpus():
+    if not modules or not machine.visible_gpus():
         return list(modules)
     quantised = any(importlib.util.find_spec(name) is not None for name in _QUANTISERS)
     known = {*sys.stdlib_module_names, *_WITHOUT_CUDA, *(() if quantised else _WITH_THEM)}
-    return [module for module in modules if module in _OWN or module.partition(".")[0] in known]
+    return [module for module in modules if module.partition(".")[0] in known]

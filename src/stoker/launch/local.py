@@ -256,7 +256,7 @@ def _begun(folder: Path) -> bool:
 
 def _launch(job: _Job, place: Seating, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those seen to fail first."""
-    forkserver.start([*job.preload, *PRELOAD])  # it imports torch at the same time as this process
+    forkserver.start(PRELOAD, job.preload)  # it imports torch at the same time as this process
     from stoker.engine import device
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

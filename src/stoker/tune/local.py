@@ -423,7 +423,7 @@ class Workers:
 
 def warm_up(preload: Sequence[str] = ()) -> None:
     """Start the forkserver, which imports these modules in addition to torch."""
-    forkserver.start([*preload, *PRELOAD])
+    forkserver.start(PRELOAD, preload)
 
 
 def of_a_launch(ranks: int, address: str, port: int) -> dict[str, str]:
