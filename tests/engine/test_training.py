@@ -10,11 +10,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from stoker import BadInput, Run, Trainer, Training
+from stoker import BadInput, Run, Trainer, Training, distributed
 from stoker.duration import Duration
 from stoker.engine import (
     deepspeed_file,
@@ -785,6 +786,27 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         device.check(3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     device.check(3)
+
+
+def test_a_rank_that_sees_only_its_own_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    second = World(rank=1, size=2, local_rank=1, local_size=2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(BadInput, match="2 ranks on a machine with 1 GPU"):
+        device.pick(second)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert device.pick(second) == torch.device("cuda", 0)
+
+
+def test_ranks_that_see_the_same_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+    for others, refused in ((["b", "c"], False), (["b", "a"], True)):
+        monkeypatch.setattr(distributed, "gathered", lambda own, others=others: [own, *others])
+        with pytest.raises(BadInput, match="ranks 0, 2 share a GPU") if refused else contextlib.nullcontext():
+            device.check_apart(torch.device("cuda", 0))
+    device.check_apart(torch.device("cpu"))
 
 
 def test_a_deepspeed_file_with_another_stage_or_batch_is_refused(tmp_path: Path) -> None:

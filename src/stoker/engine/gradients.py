@@ -73,8 +73,8 @@ def counted(loss: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 def agree(parameters: list[torch.nn.Parameter], group: Any) -> None:
     """Give parameters a gradient of zero if they have none here, but one on another rank of the group."""
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-    there = there.to(parameters[0].device) if parameters else there
+    # By gloo, from host to host, so that no rank waits for its GPU.
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device="cpu")
     dist.all_reduce(there, op=dist.ReduceOp.MAX, group=group)
     for parameter, has in zip(parameters, there.tolist(), strict=True):
         if has and parameter.grad is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stoker.engine.device import check_apart
 from stoker.engine.settings import Training
 from stoker.world import World
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -67,9 +68,13 @@ class Mesh:
 
 
 def build(world: World, device: torch.device, training: Training, strategy: str) -> Mesh:
-    """The mesh of a strategy; `options.check` has verified that the axes divide the ranks."""
+    """The mesh of a strategy; `options.check` has verified that the axes divide the ranks.
+
+    Raises BadInput if two ranks have the same GPU.
+    """
     if not dist.is_initialized():
         return Mesh(world, device)
+    check_apart(device)
     stages = (training.pipeline.ranks or world.size) if strategy == "pipeline" else 1
     data = world.size // stages
     if strategy == "fsdp":

@@ -85,7 +85,7 @@ class DeepSpeedStep:
         self._casts, self._originals = _casts(model, training, setting), originals
         if self._casts:
             _cast(model, setting, originals)
-        with _no_stray_output():
+        with _inside_deepspeed():
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=made,
@@ -375,7 +375,7 @@ def partition(
     import deepspeed
 
     settings, casts = config(training, setting, model), _casts(model, training, setting)
-    with _no_stray_output():
+    with _inside_deepspeed():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         for name, part in [*((f"{name}.", block) for name, block in blocks), ("", model)]:
             load(model, setting.mesh.device, name)
@@ -435,10 +435,10 @@ def check_file(training: Training, setting: Setting, model: nn.Module) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
-    with _no_stray_output():
+    with _inside_deepspeed():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
     try:
-        with _no_stray_output():
+        with _inside_deepspeed():
             DeepSpeedConfig(config(training, setting, model))
     except ValidationError as error:
         first = error.errors()[0]
@@ -511,6 +511,13 @@ def _quieten() -> None:
 
 
 @contextlib.contextmanager
-def _no_stray_output() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+def _inside_deepspeed() -> Iterator[None]:
+    """Within the block DeepSpeed prints nothing, and takes this rank's GPU for that of LOCAL_RANK."""
+    given = os.environ["LOCAL_RANK"]
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.environ["LOCAL_RANK"] = given
