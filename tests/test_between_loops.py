@@ -180,6 +180,19 @@ def test_weights_that_are_set_before_the_loop_are_those_of_the_checkpoint_later(
     assert caplog.text.count("the Trainer had restored was changed before the loop (2.weight)") == 1
 
 
+def test_an_optimizer_may_be_given_parameters_before_the_loop_at_every_start(tmp_path: Path) -> None:
+    def train(run: Run, dies_at: int) -> dict[str, torch.Tensor]:
+        trainer = _trainer(run)
+        _thaw(trainer)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=10):
+            run.log(loss=trainer.step(batch))
+            if run.step == dies_at:
+                raise _Killed
+        return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+    _assert_goes_on(tmp_path, train, (3, 7))
+
+
 def test_what_is_logged_behind_a_loop_that_is_over_is_kept_if_no_other_follows(tmp_path: Path) -> None:
     """A run that is resumed with a smaller length, to be measured now."""
     for steps in (8, 4):

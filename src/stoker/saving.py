@@ -89,10 +89,8 @@ class Saved:
         """Restore a checkpoint, but for the random state, which must be restored last.
 
         Args:
-            waits: see `state.load`; only if the run has left a loop behind, after which it may have given
-                an optimizer more.
+            waits: see `state.load`.
         """
-        waits = waits and bool(store.load_values(checkpoint)["position"].get("behind"))
         tensors, values, whole = self.model.restore(checkpoint, waits=waits)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
