@@ -180,7 +180,9 @@ def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
         "--most", "40", "--on", "ray", "--address", ray_cluster.address, "--name", "s", "--json",
     )  # fmt: skip
     _wait_for_a_checkpoint(process, tmp_path / "runs" / "s")
+    training = {*ray_cluster.trainers()}
     ray_cluster.raylet(second).kill()
+    until(lambda: training - {*ray_cluster.trainers()}, process)  # else the trial may still reach its end
     go.touch()
     third = ray_cluster.join()
     try:
