@@ -28,9 +28,9 @@ def test_every_link_leads_somewhere_and_the_references_are_the_program_s(tmp_pat
 
 OF_OTHERS = set(
     """
-    --account --chdir --cpus-per-task --debug --gpus-per-node --gpus-per-task --hash --head --job-name --local_rank --logdir
-    --mem --no-deps --nproc-per-node --ntasks-per-node --num_gpus --num_processes --open-mode --options
-    --partition --password --requeue --signal --standalone --wait
+    --account --chdir --cpus-per-task --debug --gpus-per-node --gpus-per-task --hash --head --job-name
+    --local_rank --logdir --mem --no-deps --nproc-per-node --ntasks-per-node --num_gpus --num_processes
+    --open-mode --options --partition --password --requeue --signal --standalone --wait
     """.split()  # noqa: SIM905
 )
 """Options of pip, torchrun, sbatch and others that the pages name."""
