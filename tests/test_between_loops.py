@@ -180,6 +180,41 @@ def test_weights_that_are_set_before_the_loop_are_those_of_the_checkpoint_later(
     assert caplog.text.count("the Trainer had restored was changed before the loop (2.weight)") == 1
 
 
+class _Counter:
+    def __init__(self) -> None:
+        self.level = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "none": float("nan")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.level = state["level"]
+
+
+def test_rates_and_registered_objects_that_are_set_before_a_loop_are_set_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(run: Run, dies_at: int) -> dict[str, torch.Tensor]:
+        trainer, counter = _trainer(run), _Counter()
+        scheduler = StepLR(trainer.optimizer, 3, gamma=0.5)
+        trainer.register_for_checkpointing(counter=counter, scheduler=scheduler)
+        loader = trainer.loader(_dataset(), batch_size=8)
+        for steps in (4, 8, 12):
+            counter.level += 1
+            for group in trainer.optimizer.param_groups:
+                group["lr"] *= 2
+            for batch in trainer.steps(loader, max_steps=steps):
+                run.log(loss=trainer.step(batch), lr=trainer.lr, level=counter.level)
+                if run.step == dies_at:
+                    raise _Killed
+                scheduler.step()
+        return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+    _assert_goes_on(tmp_path, train, (3, 5, 7, 9))  # from steps 2, of the first loop, 4, its end, 6 and 8
+    said = "the Trainer had restored was changed before the loop (counter, optimizer.lr)"
+    assert caplog.text.count(said) == 2
+
+
 def test_an_optimizer_may_be_given_parameters_before_the_loop_at_every_start(tmp_path: Path) -> None:
     def train(run: Run, dies_at: int) -> dict[str, torch.Tensor]:
         trainer = _trainer(run)

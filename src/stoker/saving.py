@@ -150,6 +150,10 @@ class Checkpoints:
         """Checksums of the trained weights and the buffers that this rank holds, by name."""
         return self._saved.checksums()
 
+    def changed_besides(self) -> list[str]:
+        """Rates and registered objects that the script has changed since they were restored."""
+        return self._saved.registered.changed()
+
     def save(self, position: Mapping[str, Any], *, exact: bool = False) -> None:
         """Start to save the current state at a position: `step`, `samples`, and anything else.
 
@@ -383,17 +387,14 @@ class Resumption:
     def __init__(
         self, restored: manifest.Checkpoint, checkpoints: Checkpoints, *, whole: bool, own: bool
     ) -> None:
-        self._restored, self._checkpoints, self.whole = restored, checkpoints, whole
+        self._restored, self._checkpoints, self.whole, self._own = restored, checkpoints, whole, own
         self._before = checkpoints.checksums() if own else {}
         self.passes_by = False
         """Whether the run has left a loop of the script behind."""
 
     def restore_changed(self) -> None:
         """Restore the checkpoint again if the script has changed it. All ranks call it."""
-        now = self._checkpoints.checksums() if self._before else {}
-        changed = [
-            n for n, sums in now.items() if n in self._before and not torch.equal(sums, self._before[n])
-        ]
+        changed = self._changed() if self._own else []
         if any(distributed.gathered(bool(changed) or self.passes_by or not self.whole)):
             self._checkpoints.restore(self._restored)
         if changed and not self.passes_by:
@@ -402,3 +403,10 @@ class Resumption:
                 "its checkpoint has",
                 words.some(sorted(changed), _NAMED),
             )  # fmt: skip
+
+    def _changed(self) -> list[str]:
+        now = self._checkpoints.checksums()
+        weights = [
+            n for n, sums in now.items() if n in self._before and not torch.equal(sums, self._before[n])
+        ]
+        return [*weights, *self._checkpoints.changed_besides()]

@@ -34,7 +34,7 @@ def trainer_of(run: Run, model: nn.Module | None = None, **settings: Any) -> Tra
 
 
 def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
-    """The states as they are found, after registering; then they are changed, and the run goes on."""
+    """The states as they are found, after registering; then the run goes on, and they are changed."""
     with Run("test", "a", runs=folder / "runs") as run:
         trainer = trainer_of(run, **settings)
         rank = run.world.rank
@@ -44,9 +44,9 @@ def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
             alone = Kept((0,))
             trainer.register_for_checkpointing(alone=alone)
         found = {"same": same.state, "own": own.state}
-        same.state = {"w": torch.tensor([1.0, 2.0, steps]), "n": steps}
-        own.state = {"w": torch.full((rank + 1,), float(rank)), "seen": [rank] * rank}
         data = TensorDataset(torch.ones(24, 2))
         for batch in trainer.steps(trainer.loader(data, batch_size=12), max_steps=steps):
             trainer.step(batch)
+            same.state = {"w": torch.tensor([1.0, 2.0, steps]), "n": steps}
+            own.state = {"w": torch.full((rank + 1,), float(rank)), "seen": [rank] * rank}
     return found

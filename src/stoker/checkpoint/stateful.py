@@ -46,6 +46,7 @@ class Registered:
         self._checkpoint: Checkpoint | None = None
         self._held: dict[str, Any] = {}
         self._groups: dict[str, list[dict[str, Any]]] = {}
+        self._restored: dict[str, str] = {}
         self._warned = False
 
     def schedulers(self, objects: Mapping[str, Stateful]) -> dict[str, LRScheduler]:
@@ -78,6 +79,8 @@ class Registered:
             now = self._optimizers[name].param_groups[: len(groups)]  # the script may have added others since
             for group, was in zip(now, groups, strict=True):
                 group.update(copy.deepcopy(was))
+        if self.schedulers(objects).keys() - found:  # it starts from scratch, with its own rates
+            self._groups = self._groups_now()
         for name, scheduler in follow.items() if self._world.rank == 0 else ():
             now, began = _began(scheduler), _remembered(scheduler)
             if began != now:  # the config has changed, and the scheduler's state has the old rate
@@ -109,13 +112,31 @@ class Registered:
         """
         again = self._checkpoint is not None  # before training has begun
         self._checkpoint, self._held = checkpoint, dict(held)
-        self._groups = {
-            name: [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in made.param_groups]
-            for name, made in self._optimizers.items()
-        }
+        self._groups = self._groups_now()
         for name in self._objects:
             if not again or name in self._held:
                 self._put(name)
+
+    def changed(self) -> list[str]:
+        """What has another state than was restored, before training: objects, and rates of the optimizers."""
+        found = [name for name, fingerprint in self._restored.items() if self._fingerprint(name) != fingerprint]
+        for name, groups in self._groups.items():
+            prefix = "optimizer" if len(self._groups) == 1 else name
+            pairs = zip(groups, self._optimizers[name].param_groups, strict=False)  # some may have been added
+            keys = {key: None for was, now in pairs for key in was if was[key] != now.get(key)}
+            found += [f"{prefix}.{key}" for key in keys]
+        return found
+
+    def _fingerprint(self, name: str) -> str:
+        """Of this rank's state of an object."""
+        values, tensors = _apart(name, self._objects[name])
+        return repr((values, {at: _sum(t) for at, t in tensors.items()}))  # in which NaN equals NaN
+
+    def _groups_now(self) -> dict[str, list[dict[str, Any]]]:
+        return {
+            name: [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in made.param_groups]
+            for name, made in self._optimizers.items()
+        }
 
     def begin(self) -> None:
         """Training begins: later registered objects start fresh.
@@ -128,7 +149,7 @@ class Registered:
                 "the checkpoint has state for %s, which is no longer registered: the next one will not",
                 ", ".join(lost),
             )
-        self._checkpoint, self._held, self._groups = None, {}, {}
+        self._checkpoint, self._held, self._groups, self._restored = None, {}, {}, {}
         self._warn_of_schedulers()
 
     def _warn_of_schedulers(self) -> None:
@@ -167,6 +188,7 @@ class Registered:
         values = held["all"] if rank is None else held["ranks"][str(rank)]
         tensors = _read(self._checkpoint, values, _prefix(name, rank), self._device)
         self._objects[name].load_state_dict(trees.together(values, tensors))
+        self._restored[name] = self._fingerprint(name)
         return True
 
 
