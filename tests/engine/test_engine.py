@@ -129,6 +129,30 @@ def test_samples_that_a_collate_function_joins_or_multiplies_are_cut_all_the_sam
     assert [len(part["documents"]) for part in batches.split(rows, 4, share=16)] == [4, 2]
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [torch.zeros(6), torch.zeros(6), torch.zeros(6), torch.zeros(6)],
+        (torch.zeros(4, 3, 8, 8), [{"boxes": torch.zeros(4, 4)} for _ in range(4)]),
+        {"x": torch.zeros(4, 2), "seen": [torch.zeros(5), torch.zeros(3), torch.zeros(2), torch.zeros(4)]},
+        (torch.zeros(11, 3), torch.zeros(11)),
+    ],
+    ids=["a list of sequences", "as many boxes as samples", "unequal", "the nodes of graphs"],
+)
+def test_what_cannot_be_told_apart_by_samples_is_not_cut(batch: Any) -> None:
+    assert batches.size(batch, 4) == 4
+    assert not batches.can_be_cut(batch, 4)
+    with pytest.raises(BadInput, match="micro_batch=2: a batch is split along the first dim"):
+        list(batches.split(batch, 2, 4))
+
+
+def test_fields_of_a_batch_with_as_many_samples_are_cut() -> None:
+    parts = list(batches.split([torch.zeros(2, 5), torch.zeros(2)], 1, 2))
+    assert [[tuple(field.shape) for field in part] for part in parts] == [[(1, 5), (1,)]] * 2
+    parts = list(batches.split({"views": [torch.zeros(2, 5), torch.zeros(2, 7)]}, 1, 2))
+    assert [[tuple(view.shape) for view in part["views"]] for part in parts] == [[(1, 5), (1, 7)]] * 2
+
+
 def test_schedules_warm_up_and_come_down() -> None:
     cosine = schedule.build("cosine", warmup=0.1, floor=0.1)
     factors = [cosine(step, 100) for step in range(100)]

@@ -119,7 +119,7 @@ class Registered:
 
     def changed(self) -> list[str]:
         """What has another state than was restored, before training: objects, and rates of the optimizers."""
-        found = [name for name, fingerprint in self._restored.items() if self._fingerprint(name) != fingerprint]
+        found = [name for name, was in self._restored.items() if self._fingerprint(name) != was]
         for name, groups in self._groups.items():
             prefix = "optimizer" if len(self._groups) == 1 else name
             pairs = zip(groups, self._optimizers[name].param_groups, strict=False)  # some may have been added

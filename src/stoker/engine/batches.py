@@ -95,7 +95,7 @@ def size(batch: Any, share: int | None = None) -> int:
         ValueError: no tensor has a dim, and the share is not known.
     """
     tensors = _with_dims(batch)
-    if share is not None and not _has_samples_first(tensors, share):
+    if share is not None and not can_be_cut(batch, share):
         return share
     if not tensors:
         raise ValueError(
@@ -106,7 +106,7 @@ def size(batch: Any, share: int | None = None) -> int:
 
 def can_be_cut(batch: Any, share: int | None) -> bool:
     """Whether the tensors of a batch have the sample dim first, see `size`."""
-    return _has_samples_first(_with_dims(batch), share)
+    return _has_samples_first(_with_dims(batch), share) and not _lists(batch, share)
 
 
 def split(batch: Any, micro_batch: int | None, share: int | None = None) -> Iterator[Any]:
@@ -143,6 +143,25 @@ def _is_of_rows(node: Any, samples: int) -> bool:
     return not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node))
 
 
+def _lists(batch: Any, share: int | None) -> list[Any]:
+    """The lists of the batch that may have one item per sample, each of tensors, instead of one per field.
+
+    Those of the fields of a batch are of tensors that all have the sample dim first.
+    """
+    found: list[Any] = []
+
+    def look(node: Any) -> None:
+        if type(node) not in (list, tuple) or len(node) != share:
+            return
+        tensors = _with_dims(node)
+        of_mappings = node is not batch and all(isinstance(item, Mapping) for item in node)
+        if tensors and (of_mappings or any(tensor.size(0) != share for tensor in tensors)):
+            found.append(node)
+
+    map_tensors(lambda tensor: tensor, batch, look)
+    return found
+
+
 def _with_dims(batch: Any) -> list[torch.Tensor]:
     """The tensors that have a dim, in order."""
     found: list[torch.Tensor] = []
@@ -154,18 +173,23 @@ def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bo
     """Whether the first dims are equal, and not all of them some other dim before the sample dim.
 
     A first dim that differs from the share is still the sample dim if a collate function joins or multiplies
-    samples; only if all tensors have the share as their second dim is it not.
+    samples. It is not if all tensors have the share as their second dim, or if it is larger than the share and no
+    multiple: samples of several rows each, such as the nodes of graphs.
     """
     if len({tensor.size(0) for tensor in tensors}) != 1:
         return False
-    if share is None or tensors[0].size(0) == share:
+    first = tensors[0].size(0)
+    if share is None or first == share:
         return True
+    if first > share and first % share:
+        return False
     return not all(tensor.dim() > 1 and tensor.size(1) == share for tensor in tensors)
 
 
 def _cannot_be_cut(batch: Any, micro_batch: int, samples: int, share: int | None) -> str:
+    lists = f", in lists of {samples}" if _lists(batch, share) else ""
     said = [str(tuple(tensor.shape)) for tensor in _with_dims(batch)]
-    shapes = f"tensors of shape {some(said, _MOST_SHAPES)}" if said else "no tensors"
+    shapes = f"tensors of shape {some(said, _MOST_SHAPES)}{lists}" if said else "no tensors"
     whole = f", or set it to at least {samples}" if share is not None else ""
     return (
         f"micro_batch={micro_batch}: a batch is split along the first dim of its tensors, which must be the "
