@@ -173,8 +173,8 @@ def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bo
     """Whether the first dims are equal, and not all of them some other dim before the sample dim.
 
     A first dim that differs from the share is still the sample dim if a collate function joins or multiplies
-    samples. It is not if all tensors have the share as their second dim, or if it is larger than the share and no
-    multiple: samples of several rows each, such as the nodes of graphs.
+    samples. It is not if all tensors have the share as their second dim, or if it is larger than the share
+    and no multiple: samples of several rows each, such as the nodes of graphs.
     """
     if len({tensor.size(0) for tensor in tensors}) != 1:
         return False
