@@ -29,7 +29,8 @@ def norm(gradients: list[torch.Tensor], stages: Any = None) -> torch.Tensor:
     Args:
         stages: the process group over which the parameters are split into pipeline stages, if they are.
     """
-    total = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    held = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    total = torch.nn.utils.get_total_norm(held) if held else torch.zeros(())
     if isinstance(total, DTensor):
         total = total.full_tensor()
     total = total.float()
@@ -74,17 +75,34 @@ def counted(loss: torch.Tensor, weight: Weight) -> torch.Tensor:
 def agree(parameters: list[torch.nn.Parameter], group: Any) -> None:
     """Give parameters a gradient of zero if they have none here, but one on another rank of the group."""
     # By gloo, from host to host, so that no rank waits for its GPU.
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device="cpu")
+    there = torch.tensor([_kind(p.grad) for p in parameters], dtype=torch.int32, device="cpu")
     dist.all_reduce(there, op=dist.ReduceOp.MAX, group=group)
-    for parameter, has in zip(parameters, there.tolist(), strict=True):
-        if has and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter, kind in zip(parameters, there.tolist(), strict=True):
+        if kind and parameter.grad is None:
+            parameter.grad = _no_rows(parameter) if kind == _SPARSE else torch.zeros_like(parameter)
+
+
+_DENSE, _SPARSE = 1, 2
+
+
+def _kind(gradient: torch.Tensor | None) -> int:
+    return 0 if gradient is None else _SPARSE if gradient.is_sparse else _DENSE
+
+
+def _no_rows(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The sparse gradient of an embedding of which no row was used."""
+    none = parameter.new_empty((1, 0), dtype=torch.int64)
+    rows = parameter.new_empty((0, *parameter.shape[1:]))
+    return torch.sparse_coo_tensor(none, rows, parameter.shape, is_coalesced=True, check_invariants=False)
 
 
 def average(gradients: list[torch.Tensor], group: Any) -> None:
-    """Replace gradients by their mean over the ranks of a group, in buckets."""
+    """Replace gradients by their mean over the ranks of a group: dense ones in buckets."""
     ranks = dist.get_world_size(group)
-    for bucket in _buckets(gradients):
+    for gradient in (g for g in gradients if g.is_sparse):
+        dist.all_reduce(gradient, group=group)
+        gradient.div_(ranks)
+    for bucket in _buckets([g for g in gradients if not g.is_sparse]):
         flat = torch.cat([g.flatten() for g in bucket])
         dist.all_reduce(flat, group=group)
         flat /= ranks
