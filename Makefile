@@ -1,6 +1,6 @@
 # Everything a newcomer and CI run. `make demo` and `make test` set up what they need.
 PYTHON ?= python3
-WORKERS ?= 3
+WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -14,7 +14,7 @@ COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 -x '$(SELDOM)' $(VENV)
 
 help:
 	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (5 to 10 minutes)"
-	@echo "make test    set up, then run the tests, WORKERS=3 at a time"
+	@echo "make test    set up, then run the tests, WORKERS=4 at a time"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation as pages, build/docs/index.html"
 	@echo "make bench   measure against peers, in the same run (two to three hours)"

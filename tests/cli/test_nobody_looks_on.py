@@ -78,7 +78,7 @@ def until_it_trains(tmp_path: Path) -> None:
     until(lambda: points(tmp_path / "runs" / "loop" / "a") >= 3)
 
 
-@pytest.mark.soak
+@pytest.mark.soak(small=False)
 @pytest.mark.parametrize("ranks", [1, 2] if SOAK else [1])
 @pytest.mark.parametrize(
     ("number", "code", "status"),
@@ -132,7 +132,7 @@ def test_a_shell_whose_terminal_is_closed_leaves_a_checkpoint(
     assert (found.status, found.checkpoints) == ("interrupted", [found.step])
 
 
-@pytest.mark.soak
+@pytest.mark.soak(small=False)
 @pytest.mark.parametrize("ranks", [1, 2] if SOAK else [1])
 def test_under_nohup_it_trains_on(ranks: int, begin: Callable[..., Any], tmp_path: Path) -> None:
     process = begin(100, "--nproc", str(ranks), to=subprocess.DEVNULL, by=("nohup",))

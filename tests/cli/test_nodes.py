@@ -137,6 +137,7 @@ def test_machines_that_are_suspended_together_go_on_where_they_are(
     assert [attempt.world for attempt in loaded(run).attempts] == [2]
 
 
+@pytest.mark.soak(small=False)
 def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Machines, tmp_path: Path) -> None:
     together = ("--nodes", "2", "--nproc", "2", "--rendezvous", f"{A}:29511", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
@@ -154,6 +155,7 @@ def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Mach
     assert newest.step == 120
 
 
+@pytest.mark.soak(small=False)
 def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemption(
     machines: Machines, tmp_path: Path
 ) -> None:

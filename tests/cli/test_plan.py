@@ -98,7 +98,7 @@ def planned(recipe: str, *values: str, nproc: int = 1, memory: int = 80 * GIB) -
     return plan.Asked(found, resolve(found.config, values, None), nproc, 1, memory).plan()
 
 
-@pytest.mark.soak
+@pytest.mark.soak(small=False)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
 @pytest.mark.parametrize(
     "row", [pytest.param(2, id="every-weight"), *([pytest.param(0, id="lora")] if SOAK else [])]

@@ -743,6 +743,7 @@ def test_a_population_learns_from_what_values_have_gained(stoker: Command) -> No
     assert done.answer["over"]
 
 
+@pytest.mark.soak(small=False)
 def test_a_trial_of_a_plain_loop_that_hangs_is_one_failed_trial(stoker: Command) -> None:
     given = ("sweep", RECIPE, "x=[0.1, 0.9]", "fails=hang", "hang_limit=8s", "--sampler", "grid", "--json")
     done = stoker(*given)

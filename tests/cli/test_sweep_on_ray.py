@@ -168,6 +168,7 @@ def _wait_for_a_trainer(process: subprocess.Popen[bytes], cluster: OnOneMachine)
     return until(cluster.trainers, process, every=0.2)[0]
 
 
+@pytest.mark.soak(small=False)
 def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
     start: Start, ray_cluster: OnOneMachine, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def killed_at(step: int, folder: Path) -> optuna.Study:
     return study
 
 
+@pytest.mark.soak(small=False)
 @pytest.mark.filterwarnings("ignore")  # of Optuna: a heartbeat is an experiment of its
 def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(tmp_path: Path) -> None:
     """By what Optuna has for it: a heartbeat, and its callback for failed trials."""

@@ -144,6 +144,7 @@ def test_a_token_of_nothing_is_refused() -> None:
         llm.Config(add_tokens=("<a>", " "))
 
 
+@pytest.mark.soak(small=False)
 def test_an_adapter_with_tokens_of_its_own_is_the_same_sharded_and_can_be_used_wherever_adapters_are(
     bases: dict[str, Path], stoker: Callable[..., Any], tmp_path: Path
 ) -> None:

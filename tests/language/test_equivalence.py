@@ -153,7 +153,7 @@ BY_RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.soak
+@pytest.mark.soak(small=False)
 @pytest.mark.parametrize("name", BY_RANKS if SOAK else ["fsdp"])
 def test_lora_plus_has_one_curve_under_every_strategy_and_goes_on_in_one_process(
     name: str, base: Path, chats: Path, tmp_path: Path

@@ -111,6 +111,7 @@ def test_metrics_whose_names_begin_with_an_underscore_arrive_once_and_with_their
         assert points == [(step, value) for step in range(1, 7)], name
 
 
+@pytest.mark.soak(small=False)
 def test_trials_that_are_shipped_in_turns_arrive_whole_and_each_in_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "search"
     trainers = [Trainer(make_run(folder.parent, f"trial-{number}", folder.name)) for number in range(2)]
@@ -241,6 +242,7 @@ def test_what_wandb_refuses_is_renamed_or_left_out_and_the_rest_arrives(tmp_path
     assert said.count("W&B refuses") == 1, said
 
 
+@pytest.mark.soak(small=False)
 def test_a_copy_has_a_run_of_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs")
     copy = RunDirectory(run.path.with_name("b"))
