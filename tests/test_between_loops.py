@@ -16,7 +16,7 @@ from stoker.run import view
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from support import SOAK
 
@@ -213,6 +213,51 @@ def test_rates_and_registered_objects_that_are_set_before_a_loop_are_set_once(
     _assert_goes_on(tmp_path, train, (3, 5, 7, 9))  # from steps 2, of the first loop, 4, its end, 6 and 8
     said = "the Trainer had restored was changed before the loop (counter, optimizer.lr)"
     assert caplog.text.count(said) == 2
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_a_subset_that_is_drawn_for_a_loop_is_drawn_once_or_warned_of(
+    registers: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+
+    def train(run: Run, dies_at: int) -> list[int]:
+        trainer, picked = _trainer(run), _Picked()
+        if registers:
+            trainer.register_for_checkpointing(picked=picked)
+        for epoch in range(2):
+            picked.pick(epoch)
+            loader = trainer.loader(Subset(_dataset(), picked.of[epoch]), batch_size=8)
+            for batch in trainer.steps(loader, epochs=epoch + 1):
+                trainer.step(batch)
+                if run.step == dies_at:
+                    raise _Killed
+        return picked.of[1]
+
+    with Run("test", "whole", runs=tmp_path) as run:
+        whole = train(run, 0)
+    with pytest.raises(_Killed), Run("test", "cut", runs=tmp_path) as run:
+        train(run, 5)  # of the second loop, from step 4, which is in it
+    with Run("test", "cut", runs=tmp_path) as run:
+        assert (train(run, 0) == whole) == registers
+    said = "the loop reads another subset than before the run was stopped"
+    assert caplog.text.count(said) == (not registers)
+
+
+class _Picked:
+    """Indices for each epoch, drawn where there are none yet."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, list[int]] = {}
+
+    def pick(self, epoch: int) -> None:
+        if epoch not in self.of:
+            self.of[epoch] = torch.randperm(40)[:24].tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"of": {str(epoch): picked for epoch, picked in self.of.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.of = {int(epoch): picked for epoch, picked in state["of"].items()}
 
 
 def test_an_optimizer_may_be_given_parameters_before_the_loop_at_every_start(tmp_path: Path) -> None:

@@ -1858,6 +1858,19 @@ def test_an_argument_of_another_kind_is_refused_with_what_to_give(
         Trainer(run, **{"model": _model(), "optimizer": torch.optim.Adam, "loss": _loss, **given})
 
 
+def test_a_compiled_wrapper_is_refused_and_a_model_that_compiled_itself_keeps_its_names(
+    open_run: Callable[..., Run],
+) -> None:
+    model = _model()
+    said = r"what torch.compile has returned.*model.compile\(\)"
+    with open_run() as run, pytest.raises(BadInput, match=said):
+        _trainer(run, torch.compile(model, backend="eager"))
+    names = [name for name, _ in model.named_parameters()]
+    model.compile(backend="eager")
+    with open_run() as run:
+        assert [name for name, _ in _trainer(run, model).model.named_parameters()] == names
+
+
 def test_a_sparse_buffer_that_no_checkpoint_holds_is_taken_in_a_shared_part_too(
     open_run: Callable[..., Run],
 ) -> None:

@@ -484,7 +484,8 @@ class Attempt:
             raise ValueError(
                 "a run has one Trainer, to which its checkpoints belong: put several models into one, such "
                 "as torch.nn.ModuleDict({'first': ..., 'second': ...}), and give each its own optimizer, "
-                "optimizer={'first': ..., 'second': ...}"
+                "optimizer={'first': ..., 'second': ...}; or, for folds, open a run for each within train: "
+                "with stoker.Run('folds', f'{run.directory.id}-{k}', runs=run.directory.runs) as fold: ..."
             )
         self._stepped_by_trainer = True
         self._finish, self._conclude, self._trained = finish, conclude, trained

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from stoker import distributed
 from stoker.data.loader import Loader
 from stoker.duration import Duration
 from stoker.engine import counting
@@ -29,6 +30,8 @@ class Loop:
     """The steps and samples of the run from which it counts."""
     end: int
     """The step of the run with which the loop ends; one before those done, if the run is past it."""
+    fingerprint: str
+    """Of which samples its data are made."""
     early: bool
     """Whether that is earlier than the length says, since an earlier attempt finished the loop."""
 
@@ -85,7 +88,7 @@ class Loop:
             )  # fmt: skip
 
     def warn_of_other_order(self, samples_per_epoch: int | None, at: Position) -> None:
-        """Warn if a continued run has another number of samples, or of sources, which changes their order.
+        """Warn if a continued run has other samples, or another number of sources, which changes their order.
 
         Args:
             samples_per_epoch: what the run had before, if that is known.
@@ -95,6 +98,11 @@ class Loop:
             changed = f"an epoch had {samples_per_epoch:,} samples and has {now:,} now"
         elif not self.loader.knows(at.data):
             changed = "the number of the data's sources has changed, or which of them are streamed"
+        elif at.chosen.get(self.number, self.fingerprint) != self.fingerprint:
+            changed = (
+                "the loop reads another subset than before the run was stopped (draw it with a generator "
+                "that is seeded for it, or register its indices for checkpointing)"
+            )
         else:
             return
         log.warning("%s: from step %d on the samples come in a different order", changed, at.step)
@@ -106,15 +114,27 @@ def begin(number: int, loader: Loader, length: Duration, at: Position, *, from_h
     Args:
         from_here: count from where the loop begins, not from the start of the run.
 
-    Raises ValueError for a length that the loader cannot count.
+    Raises:
+        ValueError: the loader cannot count the length.
+        BadInput: ranks have other samples than others; all of them call it.
     """
+    chosen = _same_on_all_ranks(loader.fingerprint())
     first = at.begin(number) if from_here else (0, 0)
     if number in at.left:  # the state that was saved is of where the next loop began
-        return Loop(number, loader, length, from_here, first, at.step - 1, early=False)
+        return Loop(number, loader, length, from_here, first, at.step - 1, chosen, early=False)
     step, samples = first
     planned = step + counting.steps_in(length, loader, at.step - step, at.samples - samples)
     end = at.ended.get(planned, planned)
-    return Loop(number, loader, length, from_here, first, end, early=end < planned)
+    return Loop(number, loader, length, from_here, first, end, chosen, early=end < planned)
+
+
+def _same_on_all_ranks(fingerprint: str) -> str:
+    if len({*distributed.gathered(fingerprint)}) > 1:
+        raise BadInput(
+            "the ranks have different samples for this loop: each draws from generators of its own, so "
+            "draw a subset with one that is seeded alike, such as torch.Generator().manual_seed(epoch)"
+        )
+    return fingerprint
 
 
 def length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:

@@ -419,7 +419,7 @@ class Trainer:
             place = None if self._begun else self._at.data
             source = loop.loader.batches(loop.samples(self._at), place, stage=loop.stage)
             self._begin_attempt(loop)
-            self._at.data = None
+            self._at.data, self._at.chosen = None, {loop.number: loop.fingerprint}
         if self.steps_done < loop.end:
             self._registered.begin()
             self._modes.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import random
@@ -273,6 +274,21 @@ def test_a_dataset_that_is_told_the_epoch_is_warned_of(caplog: pytest.LogCapture
     for dataset in (Numbers(8), Told(8)):
         loader(dataset).warn_of_set_epoch()
     assert [text.startswith("the dataset has a set_epoch") for text in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_is_changed_while_workers_have_copies_is_warned_of(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = Numbers(8)
+    dataset.level, dataset._reads = 0, 0  # type: ignore[attr-defined]
+    with contextlib.closing(loader(dataset, workers=workers).batches(0)) as batches:
+        for step in range(4):
+            next(batches)
+            dataset._reads += 1  # type: ignore[attr-defined]
+            dataset.level = step // 2  # type: ignore[attr-defined]
+    said = "the loop has changed the dataset's level, but workers read from copies"
+    assert caplog.text.count(said) == workers
 
 
 def test_an_augmentation_does_not_depend_on_the_world() -> None:

@@ -10,6 +10,7 @@ random state.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -18,7 +19,7 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -27,7 +28,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from stoker import forkserver, signals
-from stoker.data import generators, order
+from stoker.data import chosen, generators, order
 from stoker.data.order import fold
 from stoker.errors import BadInput, StokerError
 from stoker.words import counted
@@ -135,7 +136,28 @@ class Loader:
             ),
             start_sample, self.batch_size, self._world,
         )  # fmt: skip
-        return _batches(self._dataset, sampler, self.workers)
+        found = _batches(self._dataset, sampler, self.workers)
+        return self._watched(found) if self.workers else found
+
+    def _watched(self, found: Generator[Any]) -> Iterator[Any]:
+        """The batches; warns, once, if the loop changes what the workers have copies of."""
+        began, said = chosen.settings(self._dataset.dataset), False
+        with contextlib.closing(found):
+            for batch in found:
+                now = began if said else chosen.settings(self._dataset.dataset)
+                changed = [name for name, value in began.items() if now.get(name, value) != value]
+                if changed:
+                    said = True
+                    log.warning(
+                        "the loop has changed the dataset's %s, but workers read from copies that were made "
+                        "when the loop began: use workers=0, or a loop for each stage",
+                        ", ".join(changed),
+                    )  # fmt: skip
+                yield batch
+
+    def fingerprint(self) -> str:
+        """Of which samples the dataset is made, see `chosen.fingerprint`."""
+        return chosen.fingerprint(self._dataset.dataset)
 
     def warn_of_set_epoch(self) -> None:
         """Warn if a dataset is to be told the epoch, which reaches no worker, and is lost on a resume."""
@@ -192,7 +214,7 @@ def evaluation_batches(
         yield batch, len(indices) > 0
 
 
-def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: int) -> Iterator[Any]:
+def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: int) -> Generator[Any]:
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -222,7 +244,7 @@ class _Refused:
     error: StokerError
 
 
-def _answers(read: Iterator[Any]) -> Iterator[Any]:
+def _answers(read: Iterator[Any]) -> Generator[Any]:
     """The batches; before an error is raised, the workers are ended.
 
     Those that are still starting would otherwise not find what this process shares with them once it exits,
@@ -259,7 +281,8 @@ def _check_indexed(dataset: object) -> None:
     why = f"has no {' and no '.join(missing)}" if missing else "is an IterableDataset"
     raise BadInput(
         f"{type(dataset).__name__} {why}, but a loader reads samples by index, so that a run can resume at "
-        "any position: give a dataset with __len__ and __getitem__, such as list(dataset) for a small one"
+        "any position: give a dataset with __len__ and __getitem__, such as list(dataset) for a small one; "
+        "or for endless data one that makes the sample of an index, with a length such as 10**12"
     )
 
 

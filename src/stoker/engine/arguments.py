@@ -107,6 +107,11 @@ def _check_part(model: nn.Module, name: str) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise BadInput(
+            "the model is what torch.compile has returned, whose weights have other names (_orig_mod...): "
+            "give the model itself, with compile=True in training=, or after model.compile()"
+        )
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise BadInput(

@@ -27,6 +27,8 @@ class Position:
     """The steps and samples done when a loop began that counts from there, by its number."""
     data: Any = None
     """The position in the data, see `Loader.place`."""
+    chosen: dict[int, str] = field(default_factory=dict)
+    """The fingerprint of the data of the loop under way, by its number."""
 
     def move(self, samples: int) -> None:
         """Record a step over this many samples."""
@@ -48,6 +50,7 @@ class Position:
             "step": self.step, "samples": self.samples, "ended": list(self.ended.items()),
             "left": list(self.left.items()), "behind": sorted(self.behind), "data": self.data,
             "began": [(loop, *at) for loop, at in self.began.items()],
+            "chosen": list(self.chosen.items()),
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self.history.items()},
         }  # fmt: skip
 
@@ -63,4 +66,5 @@ def read(saved: Mapping[str, Any]) -> Position:
         behind=set(saved.get("behind", ())),
         began={loop: (step, sample) for loop, step, sample in saved.get("began", ())},
         data=saved.get("data"),
+        chosen=dict(saved.get("chosen", ())),
     )

@@ -1,0 +1,61 @@
+"""Which samples a dataset is made of, and what it is set to, as far as datasets say that themselves.
+
+A subset that is drawn can be another one on each rank, or in a resumed run, and what a loop sets on its
+dataset reaches no worker, which has a copy. Neither can be seen in the batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import ConcatDataset, Subset
+
+_PLAIN = (bool, int, float, str, type(None))
+_DEPTH = 3  # of objects within objects that are looked at: wrapped datasets, and their transforms
+
+
+def fingerprint(dataset: Any) -> str:
+    """Of the length of a dataset, and the indices of the subsets that it consists of, also of `datasets`."""
+    found = xxhash.xxh3_64(str(len(dataset)).encode())
+    _add(found, dataset)
+    return found.hexdigest()
+
+
+def _add(found: xxhash.xxh3_64, dataset: Any) -> None:
+    if isinstance(dataset, Subset):
+        found.update(b"subset" + _bytes(dataset.indices))
+        _add(found, dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        parts: list[Any] = dataset.datasets
+        for part in parts:
+            found.update(b"part" + str(len(part)).encode())
+            _add(found, part)
+    elif hasattr(getattr(dataset, "_indices", None), "column"):  # a table, of `datasets`
+        found.update(_bytes(dataset._indices.column(0)))
+
+
+def _bytes(indices: Any) -> bytes:
+    if isinstance(indices, torch.Tensor):
+        indices = indices.numpy(force=True)
+    held = np.asarray(indices)
+    return held.astype(np.int64).tobytes() if held.dtype.kind in "iu" else repr(indices).encode()
+
+
+def settings(dataset: object) -> dict[str, Any]:
+    """The public attributes of a dataset that are numbers or texts, and those of what it holds, by path."""
+    found: dict[str, Any] = {}
+    _look(found, "", dataset, _DEPTH)
+    return found
+
+
+def _look(found: dict[str, Any], path: str, one: object, depth: int) -> None:
+    for name, value in vars(one).items() if hasattr(one, "__dict__") else ():
+        if name.startswith("_"):  # what it keeps to itself can change by itself
+            continue
+        if isinstance(value, _PLAIN):
+            found[f"{path}{name}"] = value
+        elif depth and not isinstance(value, torch.Tensor | np.ndarray | type):
+            _look(found, f"{path}{name}.", value, depth - 1)
