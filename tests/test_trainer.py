@@ -426,6 +426,38 @@ def test_the_optimizer_whose_scheduler_is_not_registered_is_named(
     assert "the optimizer of second has a learning rate scheduler" in caplog.text
 
 
+@pytest.mark.parametrize(("adds", "bad"), [(False, 8), (True, 8), (True, 7)])
+def test_a_rewind_goes_no_further_back_than_what_is_trained_now(
+    adds: bool, bad: int, open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+        total, count = _loss(output, batch)
+        return total * (float("nan") if run.step == bad else 1.0), count
+
+    model, weights = _model(), {}
+    first = model[0].requires_grad_(False)
+    since = r"step 7: .* left to rewind to: those before step 7 are of a model of which other weights"
+    with (
+        pytest.raises(StokerError, match=since) if bad == 7 else contextlib.nullcontext(),
+        open_run() as run,
+    ):
+        trainer = _trainer(
+            run, model, loss=loss, on_bad_loss="rewind", checkpoint_every=5,
+            optimizer=lambda p: torch.optim.SGD(p if adds else model.parameters(), lr=0.1),
+        )  # fmt: skip
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=10):
+            if run.step == 7:
+                first.requires_grad_(True)
+                if adds:
+                    trainer.optimizer.add_param_group({"params": list(first.parameters())})
+            trainer.step(batch)
+            weights[run.step] = first.weight.detach().clone()
+        assert not torch.equal(weights[7], weights[6])
+        assert torch.equal(weights[8], weights[7])
+        assert not torch.equal(weights[9], weights[8])
+    assert ("rewound the weights to those of step 7" in caplog.text) == (bad == 8)
+
+
 def test_a_rewind_puts_registered_states_back_with_the_weights(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         spoilt = {5}

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from stoker import distributed
 from stoker.attempt import Attempt
 from stoker.engine import bad_loss
 from stoker.engine.buffers import Buffers
 from stoker.engine.position import Position
 from stoker.engine.settings import Training
 from stoker.engine.step import Step
+from stoker.engine.trained import Trained
 from stoker.errors import StokerError
 from stoker.saving import Checkpoints
 from stoker.supervision import Heart
@@ -49,6 +51,9 @@ class Guard:
         several = len(step.optimizers) > 1  # and as many losses, which have no median in common
         self._losses = bad_loss.LossWatch(None if several else training.spike, at_once=asks or at_once)
         self._buffers = Buffers(step.model)
+        self._trained = Trained(step.model)
+        self._trained.changed()
+        self._since = 0  # the step from which on checkpoints have what is trained now
 
     def see(self, loss: torch.Tensor) -> str:
         """What is wrong with a step's scalar loss, as text; empty if nothing is, or it is not checked now."""
@@ -74,6 +79,13 @@ class Guard:
     def put_buffers_back(self) -> None:
         """A pass does not count: the buffers are as they were before it."""
         self._buffers.put_back()
+
+    def needs_a_checkpoint(self, step: int) -> bool:
+        """Whether none from before a step has what this rank trains now: none could be rewound to."""
+        if self._how != "rewind" or not self._trained.changed():
+            return False
+        self._since = step
+        return True
 
     def answer(self, wrong: str, at: Position, samples: int) -> None:
         """Do what `on_bad_loss` says of the step at a position. All ranks call it.
@@ -108,8 +120,15 @@ class Guard:
         for an older one.
         """
         self._checkpoints.wait(meanwhile=self._heart.beat)
+        self.needs_a_checkpoint(step)
+        since = max(distributed.gathered(self._since))  # of a pipeline's stages one may have changed
         found, _ = self._checkpoints.newest(but=self._losses.rewound_to)
         if found is None:
             raise StokerError(f"step {step}: there is no checkpoint left to rewind to; all were tried")
+        if found.step < since:
+            raise StokerError(
+                f"step {step}: there is no checkpoint left to rewind to: those before step {since} are of a "
+                "model of which other weights are trained"
+            )
         self._losses.rewind(found.step, self._checkpoints.restore(found).position)
         return found.step

@@ -428,6 +428,7 @@ class Trainer:
         self._gauge.pace.begin()
         self._heart.begin(self.steps_done)
         if self.training.on_bad_loss == "rewind":
+            self._guard.needs_a_checkpoint(self.steps_done)
             self._save()  # one to rewind to
         return source
 
@@ -561,6 +562,7 @@ class Trainer:
         """What this rank was asked to do. Checkpoints by time go by the clock of rank 0."""
         stop = self._attempt.stop.requested
         due = (self.world.rank == 0 and self._due.by_clock()) or self._attempt.stop.told_to_save()
+        due |= self._guard.needs_a_checkpoint(self.run.step)
         asked = {stop: True} if stop is not None else {}
         return Requests(**asked, checkpoint=due, failed=self._checkpoints.failed)
 
