@@ -16,7 +16,7 @@ from stoker.checkpoint.store import export_model, load_tensors, shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import Command, Start
-from support import LONG, slow_from, wait_for_points
+from support import LONG, SOAK, loaded, slow_from, wait_for_points
 
 LLM = (
     "train", "llm", "precision=fp32", "sequence_length=64", "batch_size=8", "max_steps=2000",
@@ -236,3 +236,44 @@ def test_what_is_there_is_listed_verified_and_removed(stopped: Path, stoker: Com
     assert "has no checkpoint of step 999; it has" in done.err
     done = stoker("checkpoints", "lsit", "a")
     assert done.code == 2
+
+
+WORSE = {  # with a rate at which the last weights are not the best
+    "llm": (
+        "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=2", "lr=0.3", "schedule=constant",
+        "data=texts.jsonl", "generate_tokens=0",
+    ),
+    "image": ("data=digits", "lr=3", "workers=0", "schedule=constant"),
+    "text": (
+        "layers=2", "width=32", "vocab_size=300", "max_length=32", "lr=0.1", "schedule=constant",
+        "data=texts.jsonl",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("recipe", WORSE if SOAK else ["llm"])
+def test_the_best_weights_are_tested_and_exported_where_they_are_asked_for(
+    recipe: str, stoker: Command, tmp_path: Path
+) -> None:
+    rows = [{"text": f"{n} is {('even', 'odd')[n % 2]}", "label": "ab"[n % 2]} for n in range(200)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = stoker(
+        "train", recipe, *WORSE[recipe], "precision=fp32", "max_steps=8", "eval_every=2", "warmup=0",
+        "load_best=true", "--name", "a", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    view = loaded(Path(done.answer["run"]))
+    measured = dict(view.points["val_loss" if recipe == "llm" else "val_accuracy"].items())
+    sign = 1 if recipe == "llm" else -1
+    best = min(sorted(measured.keys() - {0}), key=lambda step: sign * measured[step])
+    assert best < 8, measured
+    assert f"the model has the weights of step {best}, the best by" in done.err
+    assert stoker("checkpoints", "export", "a", "best", "-o", "best").code == 0
+    assert stoker("checkpoints", "export", "a", "last", "-o", "last").code == 0
+    exported, of_best, of_last = (
+        load_file(folder / "model.safetensors")
+        for folder in (Path(done.answer["run"], "artifacts", "model"), tmp_path / "best", tmp_path / "last")
+    )
+    assert all(torch.equal(tensor, of_best[name]) for name, tensor in exported.items())
+    assert any(not torch.equal(tensor, of_last[name]) for name, tensor in exported.items())

@@ -5,6 +5,7 @@ Decoding and augmentation run in workers and depend only on (seed, epoch, sample
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Config(Training):
     """How often to measure accuracy on the validation images."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_accuracy has not improved for this many evaluations; none: never."""
+    load_best: bool = False
+    """Test and export the weights with the best val_accuracy, not the last ones; implies checkpoint_best."""
     validation: Annotated[float, Gt(0), Lt(0.5)] = 0.1
     """Share of the images held out for evaluation during training, if the data has no validation split."""
     test: Annotated[float, Gt(0), Lt(0.5)] = 0.1
@@ -159,7 +162,7 @@ def train(run: Run, config: Config) -> None:
         inputs=image_model.inputs,
         loss=classifiers.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
-        training=config,
+        training=dataclasses.replace(config, checkpoint_best=True) if config.load_best else config,
         best=BEST_METRIC,
     )
 
@@ -178,5 +181,7 @@ def train(run: Run, config: Config) -> None:
             run.log({f"val_{name}": value for name, value in measure(validation).items()})
             if config.patience is not None and trainer.stale(BEST_METRIC, config.patience):
                 trainer.finish(f"{BEST_METRIC} did not improve for {config.patience} evaluations")
+    if config.load_best:
+        trainer.load_best()
     run.log({f"test_{name}": value for name, value in measure(test).items()})
     exporting.export(trainer, describe)

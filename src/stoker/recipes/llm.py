@@ -139,6 +139,8 @@ class Config(Training):
     after training."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_loss has not improved for this many evaluations; none: never."""
+    load_best: bool = False
+    """Test and export the weights with the best val_loss, not the last ones; implies checkpoint_best."""
     validation: Annotated[float, Ge(0), Lt(0.5)] = 0.05
     """Share of the documents held out for evaluation during training; 0: none."""
     test: Annotated[float, Ge(0), Lt(0.5)] = 0.05
@@ -165,6 +167,11 @@ class Config(Training):
             raise ValueError(
                 f"patience={self.patience} watches val_loss, but with validation=0 nothing is held out: set "
                 "validation to a share above 0, or omit patience"
+            )
+        if self.load_best and not self.validation and self.validation_data is None:
+            raise ValueError(
+                "load_best=true asks for the best val_loss, but with validation=0 nothing is held out: set "
+                "validation to a share above 0, or omit load_best"
             )
         if self.patience is not None and self.eval_every is None:
             raise ValueError(
@@ -367,7 +374,7 @@ def train(run: Run, config: Config) -> None:
             inputs=called.inputs,
             loss=called.loss,
             schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
-            training=config,
+            training=dataclasses.replace(config, checkpoint_best=True) if config.load_best else config,
             load=adapters.loading(language.load),
         )
     if not run.world.planned:  # a planned run's weights may not have been downloaded
@@ -399,6 +406,8 @@ def train(run: Run, config: Config) -> None:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss did not improve for {config.patience} evaluations")
+    if config.load_best:
+        trainer.load_best()
     perplexity.log(trainer, "test_perplexity", rows.test, **how)
     export.export(trainer, language, model)
 

@@ -5,6 +5,7 @@ Each text is tokenised once. A batch holds texts of similar length and is padded
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ class Config(Training):
     """How often to measure accuracy and macro F1 on the validation texts."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_accuracy has not improved for this many evaluations; none: never."""
+    load_best: bool = False
+    """Test and export the weights with the best val_accuracy, not the last ones; implies checkpoint_best."""
     validation: Annotated[float, Gt(0), Lt(0.5)] = 0.1
     """Share of the texts held out for evaluation during training, if the data has no validation split."""
     test: Annotated[float, Gt(0), Lt(0.5)] = 0.1
@@ -217,7 +220,7 @@ def train(run: Run, config: Config) -> None:
         inputs=text_model.inputs,
         loss=classifiers.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
-        training=config,
+        training=dataclasses.replace(config, checkpoint_best=True) if config.load_best else config,
         best=BEST_METRIC,
     )
     describe = functools.partial(text_model.describe, made)
@@ -241,5 +244,7 @@ def train(run: Run, config: Config) -> None:
             measure("val", rows.validation)
             if config.patience is not None and trainer.stale(BEST_METRIC, config.patience):
                 trainer.finish(f"{BEST_METRIC} did not improve for {config.patience} evaluations")
+    if config.load_best:
+        trainer.load_best()
     measure("test", rows.test)
     exporting.export(trainer, describe)
