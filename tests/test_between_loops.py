@@ -215,32 +215,32 @@ def test_rates_and_registered_objects_that_are_set_before_a_loop_are_set_once(
     assert caplog.text.count(said) == 2
 
 
-@pytest.mark.parametrize("registers", [False, True])
-def test_a_subset_that_is_drawn_for_a_loop_is_drawn_once_or_warned_of(
-    registers: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("by", "registers"), [("chance", False), ("loss", False), ("loss", True)])
+def test_a_subset_that_is_picked_for_a_loop_is_picked_alike_or_warned_of(
+    by: str, registers: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-
     def train(run: Run, dies_at: int) -> list[int]:
         trainer, picked = _trainer(run), _Picked()
         if registers:
             trainer.register_for_checkpointing(picked=picked)
-        for epoch in range(2):
-            picked.pick(epoch)
+        for epoch in range(3):
+            picked.pick(epoch, trainer.model if by == "loss" else None)
             loader = trainer.loader(Subset(_dataset(), picked.of[epoch]), batch_size=8)
             for batch in trainer.steps(loader, epochs=epoch + 1):
                 trainer.step(batch)
                 if run.step == dies_at:
                     raise _Killed
-        return picked.of[1]
+        return picked.of[2]
 
     with Run("test", "whole", runs=tmp_path) as run:
         whole = train(run, 0)
-    with pytest.raises(_Killed), Run("test", "cut", runs=tmp_path) as run:
-        train(run, 5)  # of the second loop, from step 4, which is in it
+    for step in (8, 9):
+        with pytest.raises(_Killed), Run("test", "cut", runs=tmp_path) as run:
+            train(run, step)  # of the third loop, from step 6, where it began, or 8
     with Run("test", "cut", runs=tmp_path) as run:
-        assert (train(run, 0) == whole) == registers
+        assert (train(run, 0) == whole) == (by == "chance" or registers)
     said = "the loop reads another subset than before the run was stopped"
-    assert caplog.text.count(said) == (not registers)
+    assert (said in caplog.text) == (by == "loss" and not registers)
 
 
 class _Picked:
@@ -249,9 +249,14 @@ class _Picked:
     def __init__(self) -> None:
         self.of: dict[int, list[int]] = {}
 
-    def pick(self, epoch: int) -> None:
-        if epoch not in self.of:
-            self.of[epoch] = torch.randperm(40)[:24].tolist()
+    def pick(self, epoch: int, model: nn.Module | None) -> None:
+        if epoch in self.of:
+            return
+        inputs, classes = _dataset().tensors
+        hardest = torch.randperm(40) if model is None else cross_entropy(
+            model(inputs), classes, reduction="none"
+        ).argsort()  # fmt: skip
+        self.of[epoch] = hardest[:24].tolist()
 
     def state_dict(self) -> dict[str, Any]:
         return {"of": {str(epoch): picked for epoch, picked in self.of.items()}}

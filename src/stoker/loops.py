@@ -100,8 +100,8 @@ class Loop:
             changed = "the number of the data's sources has changed, or which of them are streamed"
         elif at.chosen.get(self.number, self.fingerprint) != self.fingerprint:
             changed = (
-                "the loop reads another subset than before the run was stopped (draw it with a generator "
-                "that is seeded for it, or register its indices for checkpointing)"
+                "the loop reads another subset than before the run was stopped (register the indices of one "
+                "that is picked by what the model has learnt)"
             )
         else:
             return

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,8 @@ class Restored(NamedTuple):
     """The random state; None on a rank that did not exist when the checkpoint was saved."""
     whole: bool
     """False if an optimizer was left out."""
+    between: dict[str, Any]
+    """The random state with which the last loop that is over ended; empty if none is, or unknown."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Saved:
     modes: Modes
     scale: LossScale
     registered: Registered
+    between: dict[str, Any] = field(default_factory=dict)
+    """The random state with which this rank's last loop ended."""
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the joined values of all ranks. All ranks call it."""
@@ -76,6 +80,7 @@ class Saved:
         drawn, random = random_state.capture()
         tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
         changed = {"turned": self.frozen.turned(), "modes": self.modes.changed()}
+        random = {**random, "between": self.between} if self.between else random
         parts = distributed.gathered({**values, "random": random, **changed})
         joined = state.joined(parts)
         joined["random"] = [part["random"] for part in parts]
@@ -100,7 +105,8 @@ class Saved:
         random = None
         if rank < len(values["random"]):
             random = (state.inside(tensors, f"random.{rank}."), values["random"][rank])
-        return Restored(values["position"], random, whole)
+        between = {} if random is None else random[1].get("between", {})
+        return Restored(values["position"], random, whole, between)
 
     def checksums(self) -> dict[str, torch.Tensor]:
         """Checksums of the trained weights and the buffers that this rank holds, by name."""
@@ -149,6 +155,11 @@ class Checkpoints:
     def checksums(self) -> dict[str, torch.Tensor]:
         """Checksums of the trained weights and the buffers that this rank holds, by name."""
         return self._saved.checksums()
+
+    def end_loop(self, between: dict[str, Any] | None = None) -> None:
+        """A loop has ended: keep the random state, or one with which a loop that is passed by had ended."""
+        self._saved.between.clear()
+        self._saved.between.update(random_state.written() if between is None else between)
 
     def changed_besides(self) -> list[str]:
         """Rates and registered objects that the script has changed since they were restored."""

@@ -116,6 +116,7 @@ class Trainer:
     """
 
     _resumption: Resumption | None = None
+    _between: dict[str, Any] | None = None
     """What was restored, if the run is resumed."""
     _best_step: int | None = None
     """The step of the best checkpoint, once the model has its weights."""
@@ -528,6 +529,12 @@ class Trainer:
             self._finish_saving()
         self._gauge.over()
         self._heart.pause()
+        if self._begun:
+            self._checkpoints.end_loop()
+        elif self._between and self._in_loop.number == max(self._at.behind):
+            # What the script draws for the loop in which the run goes on is what it has drawn before.
+            random_state.restore_written(self._between)
+            self._checkpoints.end_loop(self._between)
 
     def _begin_attempt(self, loop: Loop) -> None:
         """Begin the attempt with the first loop that has steps left."""
@@ -995,7 +1002,7 @@ class Trainer:
         if found is None and self.run.continued:
             self._checkpoints.check_none_lost(passed_over)
         if found is not None:
-            saved, self._random, is_whole = self._checkpoints.restore(found, waits=True)
+            saved, self._random, is_whole, self._between = self._checkpoints.restore(found, waits=True)
             self._resumption = Resumption(found, self._checkpoints, whole=is_whole, own=self.run.continued)
             self._at = position.read(saved)
             if not self.run.continued:  # the checkpoint is another run's, which may have been finished early

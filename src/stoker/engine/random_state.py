@@ -7,6 +7,7 @@ it, so torch is imported only where it is used.
 
 from __future__ import annotations
 
+import base64
 import random
 import sys
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,24 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
     return tensors, values
+
+
+def written() -> dict[str, Any]:
+    """The same state as JSON values alone."""
+    tensors, values = capture()
+    texts = {name: base64.b64encode(t.numpy().tobytes()).decode() for name, t in tensors.items()}
+    return {**values, "torch": texts}
+
+
+def restore_written(values: dict[str, Any]) -> None:
+    """Restore what `written` returned."""
+    import torch
+
+    tensors = {
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        for name, text in values["torch"].items()
+    }
+    restore(tensors, values)
 
 
 def restore(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
