@@ -116,8 +116,9 @@ class Trainer:
     """
 
     _resumption: Resumption | None = None
-    _between: dict[str, Any] | None = None
     """What was restored, if the run is resumed."""
+    _between: dict[str, Any] | None = None
+    """The random state with which the last loop that is over had ended, if the run is resumed."""
     _best_step: int | None = None
     """The step of the best checkpoint, once the model has its weights."""
     _unused = 0
