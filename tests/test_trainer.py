@@ -1067,6 +1067,19 @@ def test_a_part_that_is_frozen_once_the_trainer_has_it_is_trained_in_a_later_sta
     assert not torch.equal(first.weight, initial)
 
 
+def test_a_loss_that_asks_for_a_gradient_in_evaluation_is_told_so(open_run: Callable[..., Run]) -> None:
+    def penalised(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+        (gradient,) = torch.autograd.grad(output.sum(), output, create_graph=True)
+        return output.square().sum() + gradient.square().sum(), len(output)
+
+    with open_run() as run:
+        trainer = _trainer(run, _model(), loss=penalised)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=1):
+            trainer.step(batch)
+        with pytest.raises(StokerError, match=r"evaluation records none: .*if torch.is_grad_enabled\(\):"):
+            trainer.evaluate(_dataset(), batch_size=8)
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())

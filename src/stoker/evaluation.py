@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 from stoker.data.loader import Collate, evaluation_batches
-from stoker.engine import batches, modes
+from stoker.engine import arguments, batches, modes
 from stoker.engine.metrics import Metric, Totals
 from stoker.engine.step import Setting, Step
 
 Metrics = Callable[[Any, Any], Mapping[str, Metric]]
+
+
+def _measured(metrics: Metrics, output: Any, batch: Any, setting: Setting) -> Mapping[str, Metric]:
+    try:
+        with setting.autocast():
+            return metrics(output, batch)
+    except RuntimeError as error:
+        arguments.explain_evaluated(error)
+        raise
 
 
 @torch.no_grad()
@@ -44,7 +53,6 @@ def measure(
             on_device = batches.to_device(batch, setting.mesh.device, channels_last=channels_last)
             output = step.forward(on_device)
             if output is not None:
-                with setting.autocast():
-                    totals.add(metrics(output, on_device), counts)
+                totals.add(_measured(metrics, output, on_device, setting), counts)
             meanwhile()
         return totals.over_ranks()

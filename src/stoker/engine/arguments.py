@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 _UNUSED = "Expected to have finished reduction"  # the beginning of DDP's error
 _FREED = "setStorage"  # the beginning of autograd's error if FSDP has freed a weight that it needs
+_NO_GRADIENT = "does not require grad"  # in autograd's error where nothing records what is computed
 _NAMED = 4  # parameters named in a message
 _LISTED = 20  # submodules listed in one
 
@@ -202,6 +203,16 @@ def explain_freed(strategy: str, error: RuntimeError) -> None:
     raise StokerError(
         "the backward pass needs a weight that parallel=fsdp has freed: a loss with a gradient of a gradient "
         "(create_graph=True, as for a gradient penalty) is not supported there: use parallel=ddp"
+    ) from error
+
+
+def explain_evaluated(error: RuntimeError) -> None:
+    """Raises StokerError if a metric asks for a gradient, which evaluation does not record."""
+    if _NO_GRADIENT not in str(error):
+        return
+    raise StokerError(
+        "a loss or metric asks for a gradient, but evaluation records none: leave such a term out there, by "
+        "`if torch.is_grad_enabled():`"
     ) from error
 
 
