@@ -69,6 +69,9 @@ class Stopped(SystemExit):
         self.status = status
         super().__init__(STOP_CODES.get(status, EXIT_PREEMPTED))
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[str]]:
+        return Stopped, (self.status,)
+
 
 @contextlib.contextmanager
 def stops_as_raised() -> Iterator[None]:

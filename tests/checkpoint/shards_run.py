@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from stoker.checkpoint import store
+from stoker.errors import Stopped
+from stoker.status import INTERRUPTED
 from stoker.world import World
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -55,6 +59,27 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     into["model.weight"] = weight.full_tensor()
     dist.destroy_process_group()
     return into
+
+
+def read_and_be_told(folder: Path) -> str:
+    """Load them on two ranks, of which the second is told to stop as it reads; how that ends is returned."""
+    from stoker.checkpoint import manifest
+
+    class Told(HuggingFaceStorageReader):
+        def read_data(self, plan: Any, planner: Any) -> Any:
+            raise Stopped(INTERRUPTED)
+
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size())
+    if world.rank == 1:
+        store.HuggingFaceStorageReader = Told  # type: ignore[misc]
+    try:
+        store.load_tensors(manifest.verify(folder), whole(), world)
+    except Stopped as stopped:
+        return stopped.status
+    finally:
+        dist.destroy_process_group()
+    return ""
 
 
 if __name__ == "__main__":

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shards_run
 import torch
 from safetensors import safe_open
 from stoker.checkpoint import manifest, planning, shards, store
 from stoker.checkpoint.store import About, Saver
-from stoker.errors import StokerError
+from stoker.errors import StokerError, Stopped
+from stoker.status import INTERRUPTED
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+import ranks
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -91,6 +95,29 @@ def test_what_fails_behind_a_checkpoint_does_not_cost_it(tmp_path: Path) -> None
     found, _ = manifest.newest(tmp_path)
     assert found is not None
     assert found.step == 2
+
+
+def test_told_to_stop_while_a_checkpoint_is_loaded_it_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*args: Any) -> None:
+        raise Stopped(INTERRUPTED)
+
+    saver = Saver(tmp_path)
+    saver.save(_tensors(), {}, About(1, 8))
+    saver.wait()
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", told)
+    with pytest.raises(Stopped) as raised:
+        _load(manifest.folder(tmp_path, 1))
+    assert raised.value.status == INTERRUPTED
+
+
+def test_one_rank_told_to_stop_while_all_load_stops_them_all(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(shards_run.whole(), {}, About(1, 8))
+    saver.wait()
+    found = ranks.run(shards_run.read_and_be_told, 2, tmp_path, manifest.folder(tmp_path, 1))
+    assert found == [INTERRUPTED, INTERRUPTED]
 
 
 @pytest.mark.parametrize("name", ["rank-00000-999.safetensors", "a.safetensors"])

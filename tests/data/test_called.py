@@ -62,6 +62,14 @@ def test_a_call_is_read_as_it_is_written_by_others(tmp_path: Path, record: dict[
     assert document.unread == ()
 
 
+def test_every_speaker_can_have_a_name(tmp_path: Path) -> None:
+    roles = ("system", "user", "assistant")
+    turns = [{"role": role, "content": "a", "name": f"{role} 1"} for role in roles]
+    document = only(write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}]))
+    assert document.messages == tuple(Message(role, "a", json.dumps({"name": f"{role} 1"})) for role in roles)
+    assert Message("assistant", "", '{"name": "ann"}').is_empty
+
+
 def test_turns_of_calls_and_observations_are_read(tmp_path: Path) -> None:
     turns = [
         {"from": "human", "value": "is it warm"},

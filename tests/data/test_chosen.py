@@ -68,6 +68,28 @@ def test_settings_are_public_numbers_and_texts_also_of_what_is_inside() -> None:
     }  # fmt: skip
 
 
+class _Lazy:
+    def __getattribute__(self, name: str) -> Any:
+        raise OSError(f"opened for {name}")
+
+
+class _Holder(_Crop):
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened_later = _Lazy()
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError(f"opened for {name}")
+
+
+def test_a_dataset_is_looked_at_without_its_own_code() -> None:
+    assert chosen.settings(_Holder()) == {"size": 8}
+    assert chosen.fingerprint(_Holder()) == chosen.fingerprint(_Holder())
+
+
 def test_ranks_that_draw_other_subsets_are_refused(tmp_path: Path) -> None:
     assert ranks.run(subset_run.train, 2, tmp_path, tmp_path / "seeded", seeded=True) == [4, 4]
     with pytest.raises(AssertionError) as raised:

@@ -612,6 +612,12 @@ def test_a_system_field_of_a_pair_is_its_system_prompt_and_leaves_its_split(
     assert plain.fingerprint != told.fingerprint
 
 
+def test_an_input_without_an_instruction_is_the_prompt(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "", "input": "add 1", "output": "2"}])
+    (document,) = read(str(file)).documents
+    assert (document.prompt, document.text) == ("add 1", "2")
+
+
 def test_a_system_field_that_is_no_text_is_refused(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"messages": TURNS, "system": {"a": 1}}])
     assert refused(file).endswith("line 1: the field 'system' must be a string, not an object")
@@ -626,6 +632,10 @@ def test_a_system_field_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ({"instruction": "a", "input": "c", "output": "b", "history": [["a", "b"]]}, ("history",)),
         ({"question": "a", "answer": "b", "input": "c", "context": "d"}, ("context", "input")),
         ({"text": "a", "system": "s", "url": "u", "score": 1}, ("system",)),
+        (
+            {"messages": [{**TURNS[0], "images": ["i"], "thinking": "t", "id": 7, "name": "n"}, *TURNS[1:]]},
+            ("messages[].thinking", "messages[].images"),
+        ),
     ],
 )
 def test_fields_that_mean_something_and_are_not_read_are_noted(

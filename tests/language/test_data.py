@@ -771,6 +771,44 @@ def test_fields_that_are_not_read_are_warned_of_once_a_source(
     assert said.startswith("data: a: the fields history, tools of its records are not read: move")
 
 
+def test_pairs_without_a_prompt_among_others_are_said_to_be_plain_text(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    file = tmp_path / "a.jsonl"
+    pairs = [{"prompt": f"what is {n}" * (n % 10 > 0), "completion": f"it is {n}"} for n in range(1, 41)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    found = sources.read_all(str(file), validation=0.2, test=0.2)
+    for template, said in ((CHATML, 1), (None, 0)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "stoker"):
+            data.pack(found, of(bare, template), sequence_length=64)
+        messages = [r.getMessage() for r in caplog.records if "have no prompt" in r.getMessage()]
+        assert len(messages) == said
+
+
+def test_a_name_of_a_speaker_is_written_by_templates_that_write_names(bare: Any) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.name + ': ' if m.name else '' }}{{ m.content }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    named = json.dumps({"name": "ann"})
+    document = Document("k", "", "", (Message("user", "hi", named), Message("assistant", "ho", named)))
+    tokenizer = of(bare, template)
+    (encoded,) = Encoder(tokenizer, "answer")([document])
+    assert tokenizer.decode(encoded.ids).startswith("<|user|>ann: hi<|end|><|assistant|>ann: ho<|end|>")
+    assert learnt(tokenizer, document)[0].startswith("ann: ho")
+
+
+def test_a_header_that_differs_from_the_prompt_is_not_learnt(bare: Any) -> None:
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}{{ ' (past)' if m.role == 'assistant' else '' }}\n"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    document = Document("k", "", "", (Message("user", "hi"), Message("assistant", "ho")))
+    assert [said.split("<")[0] for said in learnt(of(bare, template), document)] == ["ho"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_records_of_which_nothing_can_be_learnt_are_said_once_a_source(
     bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,

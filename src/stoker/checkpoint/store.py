@@ -22,10 +22,11 @@ from stoker import distributed, storage, threads
 from stoker.checkpoint import manifest, planning, shards
 from stoker.checkpoint.manifest import Checkpoint, File
 from stoker.checkpoint.staging import HostBuffers
-from stoker.errors import StokerError
+from stoker.errors import StokerError, Stopped
 from stoker.tensors import local, real
 from stoker.world import World
 from torch.distributed.checkpoint import _hf_utils, state_dict_loader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -230,14 +231,23 @@ def shapes(checkpoint: Checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def load_tensors(checkpoint: Checkpoint, into: Tensors, world: World = ALONE) -> None:
-    """Fill the given tensors, or shards, in place with those of the same names; all ranks together."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        state_dict_loader.load(
-            cast("dict[str, Any]", into),
-            storage_reader=_reader(checkpoint),
-            no_dist=world.size == 1,
-        )
+    """Fill the given tensors, or shards, in place with those of the same names; all ranks together.
+
+    Raises `Stopped` on all ranks if one is told to stop meanwhile.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_loader.load(
+                cast("dict[str, Any]", into),
+                storage_reader=_reader(checkpoint),
+                no_dist=world.size == 1,
+            )
+    except CheckpointException as error:  # torch catches everything in it, to tell the other ranks
+        stopped = next((raised for raised, _ in error.failures.values() if isinstance(raised, Stopped)), None)
+        if stopped is not None:
+            raise stopped from None
+        raise
 
 
 def _reader(checkpoint: Checkpoint) -> HuggingFaceStorageReader:

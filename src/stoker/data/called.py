@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stoker.errors import BadInput
@@ -21,7 +21,15 @@ SILENT = "silent"
 """Marks an assistant message that must not be learnt."""
 THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
 """Names for reasoning; transformers passes all of these to a template if a message has them."""
-_OF_A_TOOL = ("name", "tool_call_id")
+NAME = "name"
+"""Of a speaker, which some templates write: of a tool, a person or an agent."""
+_READ_OF = {"tool": ("tool_call_id",), "assistant": (*sorted(THOUGHT), "tool_calls")}
+"""The fields of a message that are read besides its role, content and name, by role."""
+_WRITTEN = (
+    *sorted(THOUGHT), "tool_calls", "tool_call_id", "tool_responses", "tools", "functions", "documents",
+    "images", "image", "audio", "audios", "video", "videos", "recipient", "channel",
+)  # fmt: skip
+"""Fields of messages that chat templates write. Other fields, such as an id or a time, are only metadata."""
 VALUES = "chat_template_kwargs"
 """Values passed to the template with a conversation, such as {"enable_thinking": false}."""
 _NO_VALUES = frozenset({
@@ -75,19 +83,21 @@ def as_calls(where: str, message: Mapping[str, Any], role: str, content: str) ->
 
 def more(where: str, message: Mapping[str, Any], speaker: str) -> str:
     """The other parts of a message for the template, as a JSON object; usually empty. Raises BadInput."""
-    found: dict[str, Any] = {}
-    if speaker == "tool":
-        found = {name: message[name] for name in _OF_A_TOOL if message.get(name)}
-    if speaker == "assistant":
-        found = {name: message[name] for name in sorted(THOUGHT) if message.get(name)}
-        unsaid = next((name for name, said in found.items() if not isinstance(said, str)), None)
-        if unsaid is not None:
-            raise BadInput(f"{where}: the field {unsaid!r} must be a string")
-        if message.get("tool_calls"):
-            found["tool_calls"] = _calls(where, message["tool_calls"])
-        if _is_silent(where, message):
-            found[SILENT] = True
+    wanted = (NAME, *_READ_OF.get(speaker, ()))
+    found: dict[str, Any] = {name: message[name] for name in wanted if message.get(name)}
+    unsaid = next((name for name in THOUGHT & found.keys() if not isinstance(found[name], str)), None)
+    if unsaid is not None:
+        raise BadInput(f"{where}: the field {unsaid!r} must be a string")
+    if "tool_calls" in found:
+        found["tool_calls"] = _calls(where, message["tool_calls"])
+    if speaker == "assistant" and _is_silent(where, message):
+        found[SILENT] = True
     return _dumps(where, found) if found else ""
+
+
+def unread(message: Mapping[str, Any], speaker: str) -> Iterator[str]:
+    """The fields of a message, not empty, that templates could write but that `more` does not read."""
+    return (name for name in _WRITTEN if message.get(name) and name not in _READ_OF.get(speaker, ()))
 
 
 def _is_silent(where: str, message: Mapping[str, Any]) -> bool:

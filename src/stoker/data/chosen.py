@@ -33,8 +33,8 @@ def _add(found: xxhash.xxh3_64, dataset: Any) -> None:
         for part in parts:
             found.update(b"part" + str(len(part)).encode())
             _add(found, part)
-    elif hasattr(getattr(dataset, "_indices", None), "column"):  # a table, of `datasets`
-        found.update(_bytes(dataset._indices.column(0)))
+    elif (kept := _attributes(dataset).get("_indices")) is not None and hasattr(kept, "column"):
+        found.update(_bytes(kept.column(0)))  # a table, of `datasets`
 
 
 def _bytes(indices: Any) -> bytes:
@@ -52,10 +52,19 @@ def settings(dataset: object) -> dict[str, Any]:
 
 
 def _look(found: dict[str, Any], path: str, one: object, depth: int) -> None:
-    for name, value in vars(one).items() if hasattr(one, "__dict__") else ():
+    for name, value in _attributes(one).items():
         if name.startswith("_"):  # what it keeps to itself can change by itself
             continue
-        if isinstance(value, _PLAIN):
+        if issubclass(type(value), _PLAIN):
             found[f"{path}{name}"] = value
-        elif depth and not isinstance(value, torch.Tensor | np.ndarray | type):
+        elif depth and not issubclass(type(value), torch.Tensor | np.ndarray | type):
             _look(found, f"{path}{name}.", value, depth - 1)
+
+
+def _attributes(one: object) -> dict[str, Any]:
+    """What an object holds, read without its own code, which could open a file or fail."""
+    try:
+        found: dict[str, Any] = object.__getattribute__(one, "__dict__")
+    except AttributeError:
+        return {}
+    return found

@@ -94,7 +94,7 @@ class Chunks:
 
     def kept(self, number: int) -> list[Document]:
         """Like `documents`, for the few chunks that every start looks at: kept in the cache."""
-        file = storage.cache_folder() / f"parts-5-{self.fingerprint[:32]}" / f"{number}.json"
+        file = storage.cache_folder() / f"parts-6-{self.fingerprint[:32]}" / f"{number}.json"
         with contextlib.suppress(OSError, orjson.JSONDecodeError):
             found = orjson.loads(file.read_bytes())
             return [

@@ -37,7 +37,7 @@ class Message(NamedTuple):
     @property
     def is_empty(self) -> bool:
         """Whether it contains no content, reasoning or calls."""
-        return not self.content.strip() and set(json.loads(self.more or "{}")) <= {called.SILENT}
+        return not self.content.strip() and set(json.loads(self.more or "{}")) <= {called.SILENT, called.NAME}
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,10 +101,10 @@ def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Itera
                 f'{where}: a record must be a JSON object such as {{"text": ...}}, not {kind_of(found)}'
             )
         record = _renamed(where, found, columns) if columns else found
-        messages = _messages(where, record, columns)
+        messages, unread_of_turns = _messages(where, record, columns)
         values = called.values(where, record.get(called.VALUES))
         if messages:
-            unread = _unread(record, read=("system", "tools"))
+            unread = (*_unread(record, read=("system", "tools")), *unread_of_turns)
             key = content_key(*itertools.chain.from_iterable(message.parts for message in messages))
             tools = called.schemas(where, record.get("tools"))
             yield Document(
@@ -148,16 +148,20 @@ def _system(where: str, record: dict[str, Any]) -> str:
     return said if said.strip() else ""
 
 
-def _messages(where: str, record: dict[str, Any], columns: Columns) -> tuple[Message, ...]:
-    """A record's conversation; empty if it has none. Raises BadInput."""
+def _messages(
+    where: str, record: dict[str, Any], columns: Columns
+) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """A record's conversation (empty if it has none), and what its messages have unread. Raises BadInput."""
     said, role, content = _turns(record, columns)
     if not said:
-        return ()
+        return (), ()
     found = [_message(f"{where}, message {n}", m, role, content) for n, m in enumerate(said, start=1)]
+    unread = (called.unread(m, made.role) for m, made in zip(said, found, strict=True))
+    names = dict.fromkeys(f"messages[].{name}" for name in itertools.chain.from_iterable(unread))
     system = _system(where, record)
     if system and all(message.role != "system" for message in found):  # otherwise the messages contain it
         found.insert(0, Message("system", system))
-    return tuple(found)
+    return tuple(found), tuple(names)
 
 
 def _turns(record: dict[str, Any], columns: Columns) -> tuple[list[Any], str, str]:
@@ -209,8 +213,9 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
         if text in record and (prompt is None or prompt in record):
             asked = _field(where, record, prompt) if prompt else ""
             added = _field(where, record, addition) if addition and record.get(addition) else ""
-            read = tuple(filter(None, (prompt, addition, text)))
-            return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text), read
+            if added.strip():
+                asked = f"{asked}\n\n{added}" if asked.strip() else added
+            return asked, _field(where, record, text), tuple(filter(None, (prompt, addition, text)))
     chat = next((turns for turns in _CHATS if turns in record), None)
     if chat is not None and record[chat] == []:
         return "", "", ()

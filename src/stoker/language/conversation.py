@@ -28,6 +28,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*(?:<think>)?).*(</think>\s*)(.*)", re.DOTALL)
 """The opening tag is missing if the prompt for the answer already had it."""
 _LIKE_TOKENS = re.compile(r"<\|[^<>|\s]+\|>|</?\w+>|\[/?[A-Z_]+\]")
+_TAGS = re.compile(r"(?:\s|</?[^<>\s]+>|\[/?[A-Z_]+\])*")
 _DATE = datetime.datetime(2024, 7, 26)
 """Written by a template that writes today's date; Llama 3's has it as its default."""
 _NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -271,21 +272,22 @@ def _is_written(tokenizer: Any, chat: Chat, text: str, number: int) -> bool:
         is_part = render(tokenizer, chat.with_marks(number)) != text
     except BadInput:
         is_part = True
-    return is_part and bool(message.content.strip() or message.more)
+    return is_part and not message.is_empty
 
 
 def _begin_of_turn(tokenizer: Any, chat: Chat, text: str, number: int, between: Span) -> int:
     """Where a turn begins whose words do not follow its prompt: after most of that.
 
-    Some templates prompt with the beginning of a reasoning block, but write none in earlier turns. Without a
-    prompt, the turn begins with its words, and with the tag before them if they are a thought.
+    Some templates prompt with the beginning of a reasoning block, but write none in earlier turns. If the
+    prompt begins otherwise than the turn, it begins with its words, and with the tag before them if they
+    are a thought.
 
     Args:
         between: the end of the turn before it, and where its words begin.
     """
     asks = _asks(tokenizer, chat, number)
     sizes = range(len(asks), len(asks) // 2, -1)
-    whole = [size for size in sizes if size == len(asks) or asks[size - 1] in "\n>]"]
+    whole = [n for n in sizes if n == len(asks) or (asks[n - 1] in "\n>]" and _TAGS.fullmatch(asks, n))]
     places = ((text.rfind(asks[:size], *between), size) for size in whole)
     opener = _opener(chat.messages[number])
     tag = re.search(rf"{re.escape(opener)}\s*\Z", text[slice(*between)]) if opener else None

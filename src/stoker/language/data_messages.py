@@ -111,6 +111,7 @@ def _divided(found: Sequence[Source]) -> str:
 def warn(found: Sequence[Source], tokenizer: Any) -> None:
     """Warn of what in these sources is not read, cannot be learnt, or does not end."""
     _warn_of_unread(found, tokenizer)
+    _warn_of_plain(found, tokenizer)
     _warn_of_left_out(found)
     _warn_of_endless_turns(found, tokenizer)
 
@@ -132,6 +133,20 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
                 "%s: %s: %s %s of its records %s not read: move what should be learnt into the prompt or "
                 "the messages, or remove it",
                 source.key, source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
+            )  # fmt: skip
+
+
+def _warn_of_plain(found: Sequence[Source], tokenizer: Any) -> None:
+    """Warn of plain texts among pairs or conversations: usually pairs whose prompt is empty."""
+    for source in found if getattr(tokenizer, "chat_template", None) else ():
+        documents = [*source.splits.train, *source.splits.validation, *source.splits.test]
+        plain = [document for document in documents if not (document.prompt or document.messages)]
+        if plain and len(plain) < len(documents):
+            log.warning(
+                "%s: %s: %s of %s%s have no prompt: plain text, which is not written by the chat template; "
+                "the first: %s",
+                source.key, source.name, f"{len(plain):,}", counted(len(documents), "record"),
+                " sampled" if source.stream else "", plain[0].where,
             )  # fmt: skip
 
 
