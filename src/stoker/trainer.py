@@ -16,10 +16,10 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from stoker import distributed, evaluation, loops, model_state, storage, supervision, words
+from stoker import distributed, loops, model_state, storage, supervision, words
 from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
@@ -68,6 +68,7 @@ from stoker.engine.step import (
 from stoker.engine.timing import Timing
 from stoker.engine.unheld import Unheld
 from stoker.errors import OutOfMemory, StokerError, Stopped
+from stoker.evaluation import Evaluation
 from stoker.gauge import Gauge
 from stoker.guard import Guard
 from stoker.loops import Loop
@@ -77,6 +78,8 @@ from stoker.saving import Checkpoints, Due, Resumption, Saved
 from stoker.status import STOPPED
 from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
+
+T = TypeVar("T")
 
 log = logging.getLogger("stoker")
 
@@ -849,14 +852,52 @@ class Trainer:
         """
         if not self._made.is_real:
             return imagined.Unknown()
+        with self.evaluating():
+            return self._evaluation(batch_size, collate, workers).measure(dataset, metrics)
+
+    def predict(
+        self,
+        dataset: Any,
+        outputs: Callable[[Any, Any], T],
+        *,
+        batch_size: int,
+        collate: Collate | None = None,
+        workers: int | None = None,
+    ) -> T:
+        """What `outputs` returns for every sample of a dataset, in its order; the same on every rank.
+
+        If weights are averaged (`ema.decay`), the average predicts.
+
+        For metrics that need all samples at once (an AUC, an average precision), and tables of predictions.
+        All of it is in the CPU memory of every rank.
+
+        Args:
+            outputs: `(output, batch) -> tensor, array or list` with one item per sample of the batch, or
+                dicts or tuples of these.
+            batch_size, collate, workers: as for `measure`.
+
+        Returns:
+            The same with one item per sample of the dataset; tensors are on the CPU.
+
+        Raises:
+            ValueError: there is not one item per sample, or the shapes of the items differ between batches.
+        """
+        if not self._made.is_real:
+            raise StokerError(
+                "stoker plan computes nothing that can be predicted: skip it before the first step, by "
+                "`if not run.world.planned:`"
+            )
+        with self.evaluating():
+            found: T = self._evaluation(batch_size, collate, workers).predict(dataset, outputs)
+            return found
+
+    def _evaluation(self, batch_size: int, collate: Collate | None, workers: int | None) -> Evaluation:
         if workers is None:
             workers = self._loop.loader.workers if self._loop is not None else 0
-        with self.evaluating():
-            return evaluation.measure(
-                self._step, self._setting, dataset, metrics, batch_size=batch_size,
-                at_once=self._cut.at_once, collate=collate,
-                workers=workers, channels_last=self.training.channels_last, meanwhile=self._heart.beat,
-            )  # fmt: skip
+        return Evaluation(
+            self._step, self._setting, batch_size=batch_size, at_once=self._cut.at_once, collate=collate,
+            workers=workers, channels_last=self.training.channels_last, meanwhile=self._heart.beat,
+        )  # fmt: skip
 
     def beat(self) -> None:
         """Say that this rank makes progress: in a loop's body that takes longer than `hang_limit` allows."""

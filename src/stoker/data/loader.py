@@ -188,7 +188,7 @@ class Loader:
 
 def evaluation_batches(
     dataset: MapDataset, batch_size: int, world: World, collate: Collate | None = None, workers: int = 0
-) -> Iterator[tuple[Any, bool]]:
+) -> Iterator[tuple[Any, int]]:
     """This rank's share of a dataset in order, each sample exactly once over all ranks.
 
     Every rank gets the same number of batches, since all ranks run a sharded model together: a rank for
@@ -199,7 +199,7 @@ def evaluation_batches(
         workers: processes that read samples; any number gives the same batches.
 
     Yields:
-        The batch, and whether it counts.
+        The batch, and how many samples of it count: all or none.
 
     Raises:
         BadInput: as for `Loader`.
@@ -211,7 +211,7 @@ def evaluation_batches(
     own = [range(b + world.rank * share, min(b + (world.rank + 1) * share, len(dataset))) for b in begins]
     pairs = [[(0, i) for i in indices or [b]] for indices, b in zip(own, begins, strict=True)]
     for batch, indices in zip(_batches(seeded, pairs, min(workers, len(pairs))), own, strict=True):
-        yield batch, len(indices) > 0
+        yield batch, len(indices)
 
 
 def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: int) -> Generator[Any]:
