@@ -20,7 +20,7 @@ from stoker.engine import optimizers
 from stoker.engine.metrics import Max, Mean, Metric, Perplexity, Sum
 from stoker.engine.random_state import seed_everything
 from stoker.engine.settings import Ddp, DeepSpeed, Ema, Fsdp, Pipeline
-from stoker.errors import StokerError
+from stoker.errors import BadInput, StokerError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -452,6 +452,40 @@ def with_a_gradient_penalty(folder: Path, strategy: str) -> str:
         except StokerError as error:
             return str(error)
     return ""
+
+
+class Scaled(nn.Module):
+    """Logits that are multiplied by a scalar, as CLIP's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale.exp() * self.logits(x)
+
+
+def with_a_scalar(folder: Path, strategy: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights after steps with the scalar frozen, and what is said when it is trained too."""
+    seed_everything(0)
+    with Run("test", strategy, runs=folder) as run:
+        trainer = Trainer(
+            run, Scaled(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            inputs=lambda x: (x,), loss=lambda output, x: (output.square().sum(), len(x)),
+            training=Training(precision="fp32", parallel=strategy),
+        )  # fmt: skip
+        loader = trainer.loader(torch.ones(64, 4), batch_size=4)
+        for batch in trainer.steps(loader, max_steps=3):
+            trainer.step(batch)
+        trained = trainer.state_dict()
+        trainer.model.get_parameter("scale").requires_grad_(True)
+        try:
+            for batch in trainer.steps(loader, max_steps=4):
+                trainer.step(batch)
+        except BadInput as error:
+            return trained, str(error)
+    return trained, ""
 
 
 def own_loop(folder: Path) -> dict[str, torch.Tensor]:

@@ -406,6 +406,17 @@ def test_a_parameter_may_have_a_gradient_on_one_rank_only(folder: Path) -> None:
         torch.testing.assert_close(found[1][name], tensor, msg=name)
 
 
+def test_fsdp_leaves_a_frozen_scalar_whole_and_refuses_one_that_is_trained(tmp_path: Path) -> None:
+    replicated, sharded = (
+        ranks.run(strategies_run.with_a_scalar, 2, tmp_path, tmp_path, strategy)[0]
+        for strategy in ("ddp", "fsdp")
+    )
+    torch.testing.assert_close(sharded[0], replicated[0])
+    assert replicated[0]["scale"].shape == ()
+    assert replicated[1] == ""
+    assert sharded[1].startswith("scale is a scalar, which FSDP cannot divide among ranks")
+
+
 def test_a_gradient_penalty_that_fsdp_cannot_compute_is_said(tmp_path: Path) -> None:
     said = [
         ranks.run(strategies_run.with_a_gradient_penalty, 2, tmp_path, tmp_path, strategy)[0]

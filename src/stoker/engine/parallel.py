@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -44,6 +44,8 @@ def shard(
     """FSDP2 by block, then the rest of each root (default: the model). Returns whether FSDP casts."""
     mesh = setting.mesh
     check_real(model, "FSDP")
+    scalars = {name: p for name, p in model.named_parameters() if not p.dim()}
+    _refuse_trained(scalars)
     # BatchNorm needs its parameters and statistics in one dtype: then autocast does the casting.
     casts = setting.precision != "fp32" and not blocks.has_batch_norm(model)
     dtype = DTYPES[setting.precision] if casts else None
@@ -51,6 +53,7 @@ def shard(
         "mesh": mesh.data_axes,
         "reshard_after_forward": training.fsdp.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "ignored_params": set(scalars.values()),
     }
     if training.fsdp.offload:
         options["offload_policy"] = CPUOffloadPolicy()
@@ -58,6 +61,8 @@ def shard(
         fully_shard(block, **options)
     if training.fsdp.reshard_after_forward:
         options["reshard_after_forward"] = None  # torch's default: keep what the backward pass starts with
+    if scalars:  # they may be unfrozen on the way
+        model.register_forward_pre_hook(lambda *_: _refuse_trained(scalars))
     for root in [*roots, model]:
         fully_shard(root, **options)
         root.register_forward_hook(_shard_again)
@@ -71,6 +76,16 @@ def check_real(model: nn.Module, by: str) -> None:
     found = [name for name, p in model.named_parameters() if p.is_complex()]
     if found:
         raise BadInput(f"{found[0]} is complex, but {by} needs real weights: use parallel=single or ddp")
+
+
+def _refuse_trained(scalars: Mapping[str, nn.Parameter]) -> None:
+    """Raises BadInput if one is trained: FSDP divides the first dim of every weight."""
+    found = next((name for name, scalar in scalars.items() if scalar.requires_grad), None)
+    if found is not None:
+        raise BadInput(
+            f"{found} is a scalar, which FSDP cannot divide among ranks: give it the shape (1,), freeze it "
+            "with requires_grad_(False), or use parallel=ddp or deepspeed"
+        )
 
 
 def _shard_again(root: nn.Module, inputs: Any, output: Any) -> None:
