@@ -282,12 +282,15 @@ class Trainer:
         workers: int = 0,
         collate: Callable[[list[Any]], Any] | None = None,
         shuffle: bool = True,
+        lengths: Sequence[float] | None = None,
     ) -> Loader:
         """Global batches of a map-style dataset, in an order that depends on the run's seed alone.
 
         Args:
             batch_size: samples per global batch, over all ranks.
             workers: processes that load samples; the batches are the same for any number.
+            lengths: of each sample, in any unit: batches then have samples of similar length, in random
+                order, so that padding a batch to its longest sample adds little.
         """
         options.check_batch(batch_size, self.mesh.data.size)
         share = batch_size // self.mesh.data.size
@@ -301,6 +304,7 @@ class Trainer:
         loader = Loader(
             dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,
             workers=workers, collate=collate, shuffle=shuffle, share=self.training.data_share,
+            lengths=lengths,
         )  # fmt: skip
         if self.world.rank == 0:
             strategies.warn_of_batch_norm(

@@ -356,6 +356,56 @@ def test_what_cannot_be_loaded_is_refused(size: int, batch_size: int, ranks: int
         loader(Numbers(size), batch_size=batch_size, world=World(0, ranks))
 
 
+LENGTHS = [7 * n % 41 for n in range(40)]
+
+
+def _by_length(world: World, **how: Any) -> Loader:
+    return Loader(Numbers(40), batch_size=4, world=world, seed=1, lengths=LENGTHS, **how)
+
+
+def test_batches_by_length_are_the_same_for_every_world_and_from_any_position() -> None:
+    alone = [batch.tolist() for batch in islice(_by_length(World()).batches(0), 30)]
+    of_ranks = [islice(_by_length(World(rank, 2)).batches(0), 30) for rank in range(2)]
+    joined = [[*a.tolist(), *b.tolist()] for a, b in zip(*of_ranks, strict=True)]
+    resumed = [batch.tolist() for batch in islice(_by_length(World(), workers=1).batches(4 * 13), 17)]
+    assert alone == joined
+    assert resumed == alone[13:]
+    assert sorted(i for batch in alone[:10] for i in batch) == list(range(40))
+    spread = [max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in alone[:10]]
+    assert max(spread) < 8
+    assert alone[:10] != alone[10:20]
+
+
+@pytest.mark.parametrize(("stage", "share"), [(0, 1.0), (1, 1.0), (3, 0.6)])
+def test_a_stage_by_length_has_all_samples_in_its_batches(stage: int, share: float) -> None:
+    loader = Loader(Numbers(40), batch_size=3, world=World(), seed=1, lengths=LENGTHS, share=share)
+    found = [i for batch in islice(loader.batches(0, stage=stage), 8) for i in batch.tolist()]
+    assert len(set(found)) == 24
+
+
+@pytest.mark.parametrize(
+    ("lengths", "how", "said"),
+    [
+        ([1] * 39, {}, r"lengths must be 40 numbers, one per sample of the dataset, not int64 \(39,\)"),
+        (["a"] * 40, {}, "lengths must be 40 numbers"),
+        ([1] * 40, {"shuffle": False}, "lengths are for samples that are shuffled"),
+    ],
+)  # fmt: skip
+def test_lengths_that_cannot_be_used_are_refused(lengths: Any, how: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        Loader(Numbers(40), batch_size=4, world=World(), seed=1, lengths=lengths, **how)
+
+
+def test_other_lengths_are_other_samples_for_the_ranks() -> None:
+    loaders = [
+        Loader(Numbers(3), batch_size=1, world=World(), seed=1, lengths=lengths)
+        for lengths in (None, [1, 2, 3], [1, 2, 3], [3, 2, 1])
+    ]
+    none, first, same, other = (loader.fingerprint() for loader in loaders)
+    assert first == same
+    assert len({none, first, other}) == 3
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("samples", [1, 8, 13])
 def test_evaluation_takes_each_sample_once_over_all_ranks(size: int, samples: int) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stoker.data.order import order, permute
+from numpy.typing import NDArray
+from stoker.data.order import by_length, order, permute
 
 from support import SOAK
 
@@ -87,3 +88,55 @@ def test_a_position_far_away_costs_no_more_than_the_first() -> None:
     epochs, indices = order(3, 10**9, np.arange(10**15, 10**15 + 4))
     assert epochs.tolist() == [10**6] * 4
     assert ((indices >= 0) & (indices < 10**9)).all()
+
+
+@given(
+    seed=seeds, size=st.integers(1, 200), batch=st.integers(1, 9), start=st.integers(0, 8),
+    cut=st.integers(1, 199), share=st.booleans(),
+)  # fmt: skip
+def test_by_length_each_epoch_holds_each_sample_once_however_it_is_cut(
+    seed: int, size: int, batch: int, start: int, cut: int, share: bool
+) -> None:
+    lengths = np.random.default_rng(size).integers(1, 50, 2 * size if share else size)
+
+    def found(positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return by_length(lengths, seed, positions, batch_size=batch, size=size, start=start % batch)
+
+    positions = np.arange(3 * size)
+    epochs, indices = found(positions)
+    assert np.array_equal(epochs, positions // size)
+    whole, parts = (
+        indices.reshape(3, size),
+        np.concatenate([found(positions[:cut])[1], found(positions[cut:])[1]]),
+    )
+    assert np.array_equal(indices, parts)
+    _, plain = order(seed, size, positions[:size])
+    for epoch in whole:
+        assert len(set(epoch.tolist())) == size
+        assert set(epoch.tolist()) == set(whole[0].tolist())
+    assert share or set(whole[0].tolist()) == set(plain.tolist())
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_by_length_batches_have_little_padding_and_come_in_random_order(start: int) -> None:
+    size, batch = 10_000, 16
+    lengths = np.random.default_rng(0).lognormal(4, 0.7, size).astype(int)
+    first = np.arange(start, start + size // batch * batch)
+
+    def padded(indices: NDArray[np.int64]) -> float:
+        batches = lengths[indices].reshape(-1, batch)
+        return 1 - batches.sum() / (batches.max(1) * batch).sum()
+
+    _, shuffled = order(3, size, first)
+    _, grouped = by_length(lengths, 3, first, batch_size=batch, start=start)
+    assert padded(shuffled) > 0.5
+    assert padded(grouped) < 0.12
+    longest = lengths[grouped].reshape(-1, batch).max(1)
+    assert abs(np.corrcoef(longest[1:], longest[:-1])[0, 1]) < 0.15
+
+
+def test_the_first_order_by_length_stays_what_it_was() -> None:
+    """A change here breaks the resuming of every run there is."""
+    lengths = np.array([5, 1, 4, 2, 3, 9, 8, 7, 6, 0])
+    _, indices = by_length(lengths, 1, np.arange(20), batch_size=2)
+    assert indices.tolist() == [9, 1, 8, 7, 6, 5, 2, 0, 3, 4, 8, 7, 3, 4, 2, 0, 6, 5, 9, 1]

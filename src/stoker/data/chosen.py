@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 _PLAIN = (bool, int, float, str, type(None))
 _DEPTH = 3  # of objects within objects that are looked at: wrapped datasets, and their transforms
 
 
-def fingerprint(dataset: Any) -> str:
-    """Of the length of a dataset, and the indices of the subsets that it consists of, also of `datasets`."""
+def fingerprint(dataset: Any, lengths: NDArray[Any] | None = None) -> str:
+    """Of the length of a dataset, and the indices of the subsets that it consists of, also of `datasets`.
+
+    Args:
+        lengths: of its samples, by which they are ordered.
+    """
     found = xxhash.xxh3_64(str(len(dataset)).encode())
     _add(found, dataset)
+    if lengths is not None:
+        found.update(lengths.tobytes())
     return found.hexdigest()
 
 

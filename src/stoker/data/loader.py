@@ -19,7 +19,7 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -27,6 +27,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stoker import forkserver, signals
 from stoker.data import chosen, generators, order
 from stoker.data.order import fold
@@ -39,6 +40,7 @@ log = logging.getLogger("stoker")
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
 Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
+OrderAt: TypeAlias = Callable[[order.Positions], tuple[order.Positions, order.Positions]]
 
 _COLLATE = 1  # salt: a collate function draws different numbers than the samples it joins
 _EPOCHS = 2**16  # between the first epochs of two stages
@@ -82,10 +84,11 @@ class Loader:
             `order.OrderedDataset` always has its own order.
         share: use only this share of the samples, drawn with the seed; a smaller share is a subset of a
             larger one.
+        lengths: of each sample, in any unit: batches have samples of similar length, see `order.by_length`.
 
     Raises:
         BadInput: the dataset is empty or not read by index, the batch size cannot be divided among the
-            ranks, or a share is requested of a dataset that does not support it.
+            ranks, a share is requested of a dataset that does not support it, or the lengths do not fit.
     """
 
     def __init__(
@@ -99,8 +102,10 @@ class Loader:
         collate: Collate | None = None,
         shuffle: bool = True,
         share: float = 1.0,
+        lengths: Sequence[float] | None = None,
     ) -> None:
         _check(dataset, batch_size, world)
+        self._lengths = None if lengths is None else _as_lengths(lengths, dataset, shuffle=shuffle)
         if share < 1 and isinstance(dataset, order.OrderedDataset):
             dataset, share = dataset.part(seed, share), 1.0
         self.batch_size = batch_size
@@ -130,14 +135,19 @@ class Loader:
             start_sample += stage * _EPOCHS * self.samples_per_epoch
         if self.knows(place):
             order.go_to(self._dataset.dataset, place)
-        sampler = _Shares(
-            functools.partial(
-                order.order_of, self._dataset.dataset, self._order_seed, size=self.samples_per_epoch
-            ),
-            start_sample, self.batch_size, self._world,
-        )  # fmt: skip
+        sampler = _Shares(self._order_from(start_sample), start_sample, self.batch_size, self._world)
         found = _batches(self._dataset, sampler, self.workers)
         return self._watched(found) if self.workers else found
+
+    def _order_from(self, start: int) -> OrderAt:
+        """The order of the samples, with a batch that begins at a position."""
+        size = self.samples_per_epoch
+        if self._lengths is None or self._order_seed is None:
+            return functools.partial(order.order_of, self._dataset.dataset, self._order_seed, size=size)
+        return functools.partial(
+            order.by_length, self._lengths, self._order_seed,
+            batch_size=self.batch_size, size=size, start=start % self.batch_size,
+        )  # fmt: skip
 
     def _watched(self, found: Generator[Any]) -> Iterator[Any]:
         """The batches; warns, once, if the loop changes what the workers have copies of."""
@@ -156,8 +166,8 @@ class Loader:
                 yield batch
 
     def fingerprint(self) -> str:
-        """Of which samples the dataset is made, see `chosen.fingerprint`."""
-        return chosen.fingerprint(self._dataset.dataset)
+        """Of which samples the dataset is made, see `chosen.fingerprint`, and of their lengths."""
+        return chosen.fingerprint(self._dataset.dataset, self._lengths)
 
     def warn_of_set_epoch(self) -> None:
         """Warn if a dataset is to be told the epoch, which reaches no worker, and is lost on a resume."""
@@ -273,6 +283,19 @@ def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
         )
 
 
+def _as_lengths(lengths: Sequence[float], dataset: MapDataset, *, shuffle: bool) -> NDArray[Any]:
+    """The lengths as an array, (samples,). Raises BadInput."""
+    found = np.asarray(lengths)
+    if found.shape != (len(dataset),) or found.dtype.kind not in "iuf":
+        raise BadInput(
+            f"lengths must be {len(dataset)} numbers, one per sample of the dataset, not "
+            f"{found.dtype} {found.shape}"
+        )
+    if not shuffle or isinstance(dataset, order.OrderedDataset):
+        raise BadInput("lengths are for samples that are shuffled, but these have an order of their own")
+    return found
+
+
 def _check_indexed(dataset: object) -> None:
     """Raises BadInput for iterable datasets, whose samples cannot be found again by an index."""
     missing = [name for name in ("__len__", "__getitem__") if not hasattr(type(dataset), name)]
@@ -325,7 +348,7 @@ class _Shares(Sampler[list[Pair]]):
 
     def __init__(
         self,
-        order_at: Callable[[order.Positions], tuple[order.Positions, order.Positions]],
+        order_at: OrderAt,
         start: int,
         batch_size: int,
         world: World,

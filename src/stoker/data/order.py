@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 Positions: TypeAlias = NDArray[np.int64]
 Words: TypeAlias = NDArray[np.uint64]
 
+_STRETCH = 32  # batches whose samples are sorted by length
+_BATCHES = 31  # salt: for the order of batches in a stretch
 _DRAWN = 2**32  # salt, beyond every epoch: which samples are drawn is independent of their order
 _ROUNDS = 16  # with 8, the permutations of 5 or 6 places are visibly not equally likely
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 divided by the golden ratio
@@ -122,6 +124,48 @@ def order(seed: int, size: int, positions: Positions) -> tuple[Positions, Positi
     """
     epochs, places = np.divmod(positions, size)
     return epochs, permute(places, size, fold(seed, epochs))
+
+
+def by_length(
+    lengths: NDArray[Any] | range,
+    seed: int,
+    positions: Positions,
+    *,
+    batch_size: int,
+    size: int | None = None,
+    start: int = 0,
+) -> tuple[Positions, Positions]:
+    """As `order`, but each batch has samples of similar length, so that little of it is padding.
+
+    Within each stretch of a few batches of the shuffled epoch, samples are sorted by length, as by
+    transformers' `LengthGroupedSampler`, and these batches are shuffled. Like the shuffle, this is computed
+    from the position alone.
+
+    Args:
+        lengths: of each sample, (samples,), in any unit; a range for samples that are sorted already.
+        batch_size: samples per batch.
+        size: use only this many samples, as in `order_of`.
+        start: where a batch begins.
+    """
+    size = size or len(lengths)
+    epochs = positions // size
+    stretches = (positions - start) // (batch_size * _STRETCH)
+    indices = np.empty_like(positions)
+    for epoch, stretch in sorted(set(zip(epochs.tolist(), stretches.tolist(), strict=True))):
+        first = max(epoch * size, stretch * batch_size * _STRETCH + start)
+        within = np.arange(first, min((epoch + 1) * size, (stretch + 1) * batch_size * _STRETCH + start))
+        _, shuffled = order(seed, size, within)
+        if size < len(lengths):
+            shuffled = drawn(seed, shuffled, len(lengths))
+        batches = (within - start) // batch_size - (first - start) // batch_size
+        count = int(batches[-1]) + 1
+        turns = permute(np.arange(count), count, fold(seed, epoch, stretch, _BATCHES))
+        by_size = shuffled if isinstance(lengths, range) else lengths[shuffled]
+        found = np.empty_like(shuffled)
+        found[np.argsort(turns[batches], kind="stable")] = shuffled[np.argsort(by_size, kind="stable")]
+        here = (epochs == epoch) & (stretches == stretch)
+        indices[here] = found[positions[here] - first]
+    return epochs, indices
 
 
 def order_of(

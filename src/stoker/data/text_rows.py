@@ -19,14 +19,12 @@ from numpy.typing import NDArray
 from stoker import storage
 from stoker.data import cached, order
 from stoker.data.labelled import Text, Texts
-from stoker.data.order import Positions, fold, permute
+from stoker.data.order import Positions
 
 FORMAT = 2
 """Part of the fingerprint: increase it when the arrays' contents for the same input change."""
 
-_STRETCH = 32  # batches whose texts are sorted by length
 _AT_ONCE = 4096  # texts that are tokenised together
-_BATCHES = 31  # salt: for the order of batches in a stretch
 
 
 class TextRows:
@@ -76,28 +74,9 @@ class TextRows:
 
     def order(self, seed: int, positions: Positions) -> tuple[Positions, Positions]:
         """The epoch and the index of the texts at positions, both (n,)."""
-        epochs = positions // len(self)
-        stretches = positions // (self._batch_size * _STRETCH)
-        indices = np.empty_like(positions)
-        for epoch, stretch in sorted(set(zip(epochs.tolist(), stretches.tolist(), strict=True))):
-            first, found = self._stretch(seed, epoch, stretch)
-            here = (epochs == epoch) & (stretches == stretch)
-            indices[here] = found[positions[here] - first]
+        sizes = range(len(self))
+        epochs, indices = order.by_length(sizes, seed, positions, batch_size=self._batch_size)
         return epochs, indices if self._members is None else self._members[indices]
-
-    def _stretch(self, seed: int, epoch: int, stretch: int) -> tuple[int, Positions]:
-        """The first position of a stretch, which ends with its epoch, and the texts in it."""
-        size, length = len(self), self._batch_size * _STRETCH
-        first = max(epoch * size, stretch * length)
-        positions = np.arange(first, min((epoch + 1) * size, (stretch + 1) * length))
-        _, shuffled = order.order(seed, size, positions)
-        batches = positions // self._batch_size - first // self._batch_size
-        count = int(batches[-1]) + 1
-        turns = permute(np.arange(count), count, fold(seed, epoch, stretch, _BATCHES))
-        found = np.empty_like(shuffled)
-        # The index order is the length order.
-        found[np.argsort(turns[batches], kind="stable")] = np.sort(shuffled)
-        return first, found
 
     def place(self, seed: int, position: int) -> None:
         """None: the order is a function of the position."""
