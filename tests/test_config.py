@@ -13,6 +13,7 @@ from stoker import config as configs
 from stoker.duration import Duration
 from stoker.engine.keys import Patterns
 from stoker.errors import BadInput
+from stoker.run import values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,3 +341,21 @@ def test_what_a_group_derives_follows_from_the_keys_that_are_given() -> None:
     """However its default is spelled."""
     found = configs.resolve(OfDerived, ["made.lr=1", "given.lr=1"]).config
     assert (found.made.warm, found.given.warm) == (10.0, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDerived:
+    width: int = 4
+    hidden: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", 4 * self.width)
+
+
+def test_a_field_that_is_derived_from_others_is_no_key() -> None:
+    found = configs.resolve(WithDerived, ["width=8"])
+    assert (found.config.width, found.config.hidden) == (8, 32)
+    assert found.values == {"width": 8}
+    assert values.of_config(found.config) == {"width": 8}
+    with pytest.raises(BadInput, match="unknown key 'hidden'"):
+        configs.resolve(WithDerived, ["hidden=3"])

@@ -523,7 +523,7 @@ def test_a_checkpoint_with_weight_decay_on_norms_too_goes_on(
     with open_run("less") as run:
         trainer = trained(run, 6, weight_decay=0.5)
         assert _decays(trainer) == [0.5, 0.0]
-        assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {0.05}
+        assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.05}
     assert "weight decay applies to different parameters" in caplog.text
     with open_run("less") as run:
         assert _decays(trained(run, 8, weight_decay=0.5, decay_all=True)) == [0.5]
@@ -740,6 +740,22 @@ class _WithTeacher(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.student(x) + self.teacher(x) + self.still(x)  # type: ignore[no-any-return]
+
+
+def test_frozen_values_that_change_places_are_saved(open_run: Callable[..., Run]) -> None:
+    def train(name: str, steps: int) -> torch.Tensor:
+        with open_run(name) as run:
+            model = _model()
+            model.codes = nn.Parameter(torch.arange(64.0), requires_grad=False)  # type: ignore[assignment]
+            trainer = _trainer(run, model)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+                model.codes.data.copy_(model.codes.roll(2))  # type: ignore[operator, union-attr]
+        return model.codes.detach().clone()  # type: ignore[operator, union-attr, return-value]
+
+    whole = train("whole", 5)
+    train("cut", 3)
+    assert torch.equal(train("cut", 5), whole)
 
 
 def _follow(teacher: nn.Module, student: nn.Module) -> None:

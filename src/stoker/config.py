@@ -292,7 +292,7 @@ def _leaves(cls: type, prefix: str = "", of: Any = dataclasses.MISSING) -> dict[
         )
     hints = _hints(cls)
     leaves: dict[str, _Leaf] = {}
-    for field in dataclasses.fields(cls):
+    for field in _given_fields(cls):
         key, kind = prefix + field.name, hints[field.name]
         default = _default(field, kind, of)
         if is_group(kind):
@@ -300,6 +300,11 @@ def _leaves(cls: type, prefix: str = "", of: Any = dataclasses.MISSING) -> dict[
         else:
             leaves[key] = _Leaf(kind, default)
     return leaves
+
+
+def _given_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields that have keys: not those that a config derives from others (`init=False`)."""
+    return [field for field in dataclasses.fields(cls) if field.init]
 
 
 def _default(field: dataclasses.Field[Any], kind: Any, of: Any) -> Any:
@@ -340,7 +345,7 @@ def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "", of: Any = 
     """A config with these values by dotted key, and those of an instance, or its defaults, for the others."""
     hints = _hints(cls)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in _given_fields(cls):
         key, kind = prefix + field.name, hints[field.name]
         default = _default(field, kind, of)
         if is_group(kind):
@@ -349,7 +354,7 @@ def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "", of: Any = 
             arguments[field.name] = values[key]
         elif default is dataclasses.MISSING:
             raise BadInput(f"{key} needs a value: add {key}=... to the command")
-        elif field.init:
+        else:
             arguments[field.name] = default
     try:
         return cls(**arguments)

@@ -64,6 +64,7 @@ from stoker.engine.step import (
     Setting,
     only_loop_of_its_own,
     parameters_of,
+    remember_rates,
 )
 from stoker.engine.timing import Timing
 from stoker.engine.unheld import Unheld
@@ -164,12 +165,14 @@ class Trainer:
         block = blocks.largest(blocks.find(model, self.training.blocks))
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer or {}, load)
         self.model, self.optimizers = self._step.model, self._step.optimizers
+        self._schedule = self._of_their_rates(schedule)
         decays = self.training.ema.decay is not None
         self._ema = Ema(self._step, self.training.ema) if decays else None
         self._made.holds(self._step, self._ema, self.training, self.strategy)
         self._unheld = Unheld(
             self.model, self.optimizers.values(),
             looks=self.mesh.data.rank == 0 and self.strategy != "deepspeed",  # whose optimizer has others
+            changes=arguments.changes_of_updates(self.training, schedule),
         )  # fmt: skip
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         limit = self.training.hang_limit
@@ -188,7 +191,6 @@ class Trainer:
         )  # fmt: skip
         self._at = position.Position()
         self._gauge = Gauge(self._attempt, self._step, self.device, self.training, self.precision)
-        self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.strategy, block)
         self._guard = Guard(
             self._attempt, self._step, self._checkpoints, self.training, self._heart,
@@ -678,6 +680,8 @@ class Trainer:
         gradient of a gradient under fsdp.
         """
         step = only_loop_of_its_own(self._step)
+        if step.was_cleared:  # as between the two passes of sharpness-aware minimisation
+            self._loss = self._weight = 0.0
         self._note("computed")
         if self._scale.enabled and self._scale.divisor is None:
             self._scale.fit(self._over_ranks(weight))
@@ -729,10 +733,17 @@ class Trainer:
         for optimizer in optimizers:
             self._set_rates(optimizer)
         self._unheld.look(self.steps_done)
-        stepped = self._step.update(optimizers, weight)
+        with self._unheld.updating():
+            stepped = self._step.update(optimizers, weight)
         if self._ema is not None and stepped:
             self._ema.update(self.steps_done, parameters_of(optimizers) if len(self.optimizers) > 1 else None)
         return stepped
+
+    def _of_their_rates(self, schedule: Schedule | None) -> Schedule | None:
+        """The schedule, for which each group keeps the rate that it was built with."""
+        if schedule is not None:
+            remember_rates(self.optimizers.values())
+        return schedule
 
     def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         if self._schedule is not None:
@@ -846,7 +857,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Metrics over a dataset in evaluation mode, each sample once over all ranks; the same on every rank.
 
-        If weights are averaged (`ema.decay`), the average is measured.
+        If weights are averaged (`ema.decay`), the average is measured. A rank for which the last batch has no
+        samples is given one that does not count, also to `metrics`: collect outputs with `predict` instead.
 
         Args:
             metrics: `(output, batch) -> {name: Mean, Sum, Max or Perplexity}` of a batch.
@@ -921,7 +933,8 @@ class Trainer:
     def state_dict(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
         """The whole model's parameters and buffers, for export; averaged if `ema.decay` is set.
 
-        They are on the CPU of rank 0; other ranks get an empty dict. All ranks call it.
+        One with several names is in it once, as in `named_parameters()`: a model with tied weights loads it
+        with `strict=False`. They are on the CPU of rank 0; other ranks get an empty dict. All ranks call it.
 
         Args:
             wanted: whether to include the tensor of this name; must be the same on every rank.

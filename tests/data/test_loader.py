@@ -449,7 +449,8 @@ def test_a_share_is_the_same_samples_in_every_epoch_and_part_of_a_larger_share(s
     assert len(third) == 30
     assert third < half < whole
     assert sorted(of(0.3, 4)) == sorted([*third] * 4)
-    assert (sorted(third) == list(range(30))) != shuffle
+    assert sorted(third) != list(range(30)), "drawn, whether it is shuffled or not"
+    assert (of(0.3, 1) == sorted(third)) != shuffle
 
 
 def test_an_augmentation_does_not_depend_on_the_share() -> None:

@@ -8,6 +8,7 @@ are not persistent are no state, and not saved: one that changes all the same is
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,6 @@ from torch import nn
 log = logging.getLogger("stoker")
 
 _NAMED = 5  # names in a message
-_STRETCHES = 64  # per parameter, each with a checksum
 
 
 class Frozen:
@@ -131,11 +131,14 @@ def own(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _checksums(values: torch.Tensor) -> torch.Tensor:
-    """The sum of the words of each stretch, so that any single change changes it, and the remaining bytes."""
+    """The sums of the rows and of the columns of a square of its words, and the remaining bytes.
+
+    Any single change changes them, and so does any exchange of two values.
+    """
     flat = values.contiguous().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
-    stretch = flat.numel() // 8 // _STRETCHES  # in words
-    end = 8 * stretch * _STRETCHES
-    sums = flat[:end].view(torch.int64).view(_STRETCHES, stretch).sum(1)
-    return torch.cat([sums.view(torch.uint8), flat[end:]])
+    side = math.isqrt(flat.numel() // 8)  # in words
+    square = flat[: 8 * side**2].view(torch.int64).view(side, side)
+    sums = torch.cat([square.sum(0), square.sum(1)])
+    return torch.cat([sums.view(torch.uint8), flat[8 * side**2 :]])

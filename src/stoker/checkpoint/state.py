@@ -217,7 +217,10 @@ def restore_groups(
         saved, then = [saved[0]] * len(names), [then[0]] * len(names)
     built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
     for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
-        group.update({k: as_before(group.get(k), v) for k, v in was.items() if k not in left_out})
+        kept = {k: v for k, v in was.items() if k not in left_out}
+        if now.get("lr") != made.get("lr"):
+            kept.pop("initial_lr", None)  # that of a scheduler of torch, which begins with the changed rate
+        group.update({k: as_before(group.get(k), v) for k, v in kept.items()})
         changed = {k: v for k, v in now.items() if k not in left_out and v != made.get(k)}
         group.update({k: as_before(group.get(k), v) for k, v in changed.items()})
 

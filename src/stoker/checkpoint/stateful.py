@@ -25,6 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger("stoker")
 
+_LIBRARIES = ("torch", "torchao", "bitsandbytes", "transformers", "deepspeed", "stoker")
+"""Of which the optimizers' state is known to be in `state`."""
 PREFIX = "registered"
 """Prefix of its tensors' names in a checkpoint."""
 
@@ -151,6 +153,24 @@ class Registered:
             )
         self._checkpoint, self._held, self._groups, self._restored = None, {}, {}, {}
         self._warn_of_schedulers()
+        self._warn_of_more_state()
+
+    def _warn_of_more_state(self) -> None:
+        """Warn of optimizers whose `state_dict` is their own, or that have another one in them."""
+        for name, optimizer in self._optimizers.items() if self._world.rank == 0 else ():
+            at = "trainer.optimizer" if len(self._optimizers) == 1 else f"trainer.optimizers[{name!r}]"
+            if type(optimizer).__module__.partition(".")[0] in _LIBRARIES:
+                continue
+            of_its_own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
+            apart = {at: optimizer} if of_its_own else _within(optimizer, at)
+            known = {id(given) for given in self._objects.values()}
+            lacking = [place for place, one in apart.items() if id(one) not in known]
+            if lacking:
+                log.warning(
+                    "%s has more state than its attribute `state`, which is what checkpoints have: before "
+                    "the loop, add trainer.register_for_checkpointing(%s=%s)",
+                    type(optimizer).__name__, lacking[0].rpartition(".")[2].partition("[")[0], lacking[0],
+                )  # fmt: skip
 
     def _warn_of_schedulers(self) -> None:
         """Warn, once, of an optimizer with one of torch's schedulers when none of its own is registered."""
@@ -196,6 +216,15 @@ def _is_for(given: object, optimizer: torch.optim.Optimizer) -> bool:
     """Whether an object is a scheduler of an optimizer, or has one in an attribute."""
     held = (given, *getattr(given, "__dict__", {}).values())
     return any(getattr(one, "optimizer", None) is optimizer for one in held)
+
+
+def _within(optimizer: torch.optim.Optimizer, at: str) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers in its attributes that have a state of their own, by where they are."""
+    return {
+        f"{at}.{name}": held
+        for name, held in vars(optimizer).items()
+        if isinstance(held, torch.optim.Optimizer) and held.state is not optimizer.state
+    }
 
 
 def _began(scheduler: LRScheduler) -> list[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -111,10 +112,19 @@ class Loader:
         self.batch_size = batch_size
         self.samples_per_epoch = max(1, round(len(dataset) * share))
         self.tokens_per_sample = dataset.tokens_per_sample if isinstance(dataset, TokenDataset) else None
+        self._members: order.Positions | None = None
+        """The samples that are used, if they are only a share, and not shuffled."""
+        if not shuffle and self.samples_per_epoch < len(dataset):
+            places = np.arange(self.samples_per_epoch)
+            self._members = np.sort(order.drawn(seed, places, len(dataset)))
         self.workers = workers
         self._world = world
         self._order_seed = seed if shuffle else None
         self._dataset = _SeededDataset(dataset, seed, collate or default_collate)
+
+    def __len__(self) -> int:
+        """The steps of an epoch, rounded up: its last batch goes on with samples of the next."""
+        return math.ceil(self.samples_per_epoch / self.batch_size)
 
     def __iter__(self) -> NoReturn:
         raise BadInput(
@@ -142,6 +152,8 @@ class Loader:
     def _order_from(self, start: int) -> OrderAt:
         """The order of the samples, with a batch that begins at a position."""
         size = self.samples_per_epoch
+        if self._members is not None:
+            return functools.partial(order.in_sequence, self._members)
         if self._lengths is None or self._order_seed is None:
             return functools.partial(order.order_of, self._dataset.dataset, self._order_seed, size=size)
         return functools.partial(

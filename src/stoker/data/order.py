@@ -187,6 +187,12 @@ def order_of(
     return epochs, drawn(seed, places, len(dataset)) if size < len(dataset) else places
 
 
+def in_sequence(members: Positions, positions: Positions) -> tuple[Positions, Positions]:
+    """The epoch and the index of samples at positions, of members that are read in their order, both (n,)."""
+    epochs, places = np.divmod(positions, len(members))
+    return epochs, members[places]
+
+
 def drawn(seed: int, places: Positions, size: int) -> Positions:
     """The samples that a seed draws from `size` at places: (n,) in range(size), each once."""
     return permute(places, size, fold(seed, _DRAWN))

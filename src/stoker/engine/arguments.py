@@ -206,6 +206,14 @@ def explain_freed(strategy: str, error: RuntimeError) -> None:
     ) from error
 
 
+def changes_of_updates(training: Training, schedule: object) -> list[str]:
+    """The keys and arguments that make an update more than an optimizer's step, if updates make the steps."""
+    if training.optimizer_in_backward:
+        return []
+    given = {"schedule=": schedule, "clip_norm": training.clip_norm, "ema.decay": training.ema.decay}
+    return [name for name, value in given.items() if value is not None]
+
+
 def explain_evaluated(error: RuntimeError) -> None:
     """Raises StokerError if a metric asks for a gradient, which evaluation does not record."""
     if _NO_GRADIENT not in str(error):

@@ -7,6 +7,7 @@ here, for a model that is called (single, DDP, FSDP), `PipelineStep` and `DeepSp
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -170,7 +171,7 @@ class PlainStep:
         )
         self.model = model
         self.optimizers = optimizers
-        self._adds_up = False
+        self._adds_up = self._has_added = False
         for optimizer in optimizers.values():
             optimizer.register_step_post_hook(self._used)
         self._setting = setting
@@ -233,12 +234,21 @@ class PlainStep:
     @property
     def adding_up(self) -> bool:
         """Whether there are gradients of a user's own loop that no optimizer has used yet."""
-        return self._adds_up and any(parameter.grad is not None for parameter in self._parameters)
+        return self._adds_up and self._have_gradients()
+
+    @property
+    def was_cleared(self) -> bool:
+        """Whether a user's own loop has cleared the gradients of its last backward pass itself."""
+        return self._adds_up and self._has_added and not self._have_gradients()
+
+    def _have_gradients(self) -> bool:
+        return any(parameter.grad is not None for parameter in self._parameters)
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """The backward pass of a user's own loop; `update` reduces its gradients."""
         self._backward(loss_sum)
         self._reduced, self._adds_up = False, True
+        self._has_added = self._have_gradients()
         self._discarded.clear()
 
     def update(self, optimizers: Sequence[torch.optim.Optimizer], weight: torch.Tensor) -> bool:
@@ -330,7 +340,7 @@ def apply(
 def build_optimizers(
     model: nn.Module, factories: OptimizerFactory | Mapping[str, OptimizerFactory]
 ) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of a model that is already parallelised; each group stores its `initial_lr`.
+    """The optimizers of a model that is already parallelised.
 
     Raises:
         BadInput: one of them cannot be used.
@@ -342,9 +352,14 @@ def build_optimizers(
         built = {name: make(trainable(model.get_submodule(name))) for name, make in factories.items()}
     for optimizer in built.values():
         arguments.check_built(optimizer, model)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
     return built
+
+
+def remember_rates(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Store the rates of all groups as their `initial_lr`, which a schedule multiplies."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", copy.deepcopy(group["lr"]))  # a tensor is changed in place
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

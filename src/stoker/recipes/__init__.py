@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 import threading
 import traceback
@@ -113,9 +114,11 @@ def from_function(
     """The recipe for a train function; its config class is the annotation of the second parameter."""
     source = Path(inspect.getsourcefile(train) or "").absolute()
     module = sys.modules.get(train.__module__)
+    known = getattr(module, "__spec__", None)  # of `python -m package.module`, which is then __main__
+    name_of_module = known.name if known is not None else train.__module__
     return Recipe(
         name=name or finding.folder_name(source.stem),
-        reference=reference or f"{_target(train.__module__, source)}:{train.__name__}",
+        reference=reference or f"{_target(name_of_module, source)}:{train.__name__}",
         train=train,
         config=_config_class(train),
         source=source,
@@ -167,10 +170,26 @@ def _import_file(file: Path) -> ModuleType:
     sys.modules[file.stem] = module
     try:
         spec.loader.exec_module(module)
+    except ImportError as error:
+        _explain_relative(file, error)
+        raise
     except TypeError as error:
         _explain_not_frozen(file, error)
         raise
     return module
+
+
+def _explain_relative(file: Path, error: ImportError) -> None:
+    """Raises BadInput if a file of a package is given as a script."""
+    if "relative import" not in str(error):
+        return
+    packages = itertools.takewhile(lambda folder: (folder / "__init__.py").is_file(), file.parents)
+    folders = list(packages) or [file.parent]
+    module = ".".join([*(folder.name for folder in reversed(folders)), file.stem])
+    raise BadInput(
+        f"{file} imports from its package ({error}): give it as a module with its function, as in "
+        f"`stoker train {folders[-1].parent / module}:train`"
+    ) from error
 
 
 def _explain_not_frozen(file: Path, error: TypeError) -> None:

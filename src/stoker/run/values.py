@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
     elif isinstance(value, enum.Enum):
         value = value.value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
     kind = type(value)
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
