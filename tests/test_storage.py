@@ -98,6 +98,36 @@ def test_a_lock_goes_with_its_process_though_a_forked_child_lives(tmp_path: Path
         process.stdout.close()
 
 
+def test_the_lock_of_a_file_that_was_deleted_meanwhile_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, opened = tmp_path / "lock", os.open
+
+    def deleted_at_once(path: Path, *how: int) -> int:
+        descriptor = opened(path, *how)
+        monkeypatch.setattr(os, "open", opened)
+        file.unlink()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", deleted_at_once)
+    lock = storage.try_lock(file)
+    assert lock is not None
+    assert os.path.samestat(os.fstat(lock), file.stat())
+    os.close(lock)
+
+
+def test_linked_folders_are_walked_too(tmp_path: Path) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "b").touch()
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "a").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "back").symlink_to(tmp_path)
+    names = [str(file.relative_to(folder)) for file in storage.files_under(folder)]
+    assert names[:1] == ["a"]
+    assert "linked/b" in names
+
+
 def test_no_file_no_lock(tmp_path: Path) -> None:
     assert not storage.is_locked(tmp_path / "none")
     assert not (tmp_path / "none").exists()

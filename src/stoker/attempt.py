@@ -375,6 +375,7 @@ class Attempt:
             at = self.step if step is None else step
             self.held.do(functools.partial(self.log, taken, at, reduce))
             return
+        values = flatten(values)
         if step is None:
             if self.warns_of_continuing:
                 self._warn_of_continuing()
@@ -659,6 +660,9 @@ class Attempt:
 
         In a forked process it does nothing.
         """
+        self._close(discard=False)
+
+    def _close(self, *, discard: bool) -> None:
         if self._is_parents:
             return
         atexit.unregister(self._end_with_script)
@@ -672,13 +676,15 @@ class Attempt:
         if self._lease is not None:
             self._lease.end_keeping()  # whoever takes the lock next may take the lease: it was ours until now
         if self._descriptor >= 0:
+            if discard:
+                mirror.remove(self.directory)  # while it is locked: nobody opens it in between
             os.close(self._descriptor)
             self._descriptor = -1
             if (self.recorder.used or self.continued) and not self.stop.at_once:
                 self._background.uploads.finish(lambda: self.stop.requested is not None)
-        if self._lease is not None:
+        if self._lease is not None and not discard:
             self._lease.release()
-            self._lease = None
+        self._lease = None
 
     @property
     def uploaded(self) -> bool:
@@ -687,9 +693,8 @@ class Attempt:
 
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt created and in which there is nothing to keep."""
-        self.close()
-        if self.world.rank == 0 and not self.continued and not self.recorder.used and not self._is_parents:
-            mirror.remove(self.directory)
+        is_new = self.world.rank == 0 and not self.continued
+        self._close(discard=is_new and not self.recorder.used)
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
         """After `close`: wait for the follower up to `timeout` seconds; returns each sink's state."""

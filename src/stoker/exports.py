@@ -7,6 +7,7 @@ generate.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ from stoker.run.state import RunView
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("stoker")
 
 ADAPTER = "adapter_config.json"
 """The file that marks a folder as that of an adapter."""
@@ -112,9 +115,29 @@ def chosen(seen: RunView, which: str, metric: str | None = None) -> manifest.Che
     """The selected checkpoint, verified; see `make`. Raises BadInput."""
     path = meant(seen, which, metric)
     try:
-        return manifest.mended(path, mend(seen))
+        found = manifest.mended(path, mend(seen))
     except manifest.InvalidCheckpoint as error:
         raise BadInput(f"checkpoint {path.name} cannot be used: {error}") from error
+    if which == "best":
+        _warn_of_other_weights(seen, found, metric or seen.best)
+    return found
+
+
+def _warn_of_other_weights(seen: RunView, found: manifest.Checkpoint, metric: str) -> None:
+    """Warn if the value by which a checkpoint is the best was measured before the steps that it has."""
+    measured = measured_at(seen, metric, found.step)
+    if measured is not None and measured != found.step:
+        log.warning(
+            "%s is the best by %s, which was measured at step %d: that of its own weights is not known. With "
+            "checkpoint_best=true a run saves the weights that were measured",
+            found.path.name, metric, measured,
+        )  # fmt: skip
+
+
+def measured_at(seen: RunView, metric: str, step: int) -> int | None:
+    """The step at which the value of a metric that a checkpoint of a step has was measured."""
+    steps = seen.points[metric].x if metric in seen.points else ()
+    return max((int(one) for one in steps if one <= step), default=None)
 
 
 def meant(seen: RunView, which: str, metric: str | None = None) -> Path:

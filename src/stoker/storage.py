@@ -199,10 +199,10 @@ def modified(file: Path) -> int:
 
 
 def files_under(path: Path) -> list[Path]:
-    """All files in a folder and its subfolders, sorted; for a file, the file itself."""
+    """All files in a folder and its subfolders, also linked ones, sorted; for a file, the file itself."""
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file())
+    return sorted(Path(entry.path) for entry in walk(path) if entry.is_file())
 
 
 def walk(folder: Path, is_skipped: Callable[[str], bool] = lambda name: False) -> Iterator[os.DirEntry[str]]:
@@ -239,16 +239,26 @@ def try_lock(path: Path) -> int | None:
     The kernel releases the lock when its holder ends for whatever reason, so a held lock means a living
     process. Returns a descriptor; closing it releases the lock.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     for _ in range(5):  # `is_locked` takes the lock for an instant, without owning it
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(descriptor)
             time.sleep(0.01)
-        else:
+            continue
+        if _is_at(descriptor, path):
             return descriptor
-    os.close(descriptor)
+        os.close(descriptor)  # it was deleted meanwhile, and the lock of a deleted file is nobody's
     return None
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that is at a path now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_shared(path: Path) -> bool:

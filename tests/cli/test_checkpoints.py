@@ -211,6 +211,18 @@ def test_the_list_marks_the_best_and_says_from_when_a_metric_is(stoker: Command,
     assert answer["checkpoints"][-1]["measured_at"] == {"loss": 4, "val_loss": 3, "val_accuracy": 3}
 
 
+def test_an_export_of_weights_that_were_not_measured_is_said(stoker: Command, tmp_path: Path) -> None:
+    """The value is of an earlier step, and the checkpoint was due later."""
+    script = BY_SCORE.replace("run.log(val_loss", "if step != 4: run.log(val_loss")
+    (tmp_path / "own.py").write_text(script, encoding="utf-8")
+    assert stoker("train", "own.py", "--name", "a").code == 0
+    done = stoker("checkpoints", "export", "a", "best", "-o", "best.safetensors")
+    assert "that of its own weights is not known" not in done.err
+    assert stoker("checkpoints", "rm", "a", "3").code == 0
+    done = stoker("checkpoints", "export", "a", "best", "-o", "again.safetensors")
+    assert "step-00000004 is the best by val_accuracy, which was measured at step 3" in done.err
+
+
 def test_what_is_there_is_listed_verified_and_removed(stopped: Path, stoker: Command) -> None:
     listed = stoker("checkpoints", "a", "--json").answer["checkpoints"]
     assert listed == stoker("checkpoints", "list", "a", "--json").answer["checkpoints"]

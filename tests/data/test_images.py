@@ -102,6 +102,31 @@ def test_class_names_of_a_hub_dataset_are_its_own(tmp_path: Path) -> None:
     assert source.labels.tolist() == [1, 0]
 
 
+def test_each_file_numbers_its_classes_itself(tmp_path: Path) -> None:
+    for file, names, numbers in (("a", ["tabby", "beagle"], (0, 2)), ("b", ["beagle", "collie"], (1, 3))):
+        about = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = pa.table({"image": [{"bytes": _png(n)} for n in numbers], "label": [0, 1]})
+        path = tmp_path / f"{file}.parquet"
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), path)
+    source = images.read(str(tmp_path))
+    assert source.classes == ("tabby", "beagle", "collie")
+    assert source.labels.tolist() == [0, 1, 1, 2]
+
+
+def test_samples_of_a_shard_whose_names_have_a_dot_are_said_to_be_left_out(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as target:
+        for n in range(8):
+            name = f"img.{n}" if n % 2 else f"{n}"
+            _add(target, f"{name}.png", _png(n))
+            _add(target, f"{name}.cls", b"%d" % (n // 4))
+    source = images.read(str(tmp_path))
+    assert len(source.labels) == 4
+    (said,) = source.left_out
+    assert said.startswith(
+        "1 sample without an image, such as img (1.cls, 1.png, 3.cls and 5 more): a sample"
+    )
+
+
 def _hub_dataset(path: Path, **labels: list[int]) -> str:
     """Parquet files as on the hub, one per split, with the numbers of three classes."""
     about = json.dumps({"info": {"features": {"label": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections import Counter
@@ -207,6 +208,25 @@ def test_a_file_of_no_split_among_files_of_splits_is_refused(tmp_path: Path) -> 
     write_csv(tmp_path / "train.csv", ROWS)
     write_csv(tmp_path / "more.csv", ROWS)
     assert "more.csv belongs to no split, but other files do" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["dev", "test"])
+def test_the_name_of_the_folder_with_all_files_is_no_split(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    for name in ("train", "more"):
+        write_csv(tmp_path / folder / f"{name}.csv", ROWS)
+    assert "more.csv belongs to no split, but other files do" in refused(tmp_path / folder)
+
+
+def test_labels_that_are_the_same_number_have_one_order() -> None:
+    texts = [
+        Text(text=f"t{n}", label=label, group=f"t{n}") for n, label in enumerate(["1", "01", "2", "001"])
+    ]
+    orders = {
+        Texts(train=list(those), validation=[], test=[], description="").classes
+        for those in itertools.permutations(texts)
+    }
+    assert orders == {("001", "01", "1", "2")}
 
 
 def test_a_name_that_is_nearly_a_built_in_one_is_told(tmp_path: Path) -> None:

@@ -612,6 +612,16 @@ def test_a_system_field_of_a_pair_is_its_system_prompt_and_leaves_its_split(
     assert plain.fingerprint != told.fingerprint
 
 
+def test_linked_folders_are_read_and_hidden_files_are_not(tmp_path: Path) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (folder := tmp_path / "data").mkdir()
+    (hidden := folder / ".ipynb_checkpoints").mkdir()
+    for place, text in ((elsewhere, "linked"), (folder, "own"), (hidden, "hidden")):
+        write_jsonl(place / "a.jsonl", [{"text": text}])
+    (folder / "more").symlink_to(elsewhere)
+    assert [document.text for document in read(str(folder)).documents] == ["own", "linked"]
+
+
 def test_an_input_without_an_instruction_is_the_prompt(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "", "input": "add 1", "output": "2"}])
     (document,) = read(str(file)).documents

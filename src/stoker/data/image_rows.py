@@ -27,7 +27,7 @@ from stoker.words import size
 
 log = logging.getLogger("stoker")
 
-FORMAT = 1
+FORMAT = 2
 """Part of the name in the cache: increase it when the copy of the same files changes."""
 
 _ROWS = 128  # copied together
@@ -81,8 +81,10 @@ def read(files: Sequence[Path], columns: Columns, others: Sequence[Path]) -> Sou
     """
     splits = labelled.splits_of(files)
     folder = storage.cache_folder() / "images" / cached.name(FORMAT, columns, splits, _state(files))
-    copy = cached.once(folder, lambda made: _copy(files, splits, columns, made, folder)) / "rows.arrow"
-    table = _mapped(copy)
+    copy = folder / "rows.arrow"
+    table = cached.opened(
+        folder, lambda made: _copy(files, splits, columns, made, folder), lambda made: _mapped(copy)
+    )
     about = json.loads(table.schema.metadata[b"stoker"])
     names = table.column("label").to_pylist()
     labelled_rows = [n for n, name in enumerate(names) if name is not None]
@@ -158,13 +160,14 @@ def _labels(
 ) -> tuple[list[list[str | None]], list[str]]:
     """The labels of each file's rows, None where withheld, and the classes if the files name them."""
     values: list[list[Any]] = []
-    classes: list[str] = []
+    named: list[Sequence[str]] = []
     for file in files:
         with parquet.opened(file, str(file)) as opened:
             wanted = {"label_column": columns.label, "image_column": columns.image}
             labelled.check_columns(str(file), wanted, opened.schema_arrow.names)
-            classes = classes or list(parquet.class_names(opened.schema_arrow, columns.label))
+            named.append(parquet.class_names(opened.schema_arrow, columns.label))
             values.append(opened.read(columns=[columns.label]).column(columns.label).to_pylist())
+    classes = list(dict.fromkeys(itertools.chain.from_iterable(named)))
     withheld = {
         split
         for split in set(splits) - {"train", ""}
@@ -172,12 +175,14 @@ def _labels(
         and all(v == -1 for some, s in zip(values, splits, strict=True) if s == split for v in some)
     }
     found: list[list[str | None]] = []
-    for file, split, some in zip(files, splits, values, strict=True):
+    for file, split, some, own in zip(files, splits, values, named, strict=True):
         if split in withheld:
             found.append([None] * len(some))
-        else:
-            rows = enumerate(some)
-            found.append([labelled.label_of(f"{file}, row {n}", v, columns.label, classes) for n, v in rows])
+            continue
+        names = own or classes  # each file numbers its classes itself
+        found.append(
+            [labelled.label_of(f"{file}, row {n}", v, columns.label, names) for n, v in enumerate(some)]
+        )
     return found, classes
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker import words
 from stoker.data import image_source, labelled
 from stoker.data.image_source import SUFFIXES, Numbers, Source
 from stoker.errors import BadInput
@@ -56,12 +57,13 @@ def read(files: Sequence[Path], columns: image_source.Columns, others: Sequence[
     Raises:
         BadInput: there are no images, one has no label, or a file is no tar file.
     """
-    members, names = [], []
+    members, names, without = [], [], list[str]()
     splits = labelled.splits_of(files)
     for number, file in enumerate(files):
         for key, parts in _samples(file).items():
             image = next((p for suffix, p in parts.items() if f".{suffix.lower()}" in SUFFIXES), None)
             if image is None:
+                without.append(f"{key.lstrip('/')} ({words.some(sorted(parts), 3)})")
                 continue
             members.append((number, image.offset_data, image.size, image.name))
             names.append(_label(file, key, parts, columns.label))
@@ -74,8 +76,16 @@ def read(files: Sequence[Path], columns: image_source.Columns, others: Sequence[
     given = image_source.given([splits[number] for number, *_ in members])
     return _Tars(
         list(files), members, image_source.numbered(names, classes), classes, found, given,
-        image_source.by_ending(others),
+        (*image_source.by_ending(others), *_without_image(without)),
     )  # fmt: skip
+
+
+def _without_image(samples: Sequence[str]) -> tuple[str, ...]:
+    """Samples that are not used, for `left_out`, such as those whose names have a dot."""
+    if not samples:
+        return ()
+    count = words.counted(len(samples), "sample")
+    return (f"{count} without an image, such as {samples[0]}: a sample's name ends at its first dot",)
 
 
 def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:

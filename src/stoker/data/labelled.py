@@ -7,6 +7,7 @@ group is decided by a hash of its name, label by label, so that every split has 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -60,7 +61,7 @@ class Texts:
         """The labels in order: whole numbers numerically, others by name."""
         names = {text.label for text in self.train}
         as_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
-        return tuple(sorted(names, key=int) if as_numbers else sorted(names))
+        return tuple(sorted(names, key=lambda name: (int(name) if as_numbers else 0, name)))
 
     @property
     def fingerprint(self) -> str:
@@ -86,9 +87,13 @@ class Texts:
         return sum(text.group in known for text in self.test)
 
 
-def split_of(file: Path) -> str:
-    """The split of a file, by hub conventions: `train-00000-of-00002.parquet`, `val/0001.tar`; or ""."""
-    words = [re.split(r"[-_.]", file.name)[0].lower(), file.parent.name.lower()]
+def split_of(file: Path, folder: Path) -> str:
+    """The split of a file, by hub conventions: `train-00000-of-00002.parquet`, `val/0001.tar`; or "".
+
+    Args:
+        folder: with all files of the dataset; its own name says nothing about them.
+    """
+    words = [re.split(r"[-_.]", file.name)[0].lower(), file.parent.name.lower() * (file.parent != folder)]
     return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
@@ -98,7 +103,8 @@ def splits_of(files: Sequence[Path]) -> list[str]:
     Raises:
         BadInput: some files belong to a split and others do not.
     """
-    splits = [split_of(file) for file in files]
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    splits = [split_of(file, folder) for file in files]
     if len(set(splits)) == 1:
         return ["train"] * len(files)
     if "" in splits:

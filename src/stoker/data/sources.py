@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from stoker import store_urls, words
-from stoker.data import called, chunks, compressed, hub_datasets, parquet, python_docs, records
+from stoker.data import called, chunks, compressed, hub_datasets, labelled, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import (
     Corpus,
@@ -366,7 +366,7 @@ def _files(source: str, path: Path) -> list[Path]:
     """The file at a path, or those of a folder, in order. Raises BadInput for a folder without any."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
+    files = sorted(file for file in labelled.files_in(path) if compressed.is_data_in_a_folder(file.name))
     if not files:
         raise BadInput(f"{source} is a folder without a {compressed.ALLOWED}")
     return files

@@ -16,9 +16,9 @@ import shutil
 import threading
 import uuid
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ from stoker.data.encoding import Encode
 from stoker.data.order import Positions, fold, order, permute
 from stoker.data.tokens import NothingLeft, PackedDataset
 from stoker.errors import BadInput, StokerError
+
+T = TypeVar("T")
 
 GROUP = 8
 """Chunks whose rows are shuffled together."""
@@ -200,17 +202,15 @@ class Stream:
         return found
 
     def _opened_anew(self, chunk: int) -> PackedDataset:
-        while True:
-            folder = self._tokenised(chunk)
-            try:
-                os.utime(folder)
-                return PackedDataset(folder)
-            except FileNotFoundError:  # removed since, by another run that is further along
-                continue
+        def opening(folder: Path) -> PackedDataset:
+            os.utime(folder)
+            return PackedDataset(folder)
 
-    def _tokenised(self, chunk: int) -> Path:
-        folder = self._cache / str(chunk)
-        return cached.once(folder, lambda made: self._make(chunk, made), lock=self._cache / "lock")
+        return self._tokenised(chunk, opening)
+
+    def _tokenised(self, chunk: int, opening: Callable[[Path], T]) -> T:
+        folder, lock = self._cache / str(chunk), self._cache / "lock"
+        return cached.opened(folder, lambda made: self._make(chunk, made), opening, lock)
 
     def _make(self, chunk: int, folder: Path) -> None:
         read = self.chunks.kept if chunk in self._sampled else self.chunks.documents
@@ -223,7 +223,7 @@ class Stream:
         def work() -> None:
             with contextlib.suppress(StokerError):  # the error occurs again when the chunk is needed
                 for chunk in chunks:
-                    self._tokenised(chunk)
+                    self._tokenised(chunk, os.utime)
 
         threading.Thread(target=work, name="tokenise-ahead", daemon=True).start()
 

@@ -148,7 +148,7 @@ def tokenise(
         def fill(made: Path) -> None:
             _write(made, _arrays(part, classes, tokenizer, max_length))
 
-        return TextRows(cached.once(folder, fill), batch_size)
+        return cached.opened(folder, fill, lambda made: TextRows(made, batch_size))
 
     return Rows(of("train", texts.train), of("validation", texts.validation), of("test", texts.test))
 

@@ -77,6 +77,7 @@ class PackedDataset:
         self._has_loss = np.load(folder / "has_loss.npy", mmap_mode="r")
         self._pieces = np.load(folder / "pieces.npy", mmap_mode="r")
         self._rows = np.load(folder / "rows.npy", mmap_mode="r")
+        (folder / "lengths.npy").stat()  # which is read when it is needed
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -231,7 +232,7 @@ def tokenise(
             sequence_length=sequence_length, packing=packing, workers=workers, may_be_empty=False,
         )  # fmt: skip
 
-    return PackedDataset(cached.once(folder, fill))
+    return cached.opened(folder, fill, PackedDataset)
 
 
 def _smallest_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

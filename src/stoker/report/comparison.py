@@ -97,7 +97,9 @@ def sparkline(series: Series, low: float, high: float) -> str:
         if len(finite) == 0:
             bars.append(" ")
             continue
-        share = (float(finite.mean()) - low) / (high - low) if high > low else 0.5
+        unit = max(abs(low), abs(high))  # differences and sums of large values are infinite
+        within = high / unit - low / unit if high > low else 0.0
+        share = (float((finite / unit).mean()) - low / unit) / within if within else 0.5
         bars.append(_BARS[min(len(_BARS) - 1, max(0, round(share * (len(_BARS) - 1))))])
     return "".join(bars)
 

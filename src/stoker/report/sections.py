@@ -162,7 +162,7 @@ def attempts(views: Sequence[RunView], names: Sequence[str]) -> Html:
             number(when(attempt.started)),
             number(facts.where(attempt)),
             number("" if attempt.resumed_from is None else f"{attempt.resumed_from:,}"),
-            number(clock((attempt.ended or attempt.last_event or attempt.started) - attempt.started)),
+            number(clock(attempt.seconds)),
             number(view.status if attempt is view.attempts[-1] else attempt.status),
             tag("td", "\n".join(facts.attempt_notes(view, attempt)), class_="notes"),
         ]

@@ -269,7 +269,7 @@ def _print_attempts(console: Console, view: RunView) -> None:
     rows = []
     for attempt in view.attempts:
         started = datetime.fromtimestamp(attempt.started).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        spent = clock((attempt.ended or attempt.last_event or attempt.started) - attempt.started)
+        spent = clock(attempt.seconds)
         status = view.status if attempt is view.attempts[-1] else attempt.status
         begun = "" if attempt.resumed_from is None else str(attempt.resumed_from)
         rows.append((str(attempt.number), started, spent, begun, facts.where(attempt), status))

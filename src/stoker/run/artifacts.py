@@ -151,9 +151,14 @@ def _link(kept: Path, file: Path, target: Path) -> None:
 
 
 def _replace(staged: Path, place: Path) -> None:
-    if staged.is_dir() or place.is_dir():
-        remove(place)
+    if not (staged.is_dir() or place.is_dir()):
+        staged.replace(place)
+        return
+    before = storage.unfinished(place)
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(before)  # at once, and not removed file by file: a kill leaves one of the two
     staged.replace(place)
+    remove(before)
 
 
 def task_of(folder: Path) -> str | None:

@@ -99,8 +99,7 @@ def new_id(world: World) -> str:
 def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
     """Lock a run for this process. Comes first, so that only one of two simultaneous starts succeeds."""
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        lock = storage.try_lock(run.lock_file)
+        lock = _made_and_locked(run)
     except OSError as error:
         raise directory.unwritable(run, error) from error
     if lock is None and storage.held_here(run.lock_file):
@@ -120,6 +119,18 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
         raise directory.unwritable(run, error) from error
     storage.release_in_children(lock)
     return lock
+
+
+def _made_and_locked(run: RunDirectory) -> int | None:
+    """The lock of a run whose directory is made if it is missing; None if another process holds it."""
+    for last in (False, False, True):
+        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            return storage.try_lock(run.lock_file)
+        except FileNotFoundError:  # another process that has not used it has deleted it
+            if last:
+                raise
+    return None
 
 
 def lease_of(run: RunDirectory, *, trains: bool = True) -> lease.Lease | None:

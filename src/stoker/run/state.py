@@ -54,6 +54,11 @@ class AttemptView:
     step: int | None = None
     """The step at which it ended, if a Trainer made the steps and said so."""
 
+    @property
+    def seconds(self) -> float:
+        """How long it took, or has taken so far; 0 if the clock was set back by more meanwhile."""
+        return max(0.0, (self.ended or self.last_event or self.started) - self.started)
+
 
 @dataclass(frozen=True)
 class Media:
@@ -188,7 +193,7 @@ class RunView:
     @property
     def seconds(self) -> float:
         """The time spent in all attempts, in seconds."""
-        return sum((a.ended or a.last_event) - a.started for a in self.attempts)
+        return sum(attempt.seconds for attempt in self.attempts)
 
     def last(self, metric: str) -> float | None:
         """The latest value of a metric, or None."""

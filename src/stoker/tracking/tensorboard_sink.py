@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from stoker import storage
 from stoker.run import media
 from stoker.run.directory import RunDirectory
 from stoker.tracking import sink
@@ -94,6 +95,8 @@ class TensorBoardSink:
 
     def _flushed(self) -> dict[str, Any]:
         self._open_writer.flush()
+        for file in self._files():
+            storage.sync_file(file)  # the mark, which is stored next, must not be ahead of it
         return {"sizes": {file.name: file.stat().st_size for file in self._files()}, "lines": self._lines}
 
     @property

@@ -176,7 +176,7 @@ def trained_since(trial: FrozenTrial, run: RunView, objectives: Sequence[Objecti
 
 def spent(run: RunView) -> float:
     """The total seconds of a run's processes, over all attempts."""
-    return sum(((a.ended or a.last_event) - a.started) * a.world for a in run.attempts)
+    return sum(attempt.seconds * attempt.world for attempt in run.attempts)
 
 
 def per_step(run: RunView, unit: str) -> float | None:

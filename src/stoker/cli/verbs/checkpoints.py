@@ -168,12 +168,8 @@ def _best(seen: RunView) -> Path | None:
 
 def _measured_at(seen: RunView, row: dict[str, Any]) -> dict[str, int]:
     """The step at which each metric of a checkpoint was measured."""
-    found = {}
-    for name in row["metrics"]:
-        steps = seen.points[name].x if name in seen.points else ()
-        before = [int(step) for step in steps if step <= row["step"]]
-        found.update({name: before[-1]} if before else {})
-    return found
+    found = {name: exports.measured_at(seen, name, row["step"]) for name in row["metrics"]}
+    return {name: step for name, step in found.items() if step is not None}
 
 
 def _row(path: Path) -> dict[str, Any]:
