@@ -675,16 +675,21 @@ class Attempt:
         self._stop_logging()
         if self._lease is not None:
             self._lease.end_keeping()  # whoever takes the lock next may take the lease: it was ours until now
-        if self._descriptor >= 0:
-            if discard:
+        try:
+            if discard and self._descriptor >= 0:
                 mirror.remove(self.directory)  # while it is locked: nobody opens it in between
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
             if (self.recorder.used or self.continued) and not self.stop.at_once:
                 self._background.uploads.finish(lambda: self.stop.requested is not None)
-        if self._lease is not None and not discard:
+        if self._lease is not None:
             self._lease.release()
-        self._lease = None
+            self._lease = None
 
     @property
     def uploaded(self) -> bool:

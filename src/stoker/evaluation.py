@@ -44,10 +44,11 @@ class Evaluation:
     def measure(self, dataset: Any, metrics: Metrics) -> dict[str, float]:
         """Metrics over a dataset, with each sample counted once over all ranks; on every rank."""
         totals = Totals()
-        for output, batch, samples in self._each(dataset):
-            if output is not None:
-                totals.add(self._answered(metrics, output, batch), samples > 0)
-        return totals.over_ranks()
+        with modes.evaluating(self.step.model):
+            for output, batch, samples in self._each(dataset):
+                if output is not None:
+                    totals.add(self._answered(metrics, output, batch), samples > 0)
+            return totals.over_ranks()
 
     @torch.no_grad()
     def predict(self, dataset: Any, outputs: Outputs) -> Any:
@@ -55,18 +56,25 @@ class Evaluation:
 
         Raises ValueError if it does not return one item per sample.
         """
+        rank = self.setting.mesh.data.rank
         own: list[_Part] = []
         parts: list[_Part] = []
-        for output, batch, samples in self._each(dataset):
-            found = None if output is None else self._answered(outputs, output, batch)
-            if output is not None and samples:
-                _check(found, samples)
-            own.append(_Part(output is not None and samples > 0, batches.map_tensors(_copied, found)))
-            if len(own) == _TOGETHER:
-                parts += _of_all_ranks(own, self.setting.mesh.data.rank)
-                own = []
-        parts += _of_all_ranks(own, self.setting.mesh.data.rank)
+        with modes.evaluating(self.step.model):
+            for output, batch, samples in self._each(dataset):
+                own.append(self._part(outputs, output, batch, samples))
+                if len(own) == _TOGETHER:
+                    parts += _of_all_ranks(own, rank)
+                    own = []
+            parts += _of_all_ranks(own, rank)
         return _joined([part.found for part in parts])
+
+    def _part(self, outputs: Outputs, output: Any, batch: Any, samples: int) -> _Part:
+        if output is None:
+            return _Part(counts=False, found=None)
+        found = self._answered(outputs, output, batch)
+        if samples:
+            _check(found, samples)
+        return _Part(samples > 0, batches.map_tensors(_copied, found))
 
     def _each(self, dataset: Any) -> Iterator[tuple[Any, Any, int]]:
         """Of each of this rank's batches the output, the batch on the device, and how many samples count.
@@ -76,13 +84,10 @@ class Evaluation:
         shares = self.setting.mesh.data
         share = -(-self.batch_size // shares.size)
         size = min(share, self.at_once or share) * shares.size
-        with modes.evaluating(self.step.model):
-            for batch, samples in evaluation_batches(dataset, size, shares, self.collate, self.workers):
-                on_device = batches.to_device(
-                    batch, self.setting.mesh.device, channels_last=self.channels_last
-                )
-                yield self.step.forward(on_device), on_device, samples
-                self.meanwhile()
+        for batch, samples in evaluation_batches(dataset, size, shares, self.collate, self.workers):
+            on_device = batches.to_device(batch, self.setting.mesh.device, channels_last=self.channels_last)
+            yield self.step.forward(on_device), on_device, samples
+            self.meanwhile()
 
     def _answered(self, answer: Callable[[Any, Any], Any], output: Any, batch: Any) -> Any:
         try:

@@ -172,7 +172,7 @@ class Trainer:
         self._unheld = Unheld(
             self.model, self.optimizers.values(),
             looks=self.mesh.data.rank == 0 and self.strategy != "deepspeed",  # whose optimizer has others
-            changes=arguments.changes_of_updates(self.training, schedule),
+            changes=arguments.changes_of_updates(self.training, schedule), adding_up=lambda: self._adding_up,
         )  # fmt: skip
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         limit = self.training.hang_limit

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Unheld:
         optimizers: those of the Trainer.
         looks: whether this rank does.
         changes: what a step of one of them lacks that is not made by the Trainer.
+        adding_up: whether there are gradients of sums, which an update divides.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Unheld:
         *,
         looks: bool = True,
         changes: Sequence[str] = (),
+        adding_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._looks = looks
         self._named = list(model.named_parameters())
@@ -52,7 +54,7 @@ class Unheld:
         self._looks_at: int | None = None
         self._begins = True
         self._watching: Any = None
-        self._changes = list(changes)
+        self._changes, self._adding_up = list(changes), adding_up
         self._is_updating = False
         self._known: set[int] = set()
 
@@ -85,10 +87,12 @@ class Unheld:
         """
         if self._is_updating:
             return
-        if self._changes and any(optimizer is one for one in self._own):
+        divides = ["dividing the gradients of trainer.backward"] if self._adding_up() else []
+        left_out = [*self._changes, *divides]
+        if left_out and any(optimizer is one for one in self._own):
             raise StokerError(
-                f"optimizer.step() leaves out {', '.join(self._changes)}, which are part of trainer.update: "
-                "call trainer.backward(loss_sum, weight) and trainer.update() instead"
+                f"optimizer.step() leaves out {', '.join(left_out)}, which trainer.update does: call "
+                "trainer.backward(loss_sum, weight) and trainer.update() instead"
             )
         if not optimizer.state or id(optimizer) in self._known:
             return

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import predict_run
 import pytest
 import torch
 from stoker import Run, Trainer, evaluation
@@ -14,7 +15,6 @@ from strategies_run import Rows, inputs, llama
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-import predict_run
 import ranks
 from support import SOAK
 
@@ -75,6 +75,13 @@ def test_the_model_is_in_training_mode_again_afterwards(trainer: Any) -> None:
     )
     assert modes == [False]
     assert trainer.model.training
+
+
+def test_the_model_is_in_training_mode_again_after_an_error_too(trainer: Any) -> None:
+    for go in (trainer.predict, trainer.measure):
+        with pytest.raises(ZeroDivisionError) as raised:
+            go(_rows(2), lambda output, batch: 1 / 0, batch_size=2)
+        assert trainer.model.training, raised
 
 
 @pytest.mark.parametrize(
