@@ -47,6 +47,14 @@ def test_numbers_tensors_and_nested_values_are_logged(open_run: Callable[..., Ru
     assert math.isnan(points["f"][1])
 
 
+def test_who_compares_trials_is_told_nested_values_by_their_names(open_run: Callable[..., Run]) -> None:
+    told: list[dict[str, Any]] = []
+    with open_run() as run:
+        run.attempt.listen(lambda step, values: told.append({"step": step, **values}), ["val/loss"])
+        run.log({"val": {"loss": 0.1}}, lr=1)
+    assert told == [{"step": 1, "val/loss": 0.1, "lr": 1}]
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_loss_is_logged_with_its_graph_and_without_a_warning(open_run: Callable[..., Run]) -> None:
     weight = torch.ones((), requires_grad=True)

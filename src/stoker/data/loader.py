@@ -254,7 +254,8 @@ def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: in
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # which one depends on Python
         raise BadInput(
             f"workers={workers}: the dataset or collate cannot be sent to other processes ({error}): define "
-            "their classes and functions at the top level of a file, or use workers=0"
+            "their classes and functions at the top level of a file, leave out what is open (a file, a "
+            "connection) in __getstate__ and open it again where it is needed, or use workers=0"
         ) from error
     return _answers(read)
 
