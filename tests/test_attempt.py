@@ -316,6 +316,31 @@ def test_an_unused_run_is_discarded_and_a_used_one_kept(open_run: Callable[..., 
     assert used.directory.path.exists()
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_an_unused_run_that_another_process_has_opened_since_is_kept(
+    open_run: Callable[..., Run], is_closed: bool
+) -> None:
+    unused = open_run()
+    unused.close()
+    other = open_run()
+    if is_closed:
+        other.log(a=1)
+        other.close()
+    unused.attempt.discard_if_unused()
+    if not is_closed:
+        other.log(a=1)
+        other.close()
+    assert view.load(other.directory).points["a"] == {1: 1.0}
+
+
+def test_an_unused_run_is_discarded_after_it_was_closed_too(open_run: Callable[..., Run]) -> None:
+    unused = open_run()
+    unused.close()
+    unused.attempt.discard_if_unused()
+    assert not unused.directory.path.exists()
+    unused.attempt.discard_if_unused()
+
+
 def test_the_config_may_be_a_dataclass_and_the_run_needs_no_torch(tmp_path: Path) -> None:
     code = """
 import sys, dataclasses, stoker

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import disk, redaction, supervision, threads, words
+from stoker import disk, redaction, storage, supervision, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -698,8 +698,19 @@ class Attempt:
 
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt created and in which there is nothing to keep."""
-        is_new = self.world.rank == 0 and not self.continued
-        self._close(discard=is_new and not self.recorder.used)
+        is_unused = self.world.rank == 0 and not self.continued and not self.recorder.used
+        if is_unused and self._descriptor < 0 and not self._is_parents:
+            self._lock_again()
+        self._close(discard=is_unused)
+
+    def _lock_again(self) -> None:
+        """Lock the run after `close`, unless another process has opened it since."""
+        with contextlib.suppress(FileNotFoundError):  # it is gone
+            lock = storage.try_lock(self.directory.lock_file)
+            if lock is not None and journal.goes_on(self.directory.journal, self.number):
+                os.close(lock)
+                lock = None
+            self._descriptor = -1 if lock is None else lock
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
         """After `close`: wait for the follower up to `timeout` seconds; returns each sink's state."""

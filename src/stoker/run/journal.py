@@ -306,6 +306,12 @@ def _spell(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+def goes_on(journal: Path, attempt: int) -> bool:
+    """Whether a later attempt, or somebody outside of all, has written to a journal."""
+    writers = filter(None, (_writer(file.name) for file in journal.iterdir()))
+    return any(number > attempt or number == FROM_OUTSIDE for number, _ in writers)
+
+
 def _file_of(journal: Path, attempt: int, rank: int) -> Path:
     return journal / f"attempt-{attempt:04d}.rank-{rank}.jsonl"
 
