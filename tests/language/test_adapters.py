@@ -215,6 +215,19 @@ def test_an_adapter_of_peft_s_is_gone_on_with(settings: dict[str, Any], base: Pa
     torch.testing.assert_close(logits(filled(base, "lora", Lora(adapter=str(theirs)))), expected)
 
 
+def test_what_a_whole_module_has_in_no_file_is_as_in_its_original(tmp_path: Path) -> None:
+    """The scale of Gemma's embeddings is a buffer that is not persistent."""
+    from peft import PeftModel
+
+    gemma = families.save(tmp_path / "gemma", "gemma3", tie_word_embeddings=False)
+    theirs = saved_by_peft(gemma, tmp_path / "adapter", {"modules_to_save": ["embed_tokens"]})
+    plain = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(plain, theirs).eval())
+    model = filled(gemma, "lora", Lora(adapter=str(theirs)))
+    torch.testing.assert_close(logits(model), expected)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
 def saved_by_peft(base: Path, folder: Path, settings: dict[str, Any], **how: Any) -> Path:
     """An adapter that peft has made and saved, with values that are none of a beginning."""
     from peft import LoraConfig, get_peft_model

@@ -224,8 +224,16 @@ def _as_adapters_take_it(given: torch.Tensor | None, dtype: torch.dtype) -> torc
 def _begin_whole(module: nn.Module, *, saved: bool) -> None:
     """Train a full-precision copy of a module; it is filled from its original, or from a file."""
     module.to(torch.float32)
-    if saved and any(p.is_meta for p in module.parameters()):
-        module.to_empty(device=torch.device("cpu"))
+    for inner in module.modules() if saved else ():
+        for name, held in (*inner._parameters.items(), *inner._buffers.items()):
+            # What is in no file, such as the scale of Gemma's embeddings, stays on the meta device until that
+            # of the original is computed.
+            if held is None or not held.is_meta or name in inner._non_persistent_buffers_set:
+                continue
+            made = torch.empty_like(held, device="cpu")
+            if isinstance(held, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=held.requires_grad)
+            setattr(inner, name, made)
 
 
 def _begin(layer: Any, *, saved: bool) -> None:
