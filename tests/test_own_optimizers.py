@@ -197,7 +197,6 @@ def test_an_optimizer_of_the_script_that_no_checkpoint_has_is_warned_of_once(
         ({"clip_norm": 0.1}, "clip_norm"),
         ({"schedule": lambda step, total: 0.5}, "schedule="),
         ({}, ""),
-        ({"sums": True}, "dividing the gradients"),
     ],
 )
 def test_a_step_without_the_trainer_is_refused_where_it_would_leave_something_out(
@@ -208,13 +207,20 @@ def test_a_step_without_the_trainer_is_refused_where_it_would_leave_something_ou
         trainer = _trainer(run, lambda p: torch.optim.SGD(p, 0.1), training, schedule=how.get("schedule"))
         for batch in trainer.steps(trainer.loader(ROWS, batch_size=8), max_steps=2):
             total, count = _loss(trainer.forward(batch), batch)
-            if how.get("sums"):
-                trainer.backward(total, count)
-            else:
-                (total / count).backward()
+            (total / count).backward()
             if left_out:
                 with pytest.raises(StokerError, match=f"leaves out {left_out}.*, which trainer.update does"):
                     trainer.optimizer.step()
             else:
                 trainer.optimizer.step()
             trainer.optimizer.zero_grad()
+
+
+def test_a_step_with_gradients_of_sums_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with _open(tmp_path) as run:
+        trainer = _trainer(run, lambda p: torch.optim.SGD(p, 0.001))
+        for batch in trainer.steps(trainer.loader(ROWS, batch_size=8), max_steps=3):
+            trainer.optimizer.zero_grad()
+            trainer.backward(*_loss(trainer.forward(batch), batch))
+            trainer.optimizer.step()
+    assert caplog.text.count("takes the gradients of trainer.backward as they are") == 1

@@ -82,17 +82,22 @@ class Unheld:
     def see(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at an optimizer that is about to step.
 
-        Warns, once, of one whose state is in no checkpoint. Raises StokerError if one of the Trainer's is
-        stepped without it, which would leave out what was asked for.
+        Warns, once, of one whose state is in no checkpoint, and of one of the Trainer's that is stepped
+        without it with gradients of sums. Raises StokerError if that would leave out what was asked for.
         """
         if self._is_updating:
             return
-        divides = ["dividing the gradients of trainer.backward"] if self._adding_up() else []
-        left_out = [*self._changes, *divides]
-        if left_out and any(optimizer is one for one in self._own):
+        is_own = any(optimizer is one for one in self._own)
+        if is_own and self._changes:
             raise StokerError(
-                f"optimizer.step() leaves out {', '.join(left_out)}, which trainer.update does: call "
+                f"optimizer.step() leaves out {', '.join(self._changes)}, which trainer.update does: call "
                 "trainer.backward(loss_sum, weight) and trainer.update() instead"
+            )
+        if is_own and self._adding_up() and id(optimizer) not in self._known:
+            self._known.add(id(optimizer))
+            log.warning(
+                "optimizer.step() takes the gradients of trainer.backward as they are, those of a sum: "
+                "trainer.update() divides them by the weight, over all ranks"
             )
         if not optimizer.state or id(optimizer) in self._known:
             return
