@@ -505,7 +505,7 @@ def test_what_cannot_be_handed_to_workers_is_told_where_to_stand() -> None:
         pass
 
     with pytest.raises(
-        BadInput, match=r"^workers=2: .*Local.* at the top level of a file, or use workers=0$"
+        BadInput, match=r"^workers=2: .*Local.* at the top level of a file, .*, or use workers=0$"
     ):
         loader(Local(8), workers=2).batches(0)
     assert next(loader(Local(8), workers=0, shuffle=False).batches(0)).tolist() == [0, 1, 2, 3]
