@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from stoker import BadInput, Run, StokerError, Trainer, Training
+from stoker import BadInput, Run, StokerError, Trainer, Training, loops
 from stoker.checkpoint import manifest, store, trees
+from stoker.data.loader import Loader
 from stoker.duration import Duration
-from stoker.engine import batches, optimizers, schedule
+from stoker.engine import batches, optimizers, position, schedule
 from stoker.engine.random_state import seed_everything
 from stoker.engine.settings import Ema
 from stoker.errors import OutOfMemory
 from stoker.run import journal, view
 from stoker.status import FAILED
+from stoker.world import World
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
@@ -715,6 +717,39 @@ def test_the_clock_is_refused_where_the_curve_would_depend_on_it(open_run: Calla
         next(batches)
         with pytest.raises(ValueError, match="depends on the machine's speed"):
             trainer.every("10min")
+
+
+class _Rows(TensorDataset):
+    """Samples of a given number of tokens."""
+
+    def __init__(self, tokens: float) -> None:
+        super().__init__(*_dataset().tensors)
+        self.tokens_per_sample = tokens
+
+
+def test_tokens_done_stay_those_of_the_rows_that_they_were_in(open_run: Callable[..., Run]) -> None:
+    def trained(tokens: float, until: str) -> list[int]:
+        with open_run() as run:
+            trainer = _trainer(run, _model())
+            found = []
+            for batch in trainer.steps(trainer.loader(_Rows(tokens), batch_size=8), max_steps=until):
+                found.append(trainer.step_metrics()["tokens"])
+                trainer.step(batch)
+            return found
+
+    assert trained(6.0, "200tok") == [48, 96, 144, 192, 240]
+    assert trained(12.5, "600tok") == [340, 440, 540, 640], "longer rows: 100 tokens a step from here on"
+    assert not trained(1.0, "600tok")
+
+
+@pytest.mark.parametrize("began", [[1, 5, 40], [1, 5, 40, 240.0]])
+def test_a_position_without_tokens_is_read(began: list[float]) -> None:
+    """As in a checkpoint of an earlier version."""
+    at = position.read({"step": 9, "samples": 72, "history": {}, "began": [began]})
+    assert at.began == {1: (5, 40, sum(began[3:]))}
+    loader = Loader(_Rows(6.0), batch_size=8, world=World(), seed=0)
+    loop = loops.begin(1, loader, Duration.parse("600tok"), at, from_here=False)
+    assert (at.tokens, loop.end) == (432.0, 9 + 4)
 
 
 def test_old_checkpoints_go_and_the_last_stays(open_run: Callable[..., Run]) -> None:
@@ -1839,6 +1874,21 @@ def test_after_the_loop_the_best_weights_are_tested(
         for batch in whole.steps(whole.loader(_dataset(), batch_size=8), max_steps=9):
             whole.step(batch)
     assert all(torch.equal(tensor, last[name]) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("before", [0.5, 1.0, math.nan])
+def test_that_no_training_was_better_than_the_best_is_said(
+    open_run: Callable[..., Run], before: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        run.goal(score="min")
+        trainer = _trainer(run, _model(), best="score", checkpoint_best=True)
+        run.log(score=before)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=2):
+            run.log(loss=trainer.step(batch), score=1.0 / run.step + 0.3)
+        assert trainer.load_best() == 2
+    said = "score was better before training, 0.5, than at any checkpoint, of which the best has 0.8"
+    assert (said in caplog.text) == (before == 0.5)
 
 
 def test_best_weights_that_there_are_not_are_said(open_run: Callable[..., Run]) -> None:

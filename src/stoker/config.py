@@ -36,6 +36,7 @@ C = TypeVar("C")
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+SCRIPT = "script"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,19 @@ def without_secrets(
 def record(config: Any) -> dict[str, Any]:
     """A config as JSON types by dotted key."""
     return {key: _dump(leaf, leaf.default) for key, leaf in _leaves(type(config), of=config).items()}
+
+
+def sources_of(config: Any) -> dict[str, str]:
+    """Where each value of a config is from that a script made: the script, or the default of its class."""
+    values, defaults = _leaves(type(config), of=config), _leaves(type(config))
+    return {
+        key: DEFAULT if key in defaults and _is_default(defaults[key], leaf.default) else SCRIPT
+        for key, leaf in values.items()
+    }
+
+
+def _is_default(leaf: _Leaf, value: Any) -> bool:
+    return leaf.default is not dataclasses.MISSING and _dump(leaf, leaf.default) == _dump(leaf, value)
 
 
 def shown(value: Any) -> str:

@@ -26,8 +26,8 @@ class Loop:
     length: Duration
     from_here: bool
     """Whether the loop counts from where it begins, and not from the run's start."""
-    first: tuple[int, int]
-    """The steps and samples of the run from which it counts."""
+    first: tuple[int, int, float]
+    """The steps, samples and tokens of the run from which it counts."""
     end: int
     """The step of the run with which the loop ends; one before those done, if the run is past it."""
     fingerprint: str
@@ -51,7 +51,12 @@ class Loop:
     def tokens(self, at: Position) -> int | None:
         """The tokens of the run, with the step that starts at a position; None if nobody counts them."""
         each = self.loader.tokens_per_sample
-        return None if each is None else round((at.samples + self.loader.batch_size) * each)
+        return None if each is None else round((at.tokens or 0.0) + self.loader.batch_size * each)
+
+    def move(self, at: Position) -> None:
+        """Count the step that starts at a position as done."""
+        samples = self.loader.batch_size
+        at.move(samples, samples * (self.loader.tokens_per_sample or 0.0))
 
     def completes(self, every: Duration, at: Position) -> bool:
         """Whether the step that starts at a position completes another such duration."""
@@ -119,11 +124,14 @@ def begin(number: int, loader: Loader, length: Duration, at: Position, *, from_h
         BadInput: ranks have other samples than others; all of them call it.
     """
     chosen = _same_on_all_ranks(loader.fingerprint())
-    first = at.begin(number) if from_here else (0, 0)
+    if at.tokens is None:  # of an old checkpoint
+        at.tokens = at.samples * (loader.tokens_per_sample or 0.0)
+    first = at.begin(number) if from_here else (0, 0, 0.0)
     if number in at.left:  # the state that was saved is of where the next loop began
         return Loop(number, loader, length, from_here, first, at.step - 1, chosen, early=False)
-    step, samples = first
-    planned = step + counting.steps_in(length, loader, at.step - step, at.samples - samples)
+    step, samples, tokens = first
+    left = counting.steps_in(length, loader, at.step - step, at.samples - samples, at.tokens - tokens)
+    planned = step + left
     end = at.ended.get(planned, planned)
     return Loop(number, loader, length, from_here, first, end, chosen, early=end < planned)
 

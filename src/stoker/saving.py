@@ -230,6 +230,17 @@ class Checkpoints:
         step = distributed.done_by_rank_zero(self.world, look)
         return None if step is None else manifest.read(manifest.folder(self._folder, step))
 
+    def warn_if_better_before(self, best: manifest.Checkpoint) -> None:
+        """Warn if `best` was better before training than at any checkpoint; only on rank 0."""
+        points = view.load(self._attempt.directory).points.get(self.best)
+        before = math.nan if points is None else points.get(0, math.nan)
+        value, low = best.metrics[self.best], goal_of(self.best, self._attempt.goals) == "min"
+        if before < value if low else before > value:
+            log.warning(
+                "%s was better before training, %.6g, than at any checkpoint, of which the best has %.6g",
+                self.best, before, value,
+            )  # fmt: skip
+
     def check_none_lost(self, passed_over: Sequence[str]) -> None:
         """Raises StokerError if the run had checkpoints and none is left. All ranks call it.
 

@@ -448,7 +448,7 @@ class Trainer:
         pace, loader = self._gauge.pace, loop.loader
         self._batch_is = ""
         pace.step()
-        self._at.move(loader.batch_size)
+        loop.move(self._at)
         self._heart.beat(self.steps_done)
         profiler.step(self.steps_done)
         if found := self._made.result_after(self.steps_done):
@@ -524,7 +524,7 @@ class Trainer:
         loop = self._in_loop
         if self._batch_is == "trained on":
             self._agreement.requests()  # finish what the step began
-            self._at.move(loop.loader.batch_size)
+            loop.move(self._at)
         self._batch_is = ""
         if another:
             self._at.left[loop.number] = self.steps_done
@@ -787,7 +787,7 @@ class Trainer:
 
         The learning rate (`lr`); the L2 norm of the gradient before clipping (`grad_norm`), if `clip_norm` or
         the precision needs it; and the epochs (`epoch`) and, if the dataset counts them, tokens (`tokens`)
-        that the run has trained on, including this step.
+        that the run has trained on, including this step. Tokens are samples times the mean of their dataset.
         """
         loop = self._in_loop
         found: dict[str, Any] = {"lr": self.lr, "epoch": loop.epochs(self._at)}
@@ -1032,6 +1032,7 @@ class Trainer:
         if self.world.rank == 0:
             by = self._checkpoints.best
             log.info("the model has the weights of step %d, the best by %s", found.step, by)
+            self._checkpoints.warn_if_better_before(found)
         return found.step
 
     def _save(self) -> None:

@@ -12,11 +12,11 @@ import loading_run
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stoker import Run, exports
 from stoker import config as configs
-from stoker import exports
 from stoker.errors import BadInput
-from stoker.language import adapters, building, hub, merging, saved_adapters
-from stoker.language.lora import Lora, is_adapter, is_of_adapter
+from stoker.language import adapters, building, hub, merging, saved_adapters, targets
+from stoker.language.lora import Lora, as_trained, is_adapter, is_of_adapter
 from stoker.recipes import llm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -204,6 +204,7 @@ def test_an_adapter_with_more_than_low_rank_matrices_is_refused(
         {"lora_bias": True},
         {"rank_pattern": {"q_proj": 2}},
         {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"modules_to_save": ["norm"]},  # which peft takes for each module whose name ends so
     ],
 )
 def test_an_adapter_of_peft_s_is_gone_on_with(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
@@ -226,6 +227,23 @@ def test_what_a_whole_module_has_in_no_file_is_as_in_its_original(tmp_path: Path
     model = filled(gemma, "lora", Lora(adapter=str(theirs)))
     torch.testing.assert_close(logits(model), expected)
     assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+def test_of_modules_trained_whole_none_merely_ends_in_the_same_letters(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`input_layernorm` ends in `norm`, but is no `norm`."""
+    model = filled(base, "lora", Lora(rank=4, modules_to_save="norm"))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert trained == {"base_model.model.model.norm.modules_to_save.default.weight"}
+    with caplog.at_level("INFO", "stoker"), Run("test", "whole", runs=tmp_path / "runs") as run:
+        targets.say(run, model)
+    assert caplog.text.rstrip().endswith("v_proj, norm whole")
+    with torch.no_grad():
+        as_trained(model.get_base_model().model.norm).weight.mul_(2)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = filled(base, "lora", Lora(adapter=str(tmp_path / "adapter")))
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 def saved_by_peft(base: Path, folder: Path, settings: dict[str, Any], **how: Any) -> Path:

@@ -43,6 +43,8 @@ def test_elsewhere_a_run_has_its_values_and_nothing_of_its_place() -> None:
     view = _view({"world": 2}, record={**LLM, "command": typed, "sources": {"lr": "my.yml"}})
     assert commands.of(view, elsewhere=True) == ["stoker train llm lr=0.5 --nproc 2"]
     assert commands.of(view) == [f"stoker {' '.join(typed[1:])}"]
+    module = _view({}, record={"command": ["/mine/pack/fit.py", "lr=1"], "module": "pack.fit"})
+    assert commands.of(module) == ["python -m pack.fit lr=1"]
     own = _view({}, record={"command": ["own.py", "--name", "a"]})
     assert commands.of(own, elsewhere=True) == ["python own.py --name a"], "it is an option of the script's"
 

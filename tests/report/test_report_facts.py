@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stoker import Run
 from stoker.checkpoint import manifest
 from stoker.report import facts
+from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.run.state import AttemptView, RunView
 
@@ -35,6 +39,32 @@ def test_config_starts_with_what_was_set_and_names_the_attempt_that_changed_it()
     attempts = [AttemptView(1, 0.0), AttemptView(2, 1.0, drift=changed), AttemptView(3, 2.0, drift=changed)]
     found = [(v.key, v.value, v.source) for v in facts.config(_view(record=record, attempts=attempts))]
     assert found == [("b", 2, "my.yaml"), ("c", 4, "changed at attempt 2"), ("a", 1, "default")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    depth: int = 2
+    width: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    steps: int
+    lr: float = 0.1
+    key: str = field(default_factory=lambda: secrets.token_hex(4))
+    model: _Model = _Model()
+
+
+def test_of_a_script_s_config_what_the_script_gave_is_told_from_defaults(tmp_path: Path) -> None:
+    config = _Config(steps=3, key="", model=_Model(width=16))
+    with Run("test", "classes", runs=tmp_path, config=config) as run:
+        found = {value.key: value.source for value in facts.config(view.load(run.directory))}
+    assert found == {
+        "steps": "script", "lr": "default", "key": "script", "model.depth": "default", "model.width": "script"
+    }  # fmt: skip
+    with Run("test", "parsed", runs=tmp_path, config={"lr": 0.1}) as run:
+        (value,) = facts.config(view.load(run.directory))
+    assert (value.source, value.is_default) == ("script", False)
 
 
 def test_a_value_that_was_set_back_is_the_recorded_one_again() -> None:

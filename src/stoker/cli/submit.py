@@ -24,7 +24,7 @@ from stoker.launch import arguments, here, jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import KUBERNETES, LOCAL, TARGETS
-from stoker.run import finding
+from stoker.run import finding, opening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,10 @@ class Command:
 
     @classmethod
     def of_script(cls, script: Path) -> Command:
-        """The command that started this process: `python SCRIPT ...`."""
-        return cls((sys.executable, str(script)), tuple(sys.argv[1:]), Path.cwd())
+        """The command that started this process: `python SCRIPT ...`, or `python -m MODULE ...`."""
+        module = opening.module()
+        program = (str(script),) if module is None else ("-m", module)
+        return cls((sys.executable, *program), tuple(sys.argv[1:]), Path.cwd())
 
     def without(self, *options: str, flags: Sequence[str] = ()) -> Command:
         """The command without the options of `Where` and without the given options and flags.

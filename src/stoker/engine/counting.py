@@ -16,11 +16,13 @@ class Counted(Protocol):
     tokens_per_sample: float | None
 
 
-def steps_in(duration: Duration, loader: Counted, steps: int = 0, samples: int = 0) -> int:
-    """The number of steps in a duration, rounded up, given the steps and samples already done.
+def steps_in(
+    duration: Duration, loader: Counted, steps: int = 0, samples: int = 0, tokens: float = 0.0
+) -> int:
+    """The number of steps in a duration, rounded up, given the steps, samples and tokens already done.
 
-    The batches of the steps already done may have had a different size. If more than the duration is done, it
-    is less than the steps done.
+    The batches of the steps already done, and their rows, may have had a different size. If more than the
+    duration is done, it is less than the steps done.
 
     Raises ValueError for a time, or for tokens if the dataset does not count them.
     """
@@ -28,10 +30,11 @@ def steps_in(duration: Duration, loader: Counted, steps: int = 0, samples: int =
         return int(duration.count)
     per_sample = {"sample": 1.0, "epoch": 1 / loader.samples_per_epoch, "token": loader.tokens_per_sample}
     unit = per_sample.get(duration.unit)
+    done = tokens if duration.unit == "token" else samples * (unit or 0.0)
     if unit is None:
         raise ValueError(f"{duration} cannot be counted here: {_why_not(duration)}")
     # Rounded down slightly first: 3 epochs of 10 samples are 30, not 30.000000000000004.
-    left = math.ceil((duration.count / unit - samples) / loader.batch_size - 1e-9)
+    left = math.ceil((duration.count - done) / unit / loader.batch_size - 1e-9)
     return max(1, steps + left)
 
 

@@ -135,7 +135,7 @@ def _other_tensors(adapter: Path, whole: Sequence[str]) -> list[str]:
     file = adapter / WEIGHTS
     try:
         with safe_open(file, framework="np") as reader:
-            known = (".lora_", *(f".{name}." for name in whole))
+            known = (".lora_", *(f"{name}." for name in whole))  # peft matches the ends of modules' names
             names = [n for n in reader.keys() if not any(part in n for part in known)]  # noqa: SIM118 (no dict)
     except FileNotFoundError as error:
         raise BadInput(f"lora.adapter={adapter} has no {WEIGHTS}") from error

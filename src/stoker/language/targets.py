@@ -9,7 +9,7 @@ from typing import Any
 
 from stoker.errors import BadInput, nearest
 from stoker.language.loading import Quantised
-from stoker.language.lora import Lora
+from stoker.language.lora import Lora, as_trained, without_adapters
 from stoker.user_run import Run
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -145,8 +145,14 @@ def say(run: Run, model: Any) -> None:
     how = ""
     if adapter is not None:
         how = f", as rank-{adapter.r} adapters on {', '.join(_last_parts(names(adapter)))}"
-        how += "".join(f", {name} whole" for name in sorted(adapter.modules_to_save or ()))
+        how += "".join(f", {name} whole" for name in _trained_whole(model))
     log.info("model: %s parameters, of which %s are trained%s", f"{entries:,}", share, how)
+
+
+def _trained_whole(model: Any) -> list[str]:
+    """The names of the modules that are trained whole next to adapters."""
+    modules = dict(without_adapters(model).named_modules())
+    return _short({name for name, module in modules.items() if as_trained(module) is not module}, modules)
 
 
 def _counted(model: nn.Module) -> tuple[int, int]:
@@ -163,7 +169,10 @@ def _counted(model: nn.Module) -> tuple[int, int]:
 
 
 def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:
-    """The names of the modules that are trained in full alongside new adapters.
+    """The names of the modules that are trained in full alongside new adapters, as peft takes them.
+
+    peft takes each module whose name ends in the same letters, as `input_layernorm` does in `norm`. Where
+    that would be more than the modules of a name, these are given by their places.
 
     Args:
         grown: the model has untrained tokens, so its embeddings and output layer are among these modules.
@@ -172,14 +181,17 @@ def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:
         BadInput: the model has no such module, or keeps it in 4 bits.
     """
     modules = {n: module for n, module in model.named_modules() if any(True for _ in module.parameters())}
+    chosen = set[str]()
     for name in lora.trained_whole:
-        found = [module for place, module in modules.items() if _ends(place, name)]
+        found = {place: module for place, module in modules.items() if _ends(place, name)}
         if not found:
             near = nearest(name, _last_parts(modules))
             raise BadInput(f"lora.modules_to_save: the model has no module {name!r}{near}")
-        if any(isinstance(part, Quantised) for module in found for part in module.modules()):
+        if any(isinstance(part, Quantised) for module in found.values() for part in module.modules()):
             raise BadInput(f"lora.modules_to_save: {name} is kept in 4 bits and cannot be trained: omit it")
-    return sorted({*lora.trained_whole, *_last_parts(_of_tokens(model) if grown else ())})
+        alone = all(_ends(place, name) for place, _ in model.named_modules() if place.endswith(name))
+        chosen.update([name] if alone else found)
+    return sorted({*chosen, *_last_parts(_of_tokens(model) if grown else ())})
 
 
 def _of_tokens(model: Any) -> list[str]:

@@ -52,6 +52,8 @@ def _typed(view: RunView) -> list[str]:
     words = [str(word) for word in view.record.get("command", [])]
     if not words:
         return []
+    if module := view.record.get("module"):
+        return ["python", "-m", module, *words[1:]]
     program = Path(words[0])
     is_script = program.suffix == ".py" and program.name != "__main__.py"
     return ["python", *words] if is_script else ["stoker", *words[1:]]

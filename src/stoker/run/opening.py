@@ -40,19 +40,28 @@ def record(
     for a config that cannot be recorded.
     """
     known = values.of_config(config)  # first: the command and the sources have its secrets too
+    told = _sources_in_script(config, known) if sources is None else sources
     return {
         "uid": uuid.uuid4().hex,
         "id": run.id,
         "experiment": run.experiment,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": redaction.command(sys.argv),
+        **({"module": name} if (name := module()) is not None else {}),
         "cwd": str(Path.cwd()),
         "recipe": dict(recipe or {}),
         "config": known,
-        "sources": {key: redaction.text(source) for key, source in (sources or {}).items()},
+        "sources": {key: redaction.text(source) for key, source in told.items()},
         "seed": seed,
         "parents": list(parents),
     }
+
+
+def _sources_in_script(config: Any, known: Mapping[str, Any]) -> dict[str, str]:
+    """Where the values of a config are from that a script gave to `Run`."""
+    if dataclasses.is_dataclass(config):
+        return configs.sources_of(config)
+    return dict.fromkeys(known, configs.SCRIPT)
 
 
 def script() -> Path | None:
@@ -63,6 +72,12 @@ def script() -> Path | None:
     path = Path(file).resolve()
     installed = path.is_relative_to(Path(sys.prefix).resolve()) or path.is_relative_to(_PACKAGE)
     return None if installed or not path.is_file() else path
+
+
+def module() -> str | None:
+    """The module of the user's that this process runs, as of `python -m`; None for a script."""
+    known = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return None if known is None or script() is None else str(known.name).removesuffix(".__main__")
 
 
 def refuse_in_import() -> None:
