@@ -171,6 +171,23 @@ def test_an_optimizer_with_more_state_is_warned_of_until_that_is_registered(
     assert "has more state" not in caplog.text
 
 
+class _Averaging(torch.optim.SGD):
+    """An optimizer whose `state` has a value of no parameter."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.state["steps"] = {"count": 1}  # type: ignore[index]
+
+
+def test_state_of_no_parameter_is_said_to_have_no_place_in_a_checkpoint(tmp_path: Path) -> None:
+    with _open(tmp_path) as run:
+        trainer = _trainer(run, lambda p: _Averaging(p, 0.1))
+        batches = trainer.steps(trainer.loader(ROWS, batch_size=8), max_steps=1)
+        trainer.step(next(batches))
+        with pytest.raises(StokerError, match=r"_Averaging.state has the key 'steps', .* param_groups$"):
+            next(batches)
+
+
 @pytest.mark.parametrize("registers", [False, True])
 def test_an_optimizer_of_the_script_that_no_checkpoint_has_is_warned_of_once(
     registers: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

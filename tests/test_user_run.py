@@ -393,6 +393,15 @@ def test_a_folder_logged_again_is_replaced_and_every_version_is_on_record(
     assert len({json.dumps(e["files"]) for e in versions}) == 2
 
 
+def test_an_artifact_s_name_may_be_as_long_as_a_file_s(open_run: Open, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("x")
+    with open_run() as run:
+        run.artifact(tmp_path / "x", name=f"in/{'ä' * 115}")
+        assert (run.directory.artifacts / "in" / ("ä" * 115)).read_text() == "x"
+        with pytest.raises(ValueError, match=r"^ä{40}\.\.\. in an artifact's name has more than 230 bytes"):
+            run.artifact(tmp_path / "x", name=f"in/{'ä' * 116}")
+
+
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..", "a\nb", "a\\b", "."])
 def test_an_artifact_that_would_leave_its_folder_is_refused(
     open_run: Open, tmp_path: Path, name: str

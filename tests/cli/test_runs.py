@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -463,6 +464,12 @@ def test_tags_and_notes_are_set_from_outside_of_a_living_run_too(cli: Cli, three
     for arguments, said in ((("novalue",), "write key=value"), (("--remove", "tea"), "did you mean 'team'")):
         with pytest.raises(BadInput, match=said):
             cli("tag", "a", *arguments)
+
+
+def test_a_tag_is_set_also_where_the_clock_is_behind_the_run_s(cli: Cli, three: list[RunDirectory]) -> None:
+    _log(three[0], ("tags", {"tags": {"team": "green"}}), began=time.time() + 3600)
+    cli("tag", "a", "team=red")
+    assert view.load(three[0]).tags == {"team": "red"}
 
 
 def test_rm_asks_and_refuses_a_living_run(cli: Cli, three: list[RunDirectory]) -> None:

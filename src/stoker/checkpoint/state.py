@@ -378,6 +378,12 @@ def optimizer_state(
     tensors: Tensors = {}
     scalars: dict[str, Any] = {}
     for parameter, state in cast("Mapping[torch.nn.Parameter, Any]", optimizer.state).items():
+        if parameter not in names:
+            raise StokerError(
+                f"{type(optimizer).__name__}.state has the key {_shown(parameter)}, which is no parameter "
+                "of the model, so a checkpoint has no place for it: values of no parameter belong into an "
+                "optimizer's param_groups"
+            )
         for key, value in state.items():
             name = f"{names[parameter]}.{key}"
             if isinstance(value, torch.Tensor) and eight_bit.is_quantised(optimizer, value):
@@ -394,6 +400,10 @@ def optimizer_state(
         for group, of_group in zip(optimizer.param_groups, of_groups, strict=True)
     ]
     return tensors, {"kind": kind_of(optimizer), "state": scalars, "groups": groups}
+
+
+def _shown(key: object) -> str:
+    return f"a tensor of shape {tuple(key.shape)}" if isinstance(key, torch.Tensor) else repr(key)
 
 
 def _refuse_quantised(name: str, value: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from stoker import storage
 from stoker.run.directory import RunDirectory
 
 STORE = ".artifacts"  # in the runs folder
+_LONGEST_NAME = 230  # bytes of 255, since a file that is being written has a longer name
 _COPYING = 3600.0  # seconds without a change after which a copy was left by a kill
 
 _TASKS = {  # by the ending of the name of a transformers class
@@ -59,6 +61,10 @@ def checked_name(name: str) -> str:
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
         raise ValueError(f"{name!r} is not a valid artifact name: give a relative path without '..'")
+    if long := [part for part in path.parts if len(os.fsencode(part)) > _LONGEST_NAME]:
+        raise ValueError(
+            f"{long[0][:40]}... in an artifact's name has more than {_LONGEST_NAME} bytes: give a shorter one"
+        )
     return str(path)
 
 

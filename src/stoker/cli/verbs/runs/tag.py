@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -61,8 +62,9 @@ def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) 
     from stoker.tracking import follower, sinks
 
     events: dict[str, dict[str, Any]] = {}
-    if changes:
-        events["tags"] = {"tags": changes}
+    if changes:  # they come after what the run has set, though another machine's clock may be ahead
+        written = max((attempt.last_event for attempt in view.load(run).attempts), default=0.0)
+        events["tags"] = {"tags": changes, "time": max(time.time(), written)}
     if note:
         events["note"] = {"text": note}
     try:
