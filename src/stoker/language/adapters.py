@@ -199,8 +199,11 @@ def _take(model: Any, folder: Path) -> None:
     """Load a saved adapter's tensors. Raises BadInput if they do not match."""
     from peft import set_peft_model_state_dict
 
+    tensors = load_file(folder / saved_adapters.WEIGHTS)
+    for name in saved_adapters.of_the_model(tensors, model.peft_config["default"].modules_to_save or ()):
+        del tensors[name]  # equal to the model's: `saved_adapters.check`
     try:
-        found = set_peft_model_state_dict(model, load_file(folder / saved_adapters.WEIGHTS))
+        found = set_peft_model_state_dict(model, tensors)
     except (RuntimeError, KeyError) as error:
         said = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise BadInput(f"lora.adapter={folder} is for a different model: {said}") from error

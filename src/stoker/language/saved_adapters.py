@@ -1,13 +1,14 @@
 """Checks a saved adapter by its files: whether it can be continued, and on which model.
 
-This needs neither peft nor a tensor, so the result is known before anything is loaded.
+This needs no peft, so the result is known before anything is loaded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from stoker import exports
@@ -44,7 +45,7 @@ def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) ->
     more = [f"{key}={config[key]}" for key in _MORE if config.get(key) not in (None, False, "none", [], {})]
     if config.get("init_lora_weights") not in _BEGINNINGS:
         more.append(f"init_lora_weights={config['init_lora_weights']}")
-    more = more or _other_tensors(adapter, config.get("modules_to_save") or ())
+    more = more or _other_tensors(adapter, config.get("modules_to_save") or (), origin)
     if more:
         raise BadInput(
             f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices and fully trained modules "
@@ -130,15 +131,46 @@ def _is_id(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).is_dir()
 
 
-def _other_tensors(adapter: Path, whole: Sequence[str]) -> list[str]:
-    """The names of tensors that are neither low-rank matrices nor of fully trained modules; of many, some."""
+def of_the_model(names: Iterable[str], whole: Iterable[str]) -> list[str]:
+    """The names of an adapter's tensors that are neither low-rank matrices nor of fully trained modules.
+
+    peft saves the embeddings beside adapters that are on them.
+    """
+    known = (".lora_", *(f"{name}." for name in whole))  # peft matches the ends of modules' names
+    return [name for name in names if not any(part in name for part in known)]
+
+
+def _other_tensors(adapter: Path, whole: Sequence[str], origin: Path | None) -> list[str]:
+    """The names of those of them that are other than the model's own, as far as it is here; of many, some."""
     file = adapter / WEIGHTS
     try:
-        with safe_open(file, framework="np") as reader:
-            known = (".lora_", *(f"{name}." for name in whole))  # peft matches the ends of modules' names
-            names = [n for n in reader.keys() if not any(part in n for part in known)]  # noqa: SIM118 (no dict)
+        with safe_open(file, framework="pt") as reader:
+            names = of_the_model(reader.keys(), whole)
+            if names and origin is not None:
+                names = _other_than(origin, {name: reader.get_tensor(name) for name in names})
     except FileNotFoundError as error:
         raise BadInput(f"lora.adapter={adapter} has no {WEIGHTS}") from error
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
     return names if len(names) <= 3 else [*names[:3], "..."]
+
+
+def _other_than(origin: Path, tensors: Mapping[str, Any]) -> list[str]:
+    """Those of the tensors of an adapter that a model does not have with these values, in their precision.
+
+    None if its weights have not been downloaded.
+    """
+    from stoker.language.loading import bare_name
+
+    names = {bare_name(name): name for name in tensors}
+    files = sorted(origin.glob("*.safetensors"))
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            found.update({name: reader.get_tensor(name) for name in names.keys() & reader.keys()})
+    same = {
+        name
+        for bare, name in names.items()
+        if bare in found and found[bare].to(tensors[name].dtype).equal(tensors[name])
+    }
+    return [name for name in tensors if files and name not in same]
