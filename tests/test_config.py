@@ -273,11 +273,17 @@ class Kind(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inner:
+    lr: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Own:
     kind: Kind = Kind.SMALL
     hidden: list[int] = field(default_factory=lambda: [32, 16])
     weights: dict[str, float] = field(default_factory=dict)
     steps: list[int] | None = None
+    inner: Inner | None = None
 
 
 def test_a_mapping_is_a_value_where_a_key_takes_one(write_file: Callable[[str, Sequence[str]], Path]) -> None:
@@ -300,6 +306,7 @@ def test_a_mapping_is_a_value_where_a_key_takes_one(write_file: Callable[[str, S
             "weights.a=1",
             r"weights is a single key, a mapping, each value a number: write weights='\{a: \.\.\.\}'$",
         ),
+        ("inner.lr=1", r"inner is a single key, Inner or none: write inner='\{lr: \.\.\.\}'$"),
         ("kind=huge", "input should be 'small' or 'big'; kind is one of small, big, for example kind=small"),
     ],
 )

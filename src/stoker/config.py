@@ -507,7 +507,8 @@ def _why(cls: type, key: str, leaves: Mapping[str, _Leaf], value: object = ...) 
     if inner:
         return key, f" is a group of keys: give one of {', '.join(inner)}"
     for name, leaf in leaves.items():
-        if key.startswith(f"{name}.") and dict in _kinds(leaf.type):
+        takes_several = any(kind is dict or dataclasses.is_dataclass(kind) for kind in _kinds(leaf.type))
+        if key.startswith(f"{name}.") and takes_several:
             written = f"{name}='{{{key.removeprefix(f'{name}.')}: ...}}'"
             return key, f": {name} is a single key, {_type_name(leaf.type)}: write {written}"
     why = (
