@@ -1891,6 +1891,25 @@ def test_that_no_training_was_better_than_the_best_is_said(
     assert (said in caplog.text) == (before == 0.5)
 
 
+def test_what_is_logged_before_the_trainer_is_no_step_of_its(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run() as run:
+        run.log(parameters=10)
+        trainer = _trainer(run, _model())
+        assert run.step == 0
+        run.log(val_loss=2.0)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=2):
+            run.log(loss=trainer.step(batch), val_loss=float(run.step))
+    assert view.load(run.directory).points["val_loss"].items() == {0: 2.0, 1: 1.0, 2: 2.0}.items()
+    assert "run.log was called before the Trainer was created" in caplog.text
+    caplog.clear()
+    with open_run("b") as run:
+        run.log({"parameters": 10}, step=0)
+        _trainer(run, _model())
+    assert "before the Trainer" not in caplog.text
+
+
 def test_best_weights_that_there_are_not_are_said(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         trainer = _trainer(run, _model())

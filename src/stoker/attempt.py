@@ -137,6 +137,8 @@ class Attempt:
         self.world = World.current()
         self.directory = finding.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
+        self._moved = 0
+        """How many steps `log` has made."""
         self._moved_alone = False
         self.step = 0
         """The step that values are logged at; a Trainer moves it, or else `log` does."""
@@ -397,6 +399,7 @@ class Attempt:
     def _move(self, *, reduces: bool) -> None:
         """Move to the next step, as each `log` without one does if there is no Trainer. Raises ValueError."""
         self.step += 1
+        self._moved += 1
         if self.world.size > 1 and reduces and self._moved_alone:
             raise ValueError(
                 "each run.log without step= moves this rank's step, also one without reduce=, and values are "
@@ -489,6 +492,12 @@ class Attempt:
                 "with stoker.Run('folds', f'{run.directory.id}-{k}', runs=run.directory.runs) as fold: ..."
             )
         self._stepped_by_trainer = True
+        if self._moved and self.world.rank == 0:
+            log.warning(
+                "run.log was called before the Trainer was created, where each call without step= is a step: "
+                "the last of these values is at step %d. Create the Trainer first, or give step=0", self.step,
+            )  # fmt: skip
+        self.step -= self._moved
         self._finish, self._conclude, self._trained = finish, conclude, trained
         threads.at_end_of_script(self._conclude_script)
         self.heart = heart
